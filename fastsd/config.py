@@ -1,0 +1,259 @@
+"""What a model is, as plain frozen values.
+
+Owns the true names of every architectural choice; foreign names (`attention_head_dim` meaning the
+number of heads, and so on) stop at `fastsd.checkpoints`. Presets differ only where they differ.
+Knows no torch, no file and no weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from fastsd.errors import UsageError
+
+ACTIVATIONS = ("quick_gelu", "gelu")
+PREDICTIONS = ("eps", "v", "x0")
+SPACINGS = ("leading", "trailing", "linspace")
+SIGMA_SPACINGS = ("schedule", "karras", "exponential")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+def _require_one_of(what: str, given: str, known: tuple[str, ...]) -> None:
+    _require(given in known, f"{what} {given!r} is unknown; it is one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """A CLIP text encoder (Radford et al. 2021), causal, pre-norm.
+
+    eos_token_id 2 is the old convention: pool at the largest id, wherever it stands.
+    projection: width of the pooled, projected embedding; None where the checkpoint has none.
+    """
+
+    vocab_size: int = 49408
+    width: int = 768
+    mlp_width: int = 3072
+    layers: int = 12
+    heads: int = 12
+    max_tokens: int = 77
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_one_of("CLIP activation", self.activation, ACTIVATIONS)
+        _require(
+            self.width % self.heads == 0,
+            f"CLIP width {self.width} is not a multiple of its {self.heads} heads",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """A latent-diffusion UNet with cross-attention (Rombach et al. 2022).
+
+    One entry a level, from the finest: `widths`, `depths` (transformer blocks after each resnet; 0 means
+    no attention) and `heads`. The up path mirrors the down path with one more resnet a level.
+    pooled_width: width of the pooled text that SDXL adds to the time embedding, together with
+    `size_ids` numbers each embedded in `size_width`; 0 where the family has none.
+    guidance_width: width of the embedded guidance weight of distilled (LCM) checkpoints; 0 for none.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int = 64
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    depths: tuple[int, ...] = (1, 1, 1, 0)
+    mid_depth: int = 1
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    layers_per_level: int = 2
+    context_width: int = 768
+    linear_projection: bool = False
+    norm_groups: int = 32
+    eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    frequency_shift: float = 0.0
+    upcast_attention: bool = False
+    pooled_width: int = 0
+    size_ids: int = 0
+    size_width: int = 0
+    guidance_width: int = 0
+
+    def __post_init__(self) -> None:
+        levels = len(self.widths)
+        _require(
+            len(self.depths) == levels and len(self.heads) == levels,
+            f"UNet widths, depths and heads must have one entry a level; they have "
+            f"{levels}, {len(self.depths)} and {len(self.heads)}",
+        )
+        for width, heads in zip(self.widths, self.heads, strict=True):
+            _require(
+                width % self.norm_groups == 0,
+                f"UNet width {width} is not a multiple of {self.norm_groups} norm groups",
+            )
+            _require(width % heads == 0, f"UNet width {width} is not a multiple of {heads} heads")
+        _require(
+            bool(self.pooled_width) == bool(self.size_ids and self.size_width),
+            "UNet pooled_width, size_ids and size_width come together or not at all",
+        )
+
+    @property
+    def time_width(self) -> int:
+        """Width of the time embedding: four times the finest level."""
+        return 4 * self.widths[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """An AutoencoderKL (Rombach et al. 2022). Latents are (z - shift) * scale of what it encodes."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_level: int = 2
+    norm_groups: int = 32
+    eps: float = 1e-6
+    scale: float = 0.18215
+    shift: float = 0.0
+    sample_size: int = 512
+    mid_attention: bool = True
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    force_upcast: bool = False
+
+    def __post_init__(self) -> None:
+        for width in self.widths:
+            _require(
+                width % self.norm_groups == 0,
+                f"VAE width {width} is not a multiple of {self.norm_groups} norm groups",
+            )
+        _require(self.scale != 0, "VAE scale must not be 0")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent stands for along one side."""
+        return int(2 ** (len(self.widths) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The noise schedule a model was trained on, and how its makers would sample it.
+
+    spacing picks the timesteps; sigma_spacing re-spaces the noise levels between the ends that spacing
+    gave ("schedule" leaves them). final_alpha_one ends DDIM/PNDM at alpha = 1 instead of the schedule's
+    first value. final_sigma: "zero" or "sigma_min", the level the DPM++ and UniPC solvers end on.
+    order: the multistep order where the sampler has a choice; None takes the sampler's own.
+    original_steps: the teacher's step count that LCM skips through.
+    """
+
+    train_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction: str = "eps"
+    spacing: str = "leading"
+    sigma_spacing: str = "schedule"
+    steps_offset: int = 1
+    final_alpha_one: bool = False
+    zero_terminal_snr: bool = False
+    final_sigma: str = "zero"
+    sampler: str = "pndm"
+    order: int | None = None
+    lower_order_final: bool = True
+    original_steps: int = 50
+
+    def __post_init__(self) -> None:
+        _require_one_of("prediction type", self.prediction, PREDICTIONS)
+        _require_one_of("timestep spacing", self.spacing, SPACINGS)
+        _require_one_of("sigma spacing", self.sigma_spacing, SIGMA_SPACINGS)
+        _require_one_of("beta schedule", self.beta_schedule, BETA_SCHEDULES)
+        _require_one_of("final sigma", self.final_sigma, ("zero", "sigma_min"))
+        _require(self.train_steps > 0, f"train_steps must be positive, not {self.train_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole checkpoint: its parts and how the prompt reaches the UNet.
+
+    text_layer: which hidden state conditions the UNet: -1 the last, after the final norm; -2 the one
+    before the last layer, without the norm (SDXL). Two text encoders are concatenated in width.
+    zero_empty_negative: an absent negative prompt becomes zeros (SDXL base), not an encoded "".
+    """
+
+    family: str = "sd1"
+    text_encoders: tuple[CLIPConfig, ...] = (CLIPConfig(),)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    text_layer: int = -1
+    zero_empty_negative: bool = False
+
+    def __post_init__(self) -> None:
+        width = sum(encoder.width for encoder in self.text_encoders)
+        _require(
+            width == self.unet.context_width,
+            f"the UNet expects a context of width {self.unet.context_width}, "
+            f"the text encoders give {width}",
+        )
+
+    @property
+    def default_size(self) -> int:
+        """Side in pixels of the pictures the model was trained on."""
+        return self.unet.sample_size * self.vae.downscale
+
+
+SD15 = ModelConfig()
+
+SD21 = ModelConfig(
+    family="sd2",
+    text_encoders=(
+        CLIPConfig(width=1024, mlp_width=4096, layers=23, heads=16, activation="gelu"),
+    ),
+    unet=replace(
+        SD15.unet,
+        sample_size=96,
+        heads=(5, 10, 20, 20),
+        context_width=1024,
+        linear_projection=True,
+        upcast_attention=True,
+    ),
+    vae=replace(SD15.vae, sample_size=768),
+    schedule=replace(SD15.schedule, prediction="v", sampler="ddim"),
+)
+
+SDXL = ModelConfig(
+    family="sdxl",
+    text_encoders=(
+        CLIPConfig(),
+        CLIPConfig(
+            width=1280, mlp_width=5120, layers=32, heads=20, activation="gelu", projection=1280
+        ),
+    ),
+    unet=replace(
+        SD15.unet,
+        sample_size=128,
+        widths=(320, 640, 1280),
+        depths=(0, 2, 10),
+        mid_depth=10,
+        heads=(5, 10, 20),
+        context_width=2048,
+        linear_projection=True,
+        pooled_width=1280,
+        size_ids=6,
+        size_width=256,
+    ),
+    vae=replace(SD15.vae, sample_size=1024, scale=0.13025, force_upcast=True),
+    schedule=replace(SD15.schedule, sampler="euler"),
+    text_layer=-2,
+    zero_empty_negative=True,
+)
+
+PRESETS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}

@@ -1,0 +1,35 @@
+"""Every error that fastsd raises on purpose.
+
+    FastsdError
+    ├── UsageError          an argument is wrong: unknown, misspelt, out of range (also a ValueError)
+    ├── CheckpointError     a model folder or file cannot be read, or its keys do not fit
+    ├── MissingDependency   an optional package is needed; the message names the extra to install
+    ├── NumericsError       NaN or infinity in latents or picture
+    └── OutOfMemory         the device's memory does not suffice
+
+A message says what was given, what was expected and what to do. Knows nothing of the rest.
+"""
+
+
+class FastsdError(Exception):
+    """Any failure that fastsd explains; the base of the tree above."""
+
+
+class UsageError(FastsdError, ValueError):
+    """Refuse an argument: say what was given, what was expected, what to do."""
+
+
+class CheckpointError(FastsdError):
+    """Refuse a checkpoint: say which file or key, what was expected, what to do."""
+
+
+class MissingDependency(FastsdError, ImportError):
+    """Name the extra that installs what is missing."""
+
+
+class NumericsError(FastsdError):
+    """Report NaN or infinity, with where it appeared and what usually helps."""
+
+
+class OutOfMemory(FastsdError, MemoryError):
+    """Report that memory ran out, with what lowers the need."""
