@@ -1,0 +1,289 @@
+"""The blocks that the UNet and the VAE are made of.
+
+Parameter names are the diffusers layout's. No block holds per-call state or a buffer, so one module
+may run in many threads at once and may be built on the meta device. Knows no file and no sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import repeat, zip_longest
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsd.kernels.attention import attention
+
+KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, M, N, K)
+
+
+def sinusoid(t: Tensor, width: int, *, cos_first: bool = False, shift: float = 0.0) -> Tensor:
+    """Embed numbers t: sin(t f_i), cos(t f_i) with f_i = 10000^(-i / (width/2 - shift)).
+
+    t: any shape (…,), any dtype; width even. Returns (…, width), fp32. Source: Ho et al. 2020.
+    """
+    half = width // 2
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float().unsqueeze(-1) * torch.exp(i * (-math.log(10000) / (half - shift)))
+    waves = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
+    return torch.cat(waves, dim=-1)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, M K) -> (B, M, N, K), a view."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, M, N, K) -> (B, N, M K)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C), a view in either memory format."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_pixels(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, H W, C) -> (B, C, H, W), a view that is channels-last."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)
+
+
+@final
+class Attention(nn.Module):
+    """Self-attention, or cross-attention where context_width is given.
+
+    upcast: attend in fp32 whatever the weights' dtype (SD2.1's fp16 scores overflow).
+    implementation: which kernel attends, one of `fastsd.kernels.attention.IMPLEMENTATIONS`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, context_width: int | None = None, upcast: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.upcast = upcast
+        self.implementation = "sdpa"
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width or width, width, bias=False)
+        self.to_v = nn.Linear(context_width or width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def keys_values(self, context: Tensor) -> KV:
+        """Return what `context` (B, N, C) is attended by: K and V, each (B, M, N, K)."""
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+
+    def forward(self, x: Tensor, kv: KV | None = None) -> Tensor:
+        """Attend from x (B, N, C) to kv, or to x itself. Returns (B, N, C)."""
+        k, v = kv or self.keys_values(x)
+        out = attention(self._heads(self.to_q(x)), k, v, implementation=self.implementation)
+        projected: Tensor = self.to_out[0](join_heads(out).to(x.dtype))
+        return projected
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return split_heads(x.float() if self.upcast else x, self.heads)
+
+
+@final
+class GEGLU(nn.Module):
+    """value * gelu(gate), both linear in x (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) -> (…, inner)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        gated: Tensor = value * F.gelu(gate)
+        return gated
+
+
+@final
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # The layout numbers a dropout 1.
+        self.net = nn.Sequential(
+            GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        out: Tensor = self.net(x)
+        return out
+
+
+@final
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each after a norm, each added to x."""
+
+    def __init__(self, width: int, heads: int, context_width: int, *, upcast: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, context_width=context_width, upcast=upcast)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, kv: KV) -> Tensor:
+        """(B, N, C) and the cross-attention's kv -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), kv)
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
+
+
+@final
+class Transformer(nn.Module):
+    """`depth` transformer blocks over a map's pixels, between two projections, added to x.
+
+    linear: the projections are linear layers (SD2, SDXL), not 1x1 convolutions (SD1).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        context_width: int,
+        depth: int,
+        *,
+        groups: int,
+        linear: bool,
+        upcast: bool,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.linear = linear
+        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, heads, context_width, upcast=upcast) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, kv: Iterator[KV]) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), taking one of `kv` a block."""
+        h = self.norm(x)
+        h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, next(kv))
+        size = x.shape[-2:]
+        h = to_pixels(self.proj_out(h), size) if self.linear else self.proj_out(to_pixels(h, size))
+        return x + h  # x first: the sum takes its memory format
+
+
+@final
+class Resnet(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + t))).
+
+    Where the widths differ, the first x goes through a 1x1 convolution. time_width: width of the
+    time embedding that `time_emb_proj` projects to t; None where there is none.
+    """
+
+    def __init__(
+        self, in_width: int, width: int, *, groups: int, eps: float, time_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_width, eps=eps)
+        self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
+        self.time_emb_proj = None if time_width is None else nn.Linear(time_width, width)
+        self.norm2 = nn.GroupNorm(groups, width, eps=eps)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = None if in_width == width else nn.Conv2d(in_width, width, 1)
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """(B, C_in, H, W) and t (B or 1, C), already projected -> (B, C, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if t is not None:
+            h = h + t[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        out: Tensor = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        return out
+
+
+@final
+class Downsample(nn.Module):
+    """Halve H and W by a strided convolution; the VAE pads only right and below."""
+
+    def __init__(self, width: int, *, one_sided: bool = False) -> None:
+        super().__init__()
+        self.one_sided = one_sided
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if one_sided else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2), odd sizes rounded up (one_sided: down)."""
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+        return out
+
+
+@final
+class Upsample(nn.Module):
+    """Repeat pixels to a size, twice the own by default, then convolve."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, *size)."""
+        height, width = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        out: Tensor = self.conv(F.interpolate(x, size=(height, width), mode="nearest"))
+        return out
+
+
+@final
+class Level(nn.Module):
+    """Resnets, an attention after each as far as there are any, then a sampler or none.
+
+    Down and up levels (one attention a resnet, or none) and the middle (one fewer) differ in these
+    values only.
+    """
+
+    def __init__(
+        self,
+        resnets: Sequence[Resnet],
+        attentions: Sequence[nn.Module] = (),
+        sampler: Downsample | Upsample | None = None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([sampler] if isinstance(sampler, Downsample) else [])
+        self.upsamplers = nn.ModuleList([sampler] if isinstance(sampler, Upsample) else [])
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Iterator[Tensor | None] = repeat(None),  # noqa: B008  (endless, holds no state)
+        kv: Iterator[KV] = iter(()),  # noqa: B008  (empty, holds no state)
+        *,
+        saved: list[Tensor] | None = None,
+        skips: list[Tensor] | None = None,
+    ) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H', W').
+
+        rows, kv: one time projection a resnet, one (K, V) a cross-attention, in this order.
+        saved: list that a down level appends its outputs to. skips: the same list, from which an up
+        level takes them, last first; it upsamples to the next one's size.
+        """
+        for resnet, attention_ in zip_longest(self.resnets, self.attentions):
+            if skips is not None:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = resnet(x, next(rows))
+            if attention_ is not None:
+                x = attention_(x, kv)
+            if saved is not None:
+                saved.append(x)
+        for sampler in self.downsamplers:
+            x = sampler(x)
+            if saved is not None:
+                saved.append(x)
+        for sampler in self.upsamplers:
+            x = sampler(x, skips[-1].shape[-2:] if skips else None)
+        return x
