@@ -1,0 +1,1 @@
+"""The tests mirror the source; their oracles are diffusers and transformers."""

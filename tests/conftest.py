@@ -1,0 +1,27 @@
+"""Fixtures that every room's tests share: small random checkpoints, written once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import fixtures
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random SD1.x checkpoint in a folder. Copy it before changing it."""
+    return fixtures.write_sd1(tmp_path_factory.mktemp("sd1") / "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random SD2.x checkpoint (v prediction) in a folder. Copy it before changing it."""
+    return fixtures.write_sd2(tmp_path_factory.mktemp("sd2") / "sd2")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random SDXL checkpoint in a folder. Copy it before changing it."""
+    return fixtures.write_sdxl(tmp_path_factory.mktemp("sdxl") / "sdxl")
