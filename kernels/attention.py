@@ -20,17 +20,22 @@ def attention(
 
     q: (B, M, Nq, K); k, v: (B, M, N, K); any strides, one dtype. Returns (B, M, Nq, K).
     causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice) or "xformers".
-    Raises MissingDependency if xformers is asked for and absent, UsageError for any other name.
+    Raises MissingDependency if xformers is asked for and absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
     """
-    if implementation == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    require_implementation(implementation)
     if implementation == "xformers":
         return _xformers(q, k, v, causal)
-    raise UsageError(
-        f"attention implementation {implementation!r} is unknown; "
-        f"it is one of {', '.join(IMPLEMENTATIONS)}"
-    )
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def require_implementation(name: str) -> None:
+    """Raise UsageError unless `name` is one of IMPLEMENTATIONS."""
+    if name not in IMPLEMENTATIONS:
+        raise UsageError(
+            f"attention implementation {name!r} is unknown; "
+            f"it is one of {', '.join(IMPLEMENTATIONS)}"
+        )
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

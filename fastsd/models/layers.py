@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import repeat, zip_longest
+from itertools import zip_longest
 from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsd.kernels.attention import attention
+from fastsd.kernels.attention import attention, require_implementation
 
 KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, M, N, K)
 
@@ -43,8 +43,8 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W, C), a view in either memory format."""
-    return x.flatten(2).transpose(1, 2)
+    """(B, C, H, W) -> (B, H W, C), contiguous: else every norm and product would copy it again."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 def to_pixels(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -85,6 +85,18 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return split_heads(x.float() if self.upcast else x, self.heads)
+
+
+def use_attention(model: nn.Module, implementation: str) -> None:
+    """Make every text-conditioned block of `model` attend with `implementation`.
+
+    One of `fastsd.kernels.attention.IMPLEMENTATIONS`, else UsageError. For when a model is loaded,
+    not while it runs.
+    """
+    require_implementation(implementation)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.implementation = implementation
 
 
 @final
@@ -260,22 +272,23 @@ class Level(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rows: Iterator[Tensor | None] = repeat(None),  # noqa: B008  (endless, holds no state)
-        kv: Iterator[KV] = iter(()),  # noqa: B008  (empty, holds no state)
+        rows: Iterator[Tensor] | None = None,
+        kv: Iterator[KV] | None = None,
         *,
         saved: list[Tensor] | None = None,
         skips: list[Tensor] | None = None,
     ) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H', W').
 
-        rows, kv: one time projection a resnet, one (K, V) a cross-attention, in this order.
+        rows, kv: one time projection a resnet, one (K, V) a cross-attention, in this order; None in
+        the VAE, which has neither.
         saved: list that a down level appends its outputs to. skips: the same list, from which an up
         level takes them, last first; it upsamples to the next one's size.
         """
         for resnet, attention_ in zip_longest(self.resnets, self.attentions):
             if skips is not None:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = resnet(x, next(rows))
+            x = resnet(x, None if rows is None else next(rows))
             if attention_ is not None:
                 x = attention_(x, kv)
             if saved is not None:

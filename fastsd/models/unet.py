@@ -81,9 +81,10 @@ class UNet(nn.Module):
             down.append(Level(resnets, self._attentions(i, len(resnets)), sampler))
         self.down_blocks = nn.ModuleList(down)
 
+        # Without attention the middle is a single resnet, as some distilled checkpoints have it.
         self.mid_block = Level(
-            [self._resnet(last, last), self._resnet(last, last)],
-            [self._transformer(levels[-1], config.mid_depth)],
+            [self._resnet(last, last) for _ in range(2 if config.mid_depth else 1)],
+            [self._transformer(levels[-1], config.mid_depth)] if config.mid_depth else [],
         )
 
         up = []
