@@ -13,7 +13,7 @@ from fastsd.errors import UsageError
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 PREDICTIONS = ("eps", "v", "x0")
-SPACINGS = ("leading", "trailing", "linspace")
+SPACINGS = ("default", "leading", "trailing", "linspace")  # default: the sampler's own
 SIGMA_SPACINGS = ("schedule", "karras", "exponential")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos")
 

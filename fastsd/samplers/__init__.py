@@ -1,0 +1,228 @@
+"""Samplers: a schedule and a step count become a StepTable, which one loop can run.
+
+Owns the list of samplers and their names. numpy float64 only; knows no model and no device.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from fastsd.config import ScheduleConfig
+from fastsd.errors import UsageError
+from fastsd.samplers import schedule as plans
+from fastsd.samplers import solvers
+from fastsd.samplers.table import Plan, Row, StepTable, assemble
+
+__all__ = ["SAMPLERS", "Sampler", "StepTable", "build_table", "resolve"]
+
+ANY_LEVELS = frozenset({"timesteps", "sigmas", "sigma_spacing"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """What is known of a sampler.
+
+    title: the name that people's tools show; aliases: its other names; scheduler: diffusers' class.
+    spacing: the timestep spacing that is its own where a schedule leaves it open ("default").
+    order: of convergence; evaluations: of the model a step.
+    choices: the multistep orders that a schedule may ask for; orders: the order of each step.
+    accepts: the arguments that make sense to it, of timesteps, sigmas and sigma_spacing.
+    """
+
+    title: str
+    solve: Callable[[Plan], Iterator[Row]]
+    plan: Callable[..., Plan]
+    scheduler: str
+    spacing: str = "linspace"
+    aliases: tuple[str, ...] = ()
+    order: int = 1
+    evaluations: int = 1
+    stochastic: bool = False
+    choices: tuple[int, ...] = ()
+    orders: Callable[[ScheduleConfig, int, int], Sequence[int]] | None = None
+    accepts: frozenset[str] = ANY_LEVELS
+
+
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+    {
+        "ddim": Sampler(
+            title="DDIM",
+            solve=solvers.ddim,
+            plan=plans.plan_ddim,
+            scheduler="DDIMScheduler",
+            spacing="leading",
+            accepts=frozenset(),
+        ),
+        "ddpm": Sampler(
+            title="DDPM",
+            solve=solvers.ddpm,
+            plan=plans.plan_ddpm,
+            scheduler="DDPMScheduler",
+            spacing="leading",
+            stochastic=True,
+            accepts=frozenset({"timesteps"}),
+        ),
+        "pndm": Sampler(
+            title="PLMS",
+            solve=solvers.pndm,
+            plan=plans.plan_pndm,
+            scheduler="PNDMScheduler",
+            spacing="leading",
+            aliases=("PNDM",),
+            order=4,
+            accepts=frozenset(),
+        ),
+        "euler": Sampler(
+            title="Euler",
+            solve=solvers.euler,
+            plan=plans.plan_exploding,
+            scheduler="EulerDiscreteScheduler",
+            aliases=("k_euler",),
+        ),
+        "dpmpp_2m": Sampler(
+            title="DPM++ 2M",
+            solve=solvers.dpmpp_2m,
+            plan=plans.plan_preserving,
+            scheduler="DPMSolverMultistepScheduler",
+            aliases=("DPM-Solver++ 2M", "k_dpmpp_2m"),
+            order=2,
+            choices=(1, 2),
+            orders=solvers.dpmpp_orders,
+        ),
+    }
+)
+
+
+def _plain(name: str) -> str:
+    """Fold case, spaces and punctuation, so that "Euler a" and "euler_a" are one name."""
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
+
+
+_NAMES = {
+    _plain(alias): name
+    for name, sampler in SAMPLERS.items()
+    for alias in (name, sampler.title, *sampler.aliases, sampler.scheduler)
+}
+
+
+def resolve(name: str) -> tuple[str, str | None]:
+    """Return the key in SAMPLERS and the sigma spacing, if the name holds one ("DPM++ 2M Karras").
+
+    Case, spaces and punctuation do not matter. UsageError, with the nearest names, for an unknown
+    one.
+    """
+    plain = _plain(name)
+    for suffix, spacing in (("karras", "karras"), ("exponential", "exponential"), ("", None)):
+        sampler = _NAMES.get(plain.removesuffix(suffix)) if plain.endswith(suffix) else None
+        if sampler is None:
+            continue
+        if spacing and "sigma_spacing" not in SAMPLERS[sampler].accepts:
+            raise UsageError(
+                f"sampler {name!r}: {SAMPLERS[sampler].title} walks the training timesteps and has "
+                f"no {spacing} spacing; ask for {sampler!r}"
+            )
+        return sampler, spacing
+    near = [_NAMES[n] for n in difflib.get_close_matches(plain, _NAMES, n=3, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+    raise UsageError(f"sampler {name!r} is unknown; {hint}The samplers are {', '.join(SAMPLERS)}")
+
+
+def _whole(what: str, value: Any, low: int, high: int) -> int:
+    """Return value as an int from low to high, or refuse it."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or not low <= number <= high:
+        raise UsageError(f"{what} must be a whole number from {low} to {high}, not {value!r}")
+    return number
+
+
+def build_table(
+    schedule: ScheduleConfig,
+    steps: int | None,
+    *,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    start: int = 0,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> StepTable:
+    """Tabulate a run of a sampler, equal to diffusers' scheduler of the same settings.
+
+    sampler: a name or alias; None takes the schedule's. A sigma spacing in the name wins.
+    eta: DDIM's noise, 0 to 1; the others do not read it.
+    start: steps left out at the noisy end (img2img: ``steps - int(steps * strength)``).
+    timesteps, sigmas: the levels to walk in place of the schedule's, for samplers that accept them;
+    sigmas list the end too. steps is then their number, or None.
+    UsageError for anything out of range.
+    """
+    name, sigma_spacing = resolve(schedule.sampler if sampler is None else sampler)
+    kind = SAMPLERS[name]
+    n, given = _levels(name, steps, timesteps, sigmas, schedule.train_steps)
+    start = _whole("start", start, 0, n - 1)
+    if not 0 <= eta <= 1:
+        raise UsageError(f"eta must be from 0 to 1, not {eta!r}")
+
+    schedule = replace(
+        schedule,
+        spacing=kind.spacing if schedule.spacing == "default" else schedule.spacing,
+        sigma_spacing=sigma_spacing or schedule.sigma_spacing,
+    )
+    plan = kind.plan(schedule, n, **given)
+    orders = _orders(name, schedule, plan, start)
+    plan = replace(
+        plan.take(range(start, plan.n)),
+        orders=orders,
+        prediction=schedule.prediction,
+        eta=float(eta),
+    )
+    return assemble(plan, kind.solve(plan))
+
+
+def _levels(
+    name: str,
+    steps: int | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    train_steps: int,
+) -> tuple[int, dict[str, Sequence[float]]]:
+    """Return the number of steps and the levels that the user gave."""
+    if timesteps is not None and sigmas is not None:
+        raise UsageError("timesteps and sigmas both choose the noise levels; give only one")
+    if timesteps is None and sigmas is None:
+        return _whole("steps", steps, 1, train_steps), {}
+    what, levels, n = (
+        ("sigmas", sigmas, len(sigmas) - 1)
+        if sigmas is not None
+        else ("timesteps", timesteps, len(timesteps or ()))
+    )
+    if what not in SAMPLERS[name].accepts:
+        able = [key for key, sampler in SAMPLERS.items() if what in sampler.accepts]
+        raise UsageError(f"{name} takes no {what} of your own; {', '.join(able)} do")
+    if steps is not None and steps != n:
+        raise UsageError(f"steps is {steps!r}, but {what} make {n} steps; leave steps out")
+    assert levels is not None
+    return n, {what: levels}
+
+
+def _orders(name: str, schedule: ScheduleConfig, plan: Plan, start: int) -> tuple[int, ...]:
+    """Return the order of each kept step: a history begins empty, and sigma = 0 allows only 1."""
+    kind = SAMPLERS[name]
+    if kind.orders is None:
+        return ()
+    order = kind.order if schedule.order is None or not kind.choices else schedule.order
+    if kind.choices and order not in kind.choices:
+        raise UsageError(
+            f"{name} has order {' or '.join(map(str, kind.choices))}; the schedule asks for {order}"
+        )
+    planned = list(kind.orders(schedule, plan.n, order))
+    if plan.sigma[-1] == 0 and kind.choices:
+        planned[-1] = 1
+    return tuple(min(p, i + 1) for i, p in enumerate(planned[start:]))
