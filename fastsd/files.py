@@ -1,0 +1,67 @@
+"""Files that cross the border: JSON that others wrote, and folders published whole or not at all.
+
+Knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastsd.errors import CheckpointError, UsageError
+
+_LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer.json in the wild is some 20 MB
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError if it is missing, too large or not one."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{path} is {path.stat().st_size} bytes: no JSON is that large")
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested too deep
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON for people: indented, keys as given, UTF-8."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+@contextmanager
+def published_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; on success make it `path`, on failure leave no trace.
+
+    Files are synced before the rename, so that `path` is complete whenever it exists. Raises
+    UsageError if `path` exists already, unless it is an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(f"{path} exists already; choose another name or move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield draft
+        for file in draft.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        draft.chmod(0o755)  # mkdtemp gives 0700
+        if path.exists():
+            path.rmdir()  # empty; rename replaces folders on POSIX only
+        draft.rename(path)
+    finally:
+        if draft.exists():
+            shutil.rmtree(draft)
