@@ -1,0 +1,352 @@
+"""Train the built-in model: one command, resumable, on a GPU where there is one and on the CPU otherwise.
+
+    python -m fastsd.benchmarks.emoji.train --out runs/emoji
+
+Four stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the latents of
+all pictures, and the text encoder with the UNet. Each training stage lasts a given number of minutes and
+its learning rate falls to nothing over them, so that it always ends well; it saves its state every two
+minutes and goes on from there. `export.py` writes the result as an ordinary checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsd.benchmarks.emoji import vocabulary
+from fastsd.benchmarks.emoji.data import Emoji, captions, drawable
+from fastsd.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
+from fastsd.models.clip import CLIPText
+from fastsd.models.unet import UNet
+from fastsd.models.vae import VAE
+from fastsd.samplers.schedule import alpha_bars
+
+VOCABULARY = 4096
+MAX_TOKENS = 32
+WIDTH = 192  # of the text encoder
+CONFIG = ModelConfig(
+    text_encoders=(
+        CLIPConfig(
+            vocab_size=VOCABULARY,
+            width=WIDTH,
+            mlp_width=4 * WIDTH,
+            layers=3,
+            heads=4,
+            max_tokens=MAX_TOKENS,
+            eos_token_id=VOCABULARY - 1,
+        ),
+    ),
+    unet=UNetConfig(
+        sample_size=16,
+        widths=(64, 128, 160),
+        depths=(0, 1, 1),
+        heads=(4, 4, 4),
+        layers_per_level=1,
+        context_width=WIDTH,
+    ),
+    vae=VAEConfig(widths=(32, 64, 64, 64), layers_per_level=1, scale=1.0, sample_size=128),
+    schedule=ScheduleConfig(
+        prediction="v", spacing="trailing", steps_offset=0, sampler="dpmpp_2m", order=2
+    ),
+)
+TONE_WEIGHT = 0.12  # how often a skin-tone variant is seen for each time a base emoji is
+CAPTION_DROPOUT = 0.1
+SAVE_EVERY_S = 120.0
+
+
+class Stage:
+    """One training run against the clock: optimiser, learning rate, moving average, checkpoints."""
+
+    def __init__(
+        self, module: nn.Module, path: Path, *, minutes: float, peak: float, decay: float
+    ) -> None:
+        self.module = module
+        self.path = path
+        self.minutes = minutes
+        self.peak = peak
+        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self._optimizer = torch.optim.AdamW(
+            module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=decay
+        )
+        self.step = 0
+        self.elapsed_s = 0.0
+        if path.is_file():
+            state = torch.load(path, weights_only=True)
+            module.load_state_dict(state["module"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self.average = state["average"]
+            self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+
+    @property
+    def share(self) -> float:
+        """Share of the stage's time that is spent, 0 to 1."""
+        return min(self.elapsed_s / (60 * self.minutes), 1.0)
+
+    def run(self, losses: Callable[[], Tensor]) -> None:
+        """Minimise what `losses` draws until the time is up; print a line a save."""
+        saved, recent = time.monotonic(), []
+        while self.share < 1:
+            start = time.monotonic()
+            loss = losses()
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._rate()
+            self._optimizer.step()
+            self._follow()
+            self.step += 1
+            self.elapsed_s += time.monotonic() - start
+            recent.append(float(loss))
+            if time.monotonic() - saved > SAVE_EVERY_S or self.share == 1:
+                self._save()
+                print(
+                    f"{self.path.stem}: {self.elapsed_s / 60:.1f} of {self.minutes:.0f} minutes, "
+                    f"step {self.step}, loss {sum(recent) / len(recent):.4f}",
+                    flush=True,
+                )
+                saved, recent = time.monotonic(), []
+
+    def _rate(self) -> float:
+        warm = min((self.step + 1) / 200, 1.0)
+        return self.peak * warm * (0.5 + 0.5 * math.cos(math.pi * self.share))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        for name, p in self.module.named_parameters():
+            self.average[name].lerp_(p, 1 - keep)
+
+    def _save(self) -> None:
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+        }
+        save(state, self.path)
+
+
+def save(state: Any, path: Path) -> None:
+    """Write a training state so that a crash leaves the old one or the new one."""
+    beside = path.with_suffix(".tmp")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+class Denoiser(nn.Module):
+    """The two parts that train together."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.text_encoder = CLIPText(config.text_encoders[0])
+        self.unet = UNet(config.unet)
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """(B, C, H, W), (B,), (B, N) -> the prediction (B, C, H, W)."""
+        prediction: Tensor = self.unet.standard(x, t, self.text_encoder(ids).last)
+        return prediction
+
+
+def train_vae(pictures: Tensor, path: Path, *, minutes: float, device: torch.device) -> VAE:
+    """Learn to rebuild pictures from latents: 64x64 crops, then whole pictures for the last tenth.
+
+    pictures: (N, 3, H, W) in [-1, 1]. Loss: absolute difference of pixels, of their halvings and of their
+    neighbours' differences, and a little KL.
+    """
+    torch.manual_seed(0)
+    vae = VAE(CONFIG.vae).to(device)
+    stage = Stage(vae, path, minutes=minutes, peak=2e-3, decay=0.0)
+    generator = torch.Generator().manual_seed(stage.step)
+
+    def losses() -> Tensor:
+        side = 64 if stage.share < 0.9 else pictures.shape[-1]
+        x = _crops(pictures, 32 if side == 64 else 8, side, generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            mean, log_variance = vae.encode(x).chunk(2, dim=1)
+            log_variance = log_variance.float().clamp(-20, 10)
+            noise = torch.randn(mean.shape, device=device)
+            y = vae.decode(mean + noise * (0.5 * log_variance).exp())
+        kl = (mean.float().square() + log_variance.exp() - 1 - log_variance).mean()
+        return _picture_distance(y.float(), x) + 1e-5 * kl
+
+    stage.run(losses)
+    vae.load_state_dict(stage.average)
+    return vae.eval().requires_grad_(False)
+
+
+def _crops(pictures: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
+    rows = torch.randint(len(pictures), (count,), generator=generator)
+    room = pictures.shape[-1] - side + 1
+    tops, lefts = (torch.randint(room, (count,), generator=generator) for _ in range(2))
+    return torch.stack(
+        [
+            pictures[r, :, top : top + side, left : left + side]
+            for r, top, left in zip(rows, tops, lefts, strict=True)
+        ]
+    )
+
+
+def _picture_distance(y: Tensor, x: Tensor) -> Tensor:
+    distance = F.l1_loss(y, x)
+    distance = distance + 0.5 * F.l1_loss(y.diff(dim=-1), x.diff(dim=-1))
+    distance = distance + 0.5 * F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
+    for halving in (2, 4):
+        distance = distance + 0.25 * F.l1_loss(F.avg_pool2d(y, halving), F.avg_pool2d(x, halving))
+    return distance
+
+
+@torch.no_grad()
+def normalise_(vae: VAE, pictures: Tensor) -> Tensor:
+    """Give every latent channel mean 0 and variance 1 by folding both into the 1x1 convolutions.
+
+    Returns the latents of all pictures, (N, C, h, w).
+    """
+    device = next(vae.parameters()).device
+    means = torch.cat(
+        [vae.encode(part.to(device)).chunk(2, dim=1)[0] for part in pictures.split(64)]
+    )
+    mean, deviation = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
+    assert vae.quant_conv is not None and vae.post_quant_conv is not None
+    scale = torch.cat([1 / deviation, torch.ones_like(deviation)])
+    vae.quant_conv.weight.mul_(scale[:, None, None, None])
+    bias = torch.cat([vae.quant_conv.bias[: len(mean)] - mean, vae.quant_conv.bias[len(mean) :]])
+    vae.quant_conv.bias.copy_(bias * scale)
+    vae.quant_conv.bias[len(mean) :] -= 2 * deviation.log()
+    vae.post_quant_conv.bias.add_(torch.einsum("oixy,i->o", vae.post_quant_conv.weight, mean))
+    vae.post_quant_conv.weight.mul_(deviation[None, :, None, None])
+    return ((means - mean[:, None, None]) / deviation[:, None, None]).cpu()
+
+
+class Examples:
+    """Draws (latents, token ids): a picture by its weight, one of its captions by its share."""
+
+    def __init__(
+        self,
+        emojis: list[Emoji],
+        latents: Tensor,
+        encode: Callable[[list[str]], np.ndarray],
+        generator: torch.Generator,
+    ) -> None:
+        texts, owners, shares = [], [], []
+        for i, emoji in enumerate(emojis):
+            if emoji.held_out:
+                continue
+            weight = TONE_WEIGHT if emoji.tone else 1.0
+            for text, share in captions(emoji):
+                texts.append(text)
+                owners.append(i)
+                shares.append(weight * share)
+        self._ids = torch.from_numpy(encode([*texts, ""]))
+        self._owners = torch.tensor(owners)
+        self._shares = torch.tensor(shares)
+        self._latents = latents
+        self._generator = generator
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """(count, C, h, w) and (count, N); a tenth of the captions are empty, for guidance."""
+        rows = torch.multinomial(self._shares, count, replacement=True, generator=self._generator)
+        dropped = torch.rand(count, generator=self._generator) < CAPTION_DROPOUT
+        ids = self._ids[torch.where(dropped, len(self._ids) - 1, rows)]
+        return self._latents[self._owners[rows]], ids
+
+
+def train_denoiser(
+    examples: Examples,
+    path: Path,
+    *,
+    minutes: float,
+    batch: int,
+    device: torch.device,
+    generator: torch.Generator,
+) -> Denoiser:
+    """Learn v = alpha * noise - sigma * x0 (Salimans and Ho 2022), weighted by min-SNR-5 (Hang et al. 2023)."""
+    torch.manual_seed(0)
+    model = Denoiser(CONFIG).to(device)
+    stage = Stage(model, path, minutes=minutes, peak=1.5e-3, decay=0.01)
+    generator.manual_seed(1 + stage.step)
+    alpha_bar = torch.from_numpy(alpha_bars(CONFIG.schedule)).float()
+
+    def losses() -> Tensor:
+        x0, ids = examples.draw(batch)
+        t = torch.randint(CONFIG.schedule.train_steps, (batch,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        a = alpha_bar[t][:, None, None, None]
+        x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        v = a.sqrt() * noise - (1 - a).sqrt() * x0
+        with torch.autocast(device.type, torch.bfloat16):
+            prediction = model(x.to(device), t.to(device), ids.to(device))
+        snr = (alpha_bar[t] / (1 - alpha_bar[t])).to(device)
+        error = (prediction.float() - v.to(device)).square().mean(dim=(1, 2, 3))
+        return (error * snr.clamp(max=5.0) / (snr + 1)).mean() * 4
+
+    stage.run(losses)
+    model.load_state_dict(stage.average)
+    return model.eval().requires_grad_(False)
+
+
+def _pictures(raw: np.ndarray) -> Tensor:
+    return torch.from_numpy(raw).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _caption_lines(emojis: list[Emoji]) -> Iterator[str]:
+    for emoji in emojis:
+        yield from (text for text, _ in captions(emoji))
+
+
+def main() -> None:
+    """Run the stages that are not there yet."""
+    from fastsd.tokenizers import CLIPTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the run")
+    parser.add_argument("--vae-minutes", type=float, default=15)
+    parser.add_argument("--minutes", type=float, default=70, help="for text encoder and UNet")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    emojis, raw = drawable()
+    pictures = _pictures(raw)
+    if not (out / "tokenizer" / "vocab.json").is_file():
+        vocabulary.learn(_caption_lines(emojis), VOCABULARY, out / "tokenizer")
+    tokenizer = CLIPTokenizer.from_folder(out / "tokenizer")
+
+    if not (out / "latents.pt").is_file():
+        vae = train_vae(
+            pictures, out / "vae-state.pt", minutes=arguments.vae_minutes, device=device
+        )
+        latents = normalise_(vae, pictures)
+        save({"vae": vae.state_dict(), "latents": latents}, out / "latents.pt")
+    latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
+
+    generator = torch.Generator()
+    examples = Examples(emojis, latents, lambda texts: tokenizer(texts, MAX_TOKENS).ids, generator)
+    model = train_denoiser(
+        examples,
+        out / "denoiser-state.pt",
+        minutes=arguments.minutes,
+        batch=arguments.batch,
+        device=device,
+        generator=generator,
+    )
+    save(model.state_dict(), out / "denoiser.pt")
+
+
+if __name__ == "__main__":
+    main()
