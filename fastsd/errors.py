@@ -2,6 +2,7 @@
 
     FastsdError
     ├── UsageError          an argument is wrong: unknown, misspelt, out of range (also a ValueError)
+    │   └── UnknownName     an attribute that we do not have (also an AttributeError)
     ├── CheckpointError     a model folder or file cannot be read, or its keys do not fit
     ├── MissingDependency   an optional package is needed; the message names the extra to install
     ├── NumericsError       NaN or infinity in latents or picture
@@ -17,6 +18,10 @@ class FastsdError(Exception):
 
 class UsageError(FastsdError, ValueError):
     """Refuse an argument: say what was given, what was expected, what to do."""
+
+
+class UnknownName(UsageError, AttributeError):
+    """Refuse an attribute: say what stands in its place."""
 
 
 class CheckpointError(FastsdError):

@@ -1,8 +1,8 @@
 """The built-in model's data: emoji pictures, their captions, and what is kept for judging.
 
-Pictures are the 136x128 bitmaps of Debian's fonts-noto-color-emoji (images Apache-2.0, font OFL-1.1), drawn
-on white. captions.json holds the names, keywords and skin-tone variants in English and Chinese of the npm
-package emojibase-data (MIT); `collect` made it from that package's folder:
+Pictures are the 136x128 bitmaps of Debian's fonts-noto-color-emoji (images Apache-2.0, font
+OFL-1.1), drawn on white. captions.json holds the names, keywords and skin-tone variants in English
+and Chinese of the npm package emojibase-data (MIT); `collect` made it from that package's folder:
 
     npm pack emojibase-data && tar xzf emojibase-data-*.tgz
     python -m fastsd.benchmarks.emoji.data collect package
@@ -45,7 +45,7 @@ class Emoji:
 
     @property
     def held_out(self) -> bool:
-        """Whether this name x tone pair is kept out of training: by the SHA-256 of its English name."""
+        """Whether this name x tone pair is kept out of training, by its name's SHA-256."""
         return self.tone > 0 and _digest(self.english) % 1000 < 1000 * HELD_OUT_SHARE
 
 
@@ -101,7 +101,7 @@ def emojis() -> tuple[Emoji, ...]:
 
 
 def draw(character: str) -> Image.Image | None:
-    """Draw one emoji on white, PICTURE_SIZE square; None where the font has no single picture for it."""
+    """Draw one emoji on white, PICTURE_SIZE square; None where the font has no picture of it."""
     font = _font()
     left, top, right, bottom = font.getbbox(character)
     if right - left > 140:  # the font knows only the parts of this sequence

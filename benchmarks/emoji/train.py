@@ -1,11 +1,13 @@
-"""Train the built-in model: one command, resumable, on a GPU where there is one and on the CPU otherwise.
+"""Train the built-in model: one command, resumable, on a GPU where there is one and on the CPU
+otherwise.
 
     python -m fastsd.benchmarks.emoji.train --out runs/emoji
 
-Four stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the latents of
-all pictures, and the text encoder with the UNet. Each training stage lasts a given number of minutes and
-its learning rate falls to nothing over them, so that it always ends well; it saves its state every two
-minutes and goes on from there. `export.py` writes the result as an ordinary checkpoint.
+Four stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the
+latents of all pictures, and the text encoder with the UNet. Each training stage lasts a given
+number of minutes and its learning rate falls to nothing over them, so that it always ends well; it
+saves its state every two minutes and goes on from there. `export.py` writes the result as an
+ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -162,8 +164,8 @@ class Denoiser(nn.Module):
 def train_vae(pictures: Tensor, path: Path, *, minutes: float, device: torch.device) -> VAE:
     """Learn to rebuild pictures from latents: 64x64 crops, then whole pictures for the last tenth.
 
-    pictures: (N, 3, H, W) in [-1, 1]. Loss: absolute difference of pixels, of their halvings and of their
-    neighbours' differences, and a little KL.
+    pictures: (N, 3, H, W) in [-1, 1]. Loss: absolute difference of pixels, of their halvings and of
+    their neighbours' differences, and a little KL.
     """
     torch.manual_seed(0)
     vae = VAE(CONFIG.vae).to(device)
@@ -271,7 +273,10 @@ def train_denoiser(
     device: torch.device,
     generator: torch.Generator,
 ) -> Denoiser:
-    """Learn v = alpha * noise - sigma * x0 (Salimans and Ho 2022), weighted by min-SNR-5 (Hang et al. 2023)."""
+    """Learn v = alpha * noise - sigma * x0 (Salimans and Ho 2022).
+
+    Each timestep's loss is weighted by min-SNR-5 (Hang et al. 2023).
+    """
     torch.manual_seed(0)
     model = Denoiser(CONFIG).to(device)
     stage = Stage(model, path, minutes=minutes, peak=1.5e-3, decay=0.01)

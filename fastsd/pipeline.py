@@ -1,0 +1,578 @@
+"""Pipeline: a prompt in, pictures out. What users import.
+
+Owns the user-facing names (those of diffusers), their checks and the order of a call: encode,
+sample, decode. All state belongs to the call, so one Pipeline may be called from many threads at
+once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import fastsd
+from fastsd import tasks
+from fastsd.backends import PRECISIONS, open_backend
+from fastsd.checkpoints import Checkpoint, open_checkpoint
+from fastsd.engine import Denoiser, SamplingLoop, check_finite, explained_memory_errors
+from fastsd.errors import UnknownName, UsageError
+from fastsd.images import to_pil
+from fastsd.samplers import StepTable, build_table
+from fastsd.tasks import Conditioning, Noise, Prompts, Sizes, Texts
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
+
+_MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
+# Names that diffusers scripts use and fastsd does not have -> what stands in their place.
+INSTEAD = {
+    "callback": "use callback_on_step_end",
+    "callback_steps": "use callback_on_step_end, which is called after every step",
+    "clip_skip": "it is not supported yet; drop it",
+    "custom_pipeline": "code from a checkpoint is never run; drop it",
+    "device_map": "choose the device with device=",
+    "enable_attention_slicing": _MEMORY_EFFICIENT,
+    "enable_xformers_memory_efficient_attention": _MEMORY_EFFICIENT,
+    "enable_model_cpu_offload": "lower the need with precision='fp16' or a smaller size",
+    "enable_sequential_cpu_offload": "lower the need with precision='fp16' or a smaller size",
+    "enable_vae_slicing": "pass batch_invariant=True, which decodes one picture at a time",
+    "enable_vae_tiling": "lower the need with a smaller height and width",
+    "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
+    "scheduler": "choose it by name with sampler=, as listed by `fastsd samplers`",
+    "trust_remote_code": "code from a checkpoint is never run; drop it",
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call returns.
+
+    images: PIL pictures; or numpy (B, H, W, 3) or torch (B, 3, H, W) in [0, 1]; or latents (B, C,
+    h, w).
+    metadata: a dict of plain JSON data for each picture, enough to draw it again.
+    """
+
+    images: Any
+    metadata: list[dict[str, Any]]
+    nsfw_content_detected: None = None
+
+
+class Pipeline:
+    """Stable Diffusion, text to image, on one backend.
+
+    pipe = Pipeline.from_pretrained("builtin")
+    pipe("a red apple", num_inference_steps=20, guidance_scale=7.5, seed=0).images[0]
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        name: str,
+        sampler: str | None = None,
+        backend: str = "eager",
+        precision: str = "fp32",
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.name = name
+        self.sampler = sampler or checkpoint.config.schedule.sampler
+        self._table(1)  # an unknown sampler is refused here, not at the first call
+        self._tokenizers = checkpoint.tokenizers
+        self._progress: dict[str, Any] = {"disable": None}  # None: a bar only on a terminal
+        self._backend = open_backend(
+            backend, checkpoint, precision=precision, device=_device(device)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        sampler: str | None = None,
+        backend: str = "eager",
+        precision: str | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        local_files_only: bool | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        use_safetensors: bool | None = None,
+        safety_checker: None = None,
+        feature_extractor: None = None,
+        requires_safety_checker: bool = False,
+        **unknown: object,
+    ) -> Pipeline:
+        """Load a model: "builtin", a folder in the diffusers layout, or a hub id.
+
+        sampler: a name or alias from `fastsd samplers`; None takes the checkpoint's own.
+        backend, precision: "eager" and "fp32" are the exact path; fp16 and bf16 are faster on GPUs.
+        device: "cpu", "cuda", …; None takes a GPU where there is one.
+        torch_dtype, use_safetensors, safety_checker=None: as diffusers scripts give them.
+        Raises CheckpointError for a model that cannot be read, UsageError for a wrong argument.
+        """
+        _refuse(unknown, cls.from_pretrained)
+        if safety_checker or feature_extractor or requires_safety_checker:
+            raise UsageError("safety checkers are not supported; pass safety_checker=None")
+        if use_safetensors is False:
+            raise UsageError("only safetensors are loaded; drop use_safetensors=False")
+        checkpoint = open_checkpoint(
+            model,
+            revision=revision,
+            variant=variant,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            token=token,
+        )
+        return cls(
+            checkpoint,
+            name=Path(model).name if Path(model).is_dir() else str(model),
+            sampler=sampler,
+            backend=backend,
+            precision=_precision(precision, torch_dtype),
+            device=device,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts run."""
+        return self._backend.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parts compute in."""
+        return self._backend.dtype
+
+    def to(self, *targets: str | torch.device | torch.dtype) -> Pipeline:
+        """Move to a device, a dtype or both, and return the pipeline itself. Not during a call."""
+        device, precision = self._backend.device, self._backend.precision
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                precision = _precision(None, target)
+            else:
+                device = _device(target)
+        if (device, precision) != (self._backend.device, self._backend.precision):
+            self._backend.close()
+            self._backend = open_backend(
+                self._backend.name, self.checkpoint, precision=precision, device=device
+            )
+        return self
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Pass `config` on to tqdm, e.g. disable=True."""
+        self._progress = {**self._progress, **config}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Texts | None = None,
+        prompt_2: Texts | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: Texts | None = None,
+        negative_prompt_2: Texts | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] | None = None,
+        sampler: str | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        batch_invariant: bool = False,
+        **unknown: object,
+    ) -> Any:
+        """Draw pictures for `prompt`, a string or a list, and return an Output.
+
+        Arguments mean what they mean in diffusers. Beyond those:
+
+        seed: picture i draws from its own generator seeded seed + i (of a list, seed[i]), so that
+        it is the same picture alone or in any batch; None, with no generator either, takes one from
+        torch's global generator. sampler: overrides the pipeline's for this call.
+        batch_invariant: run one picture at a time inside, for the same bits whatever the batch.
+        guidance_scale: None takes 7.5, or 5.0 for SDXL; 1 or less draws without guidance.
+        height, width: pixels, multiples of the VAE's factor (8); None takes the model's own size.
+        latents: (B, C, height / 8, width / 8), standard normal numbers to start from.
+        callback_on_step_end(pipe, step, timestep, tensors): may return changed tensors, and may set
+        pipe._interrupt = True (stop here) or pipe._guidance_scale; an exception ends the call.
+
+        Raises UsageError, NumericsError or OutOfMemory.
+        """
+        _refuse(unknown, type(self).__call__)
+        prompts = Prompts(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+        )
+        count = _check_count("num_images_per_prompt", num_images_per_prompt)
+        guidance = self._default_guidance if guidance_scale is None else guidance_scale
+        _check_number("guidance_scale", guidance)
+        _check_number("eta", eta)
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        for name in callback_on_step_end_tensor_inputs:
+            _check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
+        size = self._size(height, width)
+        chosen = timesteps is not None or sigmas is not None
+        table = self._table(
+            None if chosen else num_inference_steps,
+            sampler=sampler,
+            eta=eta,
+            timesteps=timesteps,
+            sigmas=sigmas,
+        )
+        seeds, generators = _generators(seed, generator, prompts.batch * count)
+
+        with explained_memory_errors(f"pictures of {size[1]}x{size[0]}"):
+            call = Call(
+                self,
+                table,
+                prompts,
+                count=count,
+                size=size,
+                sizes=Sizes(original=original_size, crop=crops_coords_top_left, target=target_size),
+                guidance=float(guidance),
+                callback=callback_on_step_end,
+                callback_tensors=tuple(callback_on_step_end_tensor_inputs),
+                one_at_a_time=batch_invariant,
+            )
+            images = call.draw(generators, latents, output_type)
+        if not return_dict:
+            return (images, None)
+        settings = {
+            "steps": int(table.steps[-1]) + 1,
+            "sampler": sampler or self.sampler,
+            "guidance_scale": guidance,
+            "eta": eta,
+            "height": size[0],
+            "width": size[1],
+            "timesteps": None if timesteps is None else list(timesteps),
+            "sigmas": None if sigmas is None else list(sigmas),
+            "batch_invariant": batch_invariant,
+        }
+        return Output(images, self._metadata(prompts, count, seeds, settings))
+
+    @property
+    def _default_guidance(self) -> float:
+        return 5.0 if self.config.family == "sdxl" else 7.5
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor = self.config.vae.downscale
+        default = self.config.default_size
+        size = (default if height is None else height, default if width is None else width)
+        for name, side in zip(("height", "width"), size, strict=True):
+            _check_count(name, side)
+            if side % factor:
+                below = side // factor * factor
+                near = f"{below} or {below + factor}" if below else f"{factor}"
+                raise UsageError(
+                    f"{name} must be a multiple of {factor} pixels, not {side}; try {near}"
+                )
+        return size
+
+    def _table(self, steps: int | None, *, sampler: str | None = None, **options: Any) -> StepTable:
+        return build_table(self.config.schedule, steps, sampler=sampler or self.sampler, **options)
+
+    def _metadata(
+        self,
+        prompts: Prompts,
+        count: int,
+        seeds: list[int] | None,
+        settings: dict[str, Any],
+    ) -> list[dict[str, Any]]:
+        """One dict a picture; seed is None where the caller's own generators drew the noise."""
+        return [
+            {
+                "prompt": prompts.texts[i // count] if prompts.texts else None,
+                "negative_prompt": prompts.negative_text(i // count),
+                "seed": seeds[i] if seeds else None,
+                **settings,
+                "model": self.name,
+                "backend": self._backend.name,
+                "precision": self._backend.precision,
+                "versions": {"fastsd": fastsd.__version__, "torch": torch.__version__},
+            }
+            for i in range(prompts.batch * count)
+        ]
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownName(f"Pipeline has no {name!r}; {_instead(name, dir(type(self)))}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in INSTEAD:
+            raise UnknownName(f"Pipeline has no {name!r}; {INSTEAD[name]}")
+        super().__setattr__(name, value)
+
+
+class Call:
+    """One call of a Pipeline: all that changes while it runs. Callbacks get it as `pipe`.
+
+    _interrupt and _guidance_scale are diffusers' names for what a callback may set; every other
+    attribute is the pipeline's.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        table: StepTable,
+        prompts: Prompts,
+        *,
+        count: int,
+        size: tuple[int, int],
+        sizes: Sizes,
+        guidance: float,
+        callback: Callback | None,
+        callback_tensors: tuple[str, ...],
+        one_at_a_time: bool,
+    ) -> None:
+        self._pipeline = pipeline
+        self._backend = pipeline._backend
+        self._config = pipeline.config
+        self._table = table
+        self._size = size
+        self._callback = callback
+        self._callback_tensors = callback_tensors
+        self._one_at_a_time = one_at_a_time
+        self._interrupt = False
+        self._guidance_scale = guidance
+        self._conditioning = self._encode(prompts, count, sizes)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance weight in force."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the model answers twice a step; distilled models are told the weight instead."""
+        return self._guidance_scale > 1 and not self._config.unet.guidance_width
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many times the model is evaluated."""
+        return self._table.rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def draw(
+        self,
+        generators: torch.Generator | Sequence[torch.Generator],
+        latents: Tensor | None,
+        output_type: str,
+    ) -> Any:
+        """Sample and decode; return the pictures in the form of `output_type`."""
+        noise = Noise(generators, self._latent_shape, self._backend.device)
+        self._loop = SamplingLoop(
+            self._table,
+            self._denoiser(),
+            self._first_latents(latents, noise) * self._table.init_scale,
+            guidance=self._guidance,
+            capture=self._backend.capture,
+        )
+        with tqdm(total=self._table.rows, **self._pipeline._progress) as bar:
+            final = self._loop.run(noise, lambda row: self._end_row(row, bar))
+        if output_type == "latent":
+            return final
+        pictures = tasks.decode(
+            self._backend, self._config, final, one_at_a_time=self._one_at_a_time
+        )
+        check_finite(pictures, "the picture")
+        pictures = (pictures / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return pictures
+        if output_type == "np":
+            return pictures.permute(0, 2, 3, 1).cpu().numpy()
+        return to_pil(pictures)
+
+    @property
+    def _guidance(self) -> float | None:
+        return self._guidance_scale if self.do_classifier_free_guidance else None
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int, int]:
+        batch = len(self._conditioning) // (2 if self.do_classifier_free_guidance else 1)
+        factor = self._config.vae.downscale
+        height, width = (side // factor for side in self._size)
+        return batch, self._config.vae.latent_channels, height, width
+
+    def _encode(self, prompts: Prompts, count: int, sizes: Sizes) -> Conditioning:
+        conditioning = prompts.conditioning(
+            lambda texts: tasks.encode(
+                self._backend,
+                self._config,
+                self._pipeline._tokenizers,
+                texts,
+                one_at_a_time=self._one_at_a_time,
+            ),
+            guided=self.do_classifier_free_guidance,
+            zero_empty=self._config.zero_empty_negative,
+        ).map(lambda t: t.repeat_interleave(count, dim=0))
+        if self._config.unet.size_ids:
+            ids = sizes.ids(self._size, len(conditioning), self._backend.device)
+            conditioning = replace(conditioning, size_ids=ids)
+        return conditioning
+
+    def _denoiser(self) -> Denoiser:
+        return tasks.bind_denoiser(
+            self._backend,
+            self._config,
+            torch.from_numpy(self._table.timesteps),
+            self._conditioning,
+            guided=self.do_classifier_free_guidance,
+            guidance=self._guidance_scale,
+            one_at_a_time=self._one_at_a_time,
+        )
+
+    def _first_latents(self, latents: Tensor | None, noise: Noise) -> Tensor:
+        if latents is None:
+            return noise()
+        if tuple(latents.shape) != self._latent_shape:
+            raise UsageError(
+                f"latents have shape {tuple(latents.shape)}, expected {self._latent_shape} "
+                "(pictures, channels, height / 8, width / 8)"
+            )
+        return latents.to(self._backend.device, torch.float32)
+
+    def _end_row(self, row: int, bar: Any) -> bool:
+        """Advance the bar, ask the callback, take over what it changed; False ends the run."""
+        bar.update()
+        if self._callback is None:
+            return True
+        half = len(self._conditioning) // 2
+        tensors = {
+            "latents": self._loop.latents,
+            "prompt_embeds": self._conditioning.context,
+            "negative_prompt_embeds": self._conditioning.context[:half],
+        }
+        given = {name: tensors[name] for name in self._callback_tensors}
+        before = self._guidance_scale
+        changed = self._callback(self, row, float(self._table.timesteps[row]), given) or {}
+        latents = changed.get("latents", self._loop.latents)
+        if latents is not self._loop.latents:
+            self._loop.latents.copy_(latents)
+        context = changed.get("prompt_embeds", self._conditioning.context)
+        if context is not self._conditioning.context or before != self._guidance_scale:
+            self._rebind(context)
+        return not self._interrupt
+
+    def _rebind(self, context: Tensor) -> None:
+        """Go on with another context or guidance weight, as diffusers' loop does."""
+        batch = len(self._loop.latents)
+        kept = 2 * batch if self.do_classifier_free_guidance else batch
+        self._conditioning = replace(
+            self._conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
+        )
+        self._loop.denoise = self._denoiser()
+        self._loop.set_guidance(self._guidance)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is unknown; give 'cpu', 'cuda' or 'cuda:0'") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "device 'cuda' was asked for, but torch sees no GPU; `fastsd env` says why"
+        )
+    return chosen
+
+
+def _precision(precision: str | None, torch_dtype: torch.dtype | None) -> str:
+    if torch_dtype is None:
+        return precision or "fp32"
+    for name, dtype in PRECISIONS.items():
+        if dtype == torch_dtype and precision in (None, name):
+            return name
+    raise UsageError(
+        f"torch_dtype={torch_dtype} and precision={precision!r} do not fit; give one of precision="
+        f"{', '.join(PRECISIONS)}"
+    )
+
+
+def _generators(
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    batch: int,
+) -> tuple[list[int] | None, torch.Generator | Sequence[torch.Generator]]:
+    """Resolve the two ways of asking for noise: (each picture's seed if it has one, generators)."""
+    if generator is not None:
+        if seed is not None:
+            raise UsageError("give either seed or generator, not both")
+        if not isinstance(generator, torch.Generator) and len(generator) != batch:
+            raise UsageError(f"{len(generator)} generators were given for {batch} pictures")
+        return None, generator
+    if seed is None:
+        seed = int(torch.randint(2**31, (1,)))
+    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise UsageError(f"{len(seeds)} seeds were given for {batch} pictures")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise UsageError(f"a seed must be a whole number from 0 to 2**63 - 1, not {value!r}")
+    return seeds, [torch.Generator("cpu").manual_seed(value) for value in seeds]
+
+
+def _refuse(unknown: dict[str, object], function: Callable[..., object]) -> None:
+    """Raise for arguments that `function` does not have, naming what stands in their place."""
+    for name in unknown:
+        known = list(inspect.signature(function).parameters)
+        raise UsageError(f"argument {name!r} is unknown; {_instead(name, known)}")
+
+
+def _instead(name: str, known: Sequence[str]) -> str:
+    if name in INSTEAD:
+        return INSTEAD[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else "see help(fastsd.Pipeline)"
+
+
+def _check_choice(what: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise UsageError(f"{what} {given!r} is unknown; it is one of {', '.join(known)}")
+
+
+def _check_count(what: str, given: int) -> int:
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
+        raise UsageError(f"{what} must be a whole number of 1 or more, not {given!r}")
+    return int(given)
+
+
+def _check_number(what: str, given: float) -> None:
+    if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
+        raise UsageError(f"{what} must be a finite number, not {given!r}")

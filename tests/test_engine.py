@@ -1,0 +1,144 @@
+"""The loop: a table run over static buffers equals the formula; captures replay the same
+buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastsd.config import ScheduleConfig
+from fastsd.engine import SamplingLoop, explained_memory_errors
+from fastsd.errors import NumericsError, OutOfMemory
+from fastsd.samplers import SAMPLERS, StepTable, build_table
+
+SCHEDULE = ScheduleConfig()
+SHAPE = (3, 4, 5, 7)
+
+
+def answer(x: Tensor, row: Tensor) -> Tensor:
+    """A smooth, elementwise stand-in for the UNet."""
+    return torch.tanh(0.7 * x + 0.1) + 0.05 * row.to(x.dtype)
+
+
+def numpy_loop(table: StepTable, x: np.ndarray, noises: list[np.ndarray]) -> np.ndarray:
+    """The contract's formula, word for word, in float64."""
+    state = np.zeros((1 + table.slots, *x.shape))
+    state[0] = x
+    draws = iter(noises)
+    for r in range(table.rows):
+        noise = next(draws) if table.draws[r] else np.zeros_like(x)
+        output = np.tanh(0.7 * table.c_in[r] * state[0] + 0.1) + 0.05 * r
+        D = table.clean[r, 0] * state[0] + table.clean[r, 1] * output
+        state = (
+            np.einsum("ij,j...->i...", table.A[r], state)
+            + np.einsum("i,...->i...", table.b[r], D)
+            + np.einsum("i,...->i...", table.c[r], noise)
+        )
+    return state[0]
+
+
+def draw(generator: torch.Generator) -> Callable[[], Tensor]:
+    return lambda: torch.randn(SHAPE, generator=generator)
+
+
+def run(table: StepTable, x: Tensor, **options: object) -> Tensor:
+    loop = SamplingLoop(table, answer, x, guidance=None, **options)  # type: ignore[arg-type]
+    return loop.run(draw(torch.Generator().manual_seed(1)), lambda row: True)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_loop_is_the_formula(sampler: str) -> None:
+    table = build_table(SCHEDULE, 7, sampler=sampler)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * table.init_scale
+    generator = torch.Generator().manual_seed(1)
+    noises = [draw(generator)().double().numpy() for _ in range(int(table.draws.sum()))]
+    expected = numpy_loop(table, x.double().numpy(), noises)
+    result = run(table, x).double().numpy()
+    assert np.linalg.norm(result - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_capture_replays_the_same_buffers() -> None:
+    """As a CUDA graph would: one captured step, replayed a row at a time, nothing reallocated."""
+    captured: list[Callable[[], None]] = []
+    replays = 0
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        captured.append(step)
+
+        def replay() -> None:
+            nonlocal replays
+            replays += 1
+            step()
+
+        return replay
+
+    table = build_table(SCHEDULE, 9, sampler="dpmpp_2m")
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    loop = SamplingLoop(table, answer, x, guidance=None, capture=capture)
+    before = loop.latents.data_ptr()
+    result = loop.run(draw(torch.Generator()), lambda row: True)
+    assert len(captured) == 1 and replays == table.rows
+    assert result.data_ptr() == before
+    assert torch.equal(result, run(table, x))
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m", "pndm"])
+def test_an_element_does_not_depend_on_its_batch(sampler: str) -> None:
+    table = build_table(SCHEDULE, 6, sampler=sampler)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+    def sample(rows: slice) -> Tensor:
+        loop = SamplingLoop(table, answer, x[rows], guidance=None)
+        return loop.run(lambda: noise[rows], lambda row: True)
+
+    together = sample(slice(0, 3))
+    for i in range(3):
+        assert torch.equal(sample(slice(i, i + 1))[0], together[i])
+
+
+def test_guidance_is_the_weighted_difference() -> None:
+    table = build_table(SCHEDULE, 4, sampler="euler")
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def twice(x: Tensor, row: Tensor) -> Tensor:
+        return torch.cat([0.5 * answer(x, row), answer(x, row)])
+
+    def once(x: Tensor, row: Tensor) -> Tensor:
+        return 0.5 * answer(x, row) + 3.0 * (answer(x, row) - 0.5 * answer(x, row))
+
+    guided = SamplingLoop(table, twice, x, guidance=3.0).run(lambda: x, lambda row: True)
+    plain = SamplingLoop(table, once, x, guidance=None).run(lambda: x, lambda row: True)
+    torch.testing.assert_close(guided, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_ends_where_it_is_told_to() -> None:
+    table = build_table(SCHEDULE, 8, sampler="euler")
+    rows: list[int] = []
+
+    def on_row(row: int) -> bool:
+        rows.append(row)
+        return row < 2
+
+    SamplingLoop(table, answer, torch.zeros(SHAPE), guidance=None).run(
+        lambda: torch.zeros(1), on_row
+    )
+    assert rows == [0, 1, 2]
+
+
+def test_nan_is_an_error_not_a_picture() -> None:
+    table = build_table(SCHEDULE, 3, sampler="euler")
+    loop = SamplingLoop(table, lambda x, row: x * float("nan"), torch.ones(SHAPE), guidance=None)
+    with pytest.raises(NumericsError, match="latents.*fp32"):
+        loop.run(lambda: torch.zeros(1), lambda row: True)
+
+
+def test_memory_errors_are_explained() -> None:
+    with pytest.raises(OutOfMemory, match="smaller size"), explained_memory_errors("a picture"):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="mat1"), explained_memory_errors("a picture"):
+        torch.ones(2, 3) @ torch.ones(2, 3)

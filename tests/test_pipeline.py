@@ -1,0 +1,408 @@
+"""The whole pipeline: the picture is diffusers'; seeds, batches, threads, callbacks, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastsd import Pipeline
+from fastsd.benchmarks.baselines import diffusers_pipeline
+from fastsd.errors import FastsdError, NumericsError, OutOfMemory, UnknownName, UsageError
+from fastsd.quality import psnr
+
+FAMILIES = ["sd1_folder", "sd2_folder", "sdxl_folder"]
+PROMPT = "a small red house by the sea"
+
+
+@pytest.fixture(scope="module")
+def sd1(sd1_folder: Path) -> Pipeline:
+    return quiet(sd1_folder)
+
+
+def quiet(folder: Path | str, **options: Any) -> Pipeline:
+    pipeline = Pipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def digest(image: Image.Image) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def assert_same_picture(ours: Any, theirs: Any, bar_db: float = 50.0) -> None:
+    """Compare float pictures (B, H, W, 3) in [0, 1], one by one."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.01, "a flat picture compares equal to anything flat"
+    for a, b in zip(ours, theirs, strict=True):
+        error = float(((a - b) ** 2).mean())
+        assert error == 0 or -10 * np.log10(error) >= bar_db
+
+
+# --- the same picture as diffusers
+# -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_diffusers(family: str, guidance: float, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    settings: dict[str, Any] = dict(
+        negative_prompt="fog", num_inference_steps=8, guidance_scale=guidance, output_type="np"
+    )
+    ours = quiet(folder)(PROMPT, seed=3, **settings)
+    theirs = diffusers_pipeline(folder)(PROMPT, generator=generator(3), **settings)
+    assert_same_picture(ours.images, theirs.images)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_diffusers(family: str, request: pytest.FixtureRequest) -> None:
+    """Nothing but a prompt is given: SDXL's zeros and each family's defaults."""
+    folder = request.getfixturevalue(family)
+    ours = quiet(folder)(PROMPT, generator=generator(0), output_type="np")
+    theirs = diffusers_pipeline(folder)(PROMPT, generator=generator(0), output_type="np")
+    assert_same_picture(ours.images, theirs.images)
+
+
+def test_batches_and_one_generator_draw_as_in_diffusers(sd1: Pipeline, sd1_folder: Path) -> None:
+    theirs = diffusers_pipeline(sd1_folder)
+    settings: dict[str, Any] = dict(
+        num_inference_steps=4, output_type="np", num_images_per_prompt=2
+    )
+    prompts = [PROMPT, "a cat"]
+    negatives = ["fog", ""]
+    for generators in (lambda: generator(5), lambda: [generator(i) for i in (9, 8, 7, 6)]):
+        ours = sd1(prompts, negative_prompt=negatives, generator=generators(), **settings)
+        reference = theirs(prompts, negative_prompt=negatives, generator=generators(), **settings)
+        assert_same_picture(ours.images, reference.images)
+        assert len(ours.metadata) == 4 and ours.metadata[2]["prompt"] == "a cat"
+
+
+def test_a_used_generator_goes_on_as_in_diffusers(sd1: Pipeline, sd1_folder: Path) -> None:
+    """The second call of one generator, with a sampler that draws at every step."""
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    theirs = diffusers_pipeline(sd1_folder)
+    theirs.scheduler = EulerAncestralDiscreteScheduler.from_config(theirs.scheduler.config)
+    settings: dict[str, Any] = dict(num_inference_steps=4, output_type="np")
+    a, b = generator(1), generator(1)
+    for _ in range(2):
+        ours = sd1(PROMPT, generator=a, sampler="euler_a", **settings).images
+        assert_same_picture(ours, theirs(PROMPT, generator=b, **settings).images)
+
+
+def test_sdxl_size_conditioning(sdxl_folder: Path) -> None:
+    settings: dict[str, Any] = dict(
+        num_inference_steps=3,
+        output_type="np",
+        prompt_2="oil painting",
+        negative_prompt="fog",
+        negative_prompt_2="blurry",
+        original_size=(512, 256),
+        crops_coords_top_left=(16, 8),
+        target_size=(300, 200),
+    )
+    theirs = diffusers_pipeline(sdxl_folder)
+    reference = theirs(
+        PROMPT,
+        generator=generator(2),
+        negative_original_size=(512, 256),
+        negative_crops_coords_top_left=(16, 8),
+        negative_target_size=(300, 200),
+        **settings,
+    )
+    assert_same_picture(quiet(sdxl_folder)(PROMPT, seed=2, **settings).images, reference.images)
+
+
+def test_latents_and_embeddings_in_and_out(sd1: Pipeline, sd1_folder: Path) -> None:
+    theirs = diffusers_pipeline(sd1_folder)
+    positive, negative = theirs.encode_prompt(PROMPT, "cpu", 1, True, "fog")
+    latents = torch.randn((1, 4, 9, 17), generator=generator(4))
+    factor = theirs.vae_scale_factor
+    settings: dict[str, Any] = dict(
+        num_inference_steps=4,
+        latents=latents,
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+        height=9 * factor,
+        width=17 * factor,
+    )
+    ours = sd1(output_type="latent", **settings).images
+    reference = theirs(output_type="latent", **settings).images
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+    pt = sd1(output_type="pt", **settings).images
+    np_ = sd1(output_type="np", **settings).images
+    pil = sd1(output_type="pil", **settings).images[0]
+    assert_same_picture(np_, theirs(output_type="np", **settings).images)
+    np.testing.assert_array_equal(pt.permute(0, 2, 3, 1).numpy(), np_)
+    np.testing.assert_array_equal(np.asarray(pil), (np_[0] * 255).round().astype(np.uint8))
+    images, nsfw = sd1(output_type="pil", return_dict=False, **settings)
+    assert nsfw is None and digest(images[0]) == digest(pil)
+
+
+# --- callbacks
+# ---------------------------------------------------------------------------------------
+
+
+def stop_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """From diffusers' documentation: no guidance after 40 % of the steps."""
+    if step == int(pipe.num_timesteps * 0.4):
+        tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        pipe._guidance_scale = 0.0
+    return tensors
+
+
+def change_latents(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"latents": tensors["latents"] * 0.97} if step == 2 else tensors
+
+
+def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    if step == 3:
+        pipe._interrupt = True
+    return tensors
+
+
+@pytest.mark.parametrize("callback", [stop_guidance, change_latents, interrupt])
+def test_callbacks_do_what_they_do_in_diffusers(
+    callback: Any, sd1: Pipeline, sd1_folder: Path
+) -> None:
+    settings: dict[str, Any] = dict(
+        num_inference_steps=6,
+        output_type="np",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )
+    ours = sd1(PROMPT, seed=0, **settings).images
+    theirs = diffusers_pipeline(sd1_folder)(PROMPT, generator=generator(0), **settings).images
+    assert_same_picture(ours, theirs)
+
+
+def test_callback_sees_each_step_and_may_raise(sd1: Pipeline, sd1_folder: Path) -> None:
+    def record(seen: list[tuple[int, float]]) -> Any:
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+            seen.append((step, float(timestep)))
+            return tensors
+
+        return callback
+
+    ours: list[tuple[int, float]] = []
+    theirs: list[tuple[int, float]] = []
+    sd1(PROMPT, num_inference_steps=5, callback_on_step_end=record(ours))
+    diffusers_pipeline(sd1_folder)(
+        PROMPT, num_inference_steps=5, callback_on_step_end=record(theirs)
+    )
+    assert ours == theirs
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel(*_: Any) -> Any:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        sd1(PROMPT, num_inference_steps=5, callback_on_step_end=cancel)
+
+
+# --- one seed, one picture
+# ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(520, 520), (72, 136)])
+def test_noise_is_the_same_in_any_batch_and_position(size: tuple[int, int]) -> None:
+    from fastsd.tasks import Noise
+
+    h, w = size[0] // 8, size[1] // 8
+
+    def draws(seeds: list[int]) -> list[torch.Tensor]:
+        noise = Noise([generator(s) for s in seeds], (len(seeds), 4, h, w), torch.device("cpu"))
+        return [noise(), noise()]
+
+    alone = draws([11])
+    for batch in range(1, 9):
+        for position in range(batch):
+            seeds = list(range(100, 100 + batch))
+            seeds[position] = 11
+            for ours, reference in zip(draws(seeds), alone, strict=True):
+                assert torch.equal(ours[position], reference[0])
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "euler_a"])
+def test_batches_agree_and_batch_invariant_is_exact(sd1: Pipeline, sampler: str) -> None:
+    """Pictures of one seed: >= 60 dB alone or in any batch; one hash each with batch_invariant."""
+    settings: dict[str, Any] = dict(num_inference_steps=3, sampler=sampler, height=72, width=136)
+    for invariant in (False, True):
+        settings["batch_invariant"] = invariant
+        alone = {s: sd1(PROMPT, seed=s, **settings).images[0] for s in (4, 5, 11)}
+        for batch in (2, 3, 8):
+            for position in {0, batch // 2, batch - 1}:
+                seeds = [4 + (i % 2) for i in range(batch)]
+                seeds[position] = 11
+                together = sd1([PROMPT] * batch, seed=seeds, **settings).images
+                for seed, picture in zip(seeds, together, strict=True):
+                    if invariant:
+                        assert digest(picture) == digest(alone[seed])
+                    else:
+                        assert psnr(picture, alone[seed]) >= 60
+
+
+def test_seed_plus_i(sd1: Pipeline) -> None:
+    output = sd1(PROMPT, seed=20, num_images_per_prompt=3, num_inference_steps=2)
+    assert [m["seed"] for m in output.metadata] == [20, 21, 22]
+    third = sd1(PROMPT, seed=22, num_inference_steps=2).images[0]
+    assert psnr(output.images[2], third) >= 60
+
+
+def test_without_a_seed_torchs_generator_decides(sd1: Pipeline) -> None:
+    torch.manual_seed(0)
+    first = sd1(PROMPT, num_inference_steps=1)
+    torch.manual_seed(0)
+    second = sd1(PROMPT, num_inference_steps=1)
+    third = sd1(PROMPT, num_inference_steps=1)
+    assert digest(first.images[0]) == digest(second.images[0]) != digest(third.images[0])
+    again = sd1(PROMPT, num_inference_steps=1, seed=third.metadata[0]["seed"])
+    assert digest(again.images[0]) == digest(third.images[0])
+
+
+def test_eight_threads_on_one_pipeline(sd1: Pipeline) -> None:
+    def draw(i: int) -> str:
+        output = sd1(
+            f"picture {i}",
+            seed=i,
+            height=64 + 8 * (i % 3),
+            width=64,
+            num_inference_steps=2 + i % 4,
+            sampler=["pndm", "euler_a", "unipc", "ddim"][i % 4],
+            guidance_scale=1.0 + i,
+        )
+        return digest(output.images[0])
+
+    alone = [draw(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2):
+            assert list(pool.map(draw, range(8))) == alone
+
+
+# --- moving over from diffusers, bad input
+# -----------------------------------------------------------
+
+
+def test_a_diffusers_script_moves_over(sd1_folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(
+        sd1_folder, torch_dtype=torch.bfloat16, safety_checker=None, use_safetensors=True
+    )
+    pipe = pipe.to("cpu")
+    assert pipe.dtype == torch.bfloat16 and pipe.device.type == "cpu"
+    pipe.set_progress_bar_config(disable=True)
+    half = pipe(PROMPT, seed=0, num_inference_steps=3).images[0]
+    full = pipe.to(torch.float32)(PROMPT, seed=0, num_inference_steps=3).images[0]
+    assert 20 <= psnr(half, full) < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("enable_xformers_memory_efficient_attention", "memory"),
+        ("enable_vae_tiling", "smaller"),
+        ("scheduler", "sampler="),
+        ("devise", "device"),
+    ],
+)
+def test_what_we_do_not_have_names_what_we_have(sd1: Pipeline, name: str, advice: str) -> None:
+    with pytest.raises(UnknownName, match=advice):
+        getattr(sd1, name)
+    assert not hasattr(sd1, name)
+
+
+def test_scheduler_objects_are_refused(sd1: Pipeline) -> None:
+    with pytest.raises(UsageError, match="sampler="):
+        sd1.scheduler = object()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(callback=print), "callback_on_step_end"),
+        (dict(guidance_scal=7), "did you mean 'guidance_scale'"),
+        (dict(height=100), "multiple of 8.*96 or 104"),
+        (dict(width=0), "width"),
+        (dict(height=-64), "height"),
+        (dict(guidance_scale=float("nan")), "finite"),
+        (dict(eta=float("inf")), "finite"),
+        (dict(num_inference_steps=0), "steps"),
+        (dict(num_inference_steps=2.5), "steps"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt"),
+        (dict(output_type="jpeg"), "pil"),
+        (dict(sampler="eulr"), "euler"),
+        (dict(seed=-1), "seed"),
+        (dict(seed=[1, 2]), "2 seeds.*1 picture"),
+        (dict(seed=1, generator=torch.Generator()), "not both"),
+        (dict(generator=[]), "0 generators"),
+        (dict(latents=torch.zeros(1, 4, 3, 3)), "latents have shape"),
+        (dict(negative_prompt=["a", "b"]), "negative_prompt has 2 texts"),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), "noise"),
+        (dict(prompt_embeds=torch.zeros(1, 77, 32)), "not both"),
+    ],
+)
+def test_bad_arguments(sd1: Pipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sd1(PROMPT, **arguments)
+
+
+@pytest.mark.parametrize("prompt", [None, [], 3, [3], "\ud800", "x" * 40_000])
+def test_bad_prompts(sd1: Pipeline, prompt: Any) -> None:
+    with pytest.raises(UsageError):
+        sd1(prompt, num_inference_steps=1)
+
+
+def test_empty_and_long_prompts_draw_as_in_diffusers(
+    sd1: Pipeline, sd1_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = diffusers_pipeline(sd1_folder)
+    for prompt in ("", "a house by the sea " * 40):
+        settings: dict[str, Any] = dict(num_inference_steps=2, output_type="np")
+        ours = sd1(prompt, seed=0, **settings).images
+        assert_same_picture(ours, theirs(prompt, generator=generator(0), **settings).images)
+    assert "cut off" in caplog.text
+
+
+def test_bad_loading_arguments(sd1_folder: Path) -> None:
+    for arguments in (
+        dict(sampler="nope"),
+        dict(backend="nope"),
+        dict(precision="fp7"),
+        dict(device="warp"),
+        dict(torch_dtype=torch.int8),
+        dict(torch_dtype=torch.float16, precision="fp32"),
+        dict(scheduler=object()),
+        dict(custom_pipeline="x"),
+        dict(safety_checker=object()),
+        dict(use_safetensors=False),
+        dict(lokal_files_only=True),
+    ):
+        with pytest.raises(UsageError):
+            Pipeline.from_pretrained(sd1_folder, **arguments)
+    with pytest.raises(FastsdError):
+        Pipeline.from_pretrained(sd1_folder / "nothing here")
+
+
+def test_nan_weights_are_an_error_not_a_black_picture(sd1_folder: Path) -> None:
+    broken = quiet(sd1_folder)
+    decoder = broken._backend.part("vae_decoder")
+    broken._backend._parts["vae_decoder"] = lambda z: decoder(z) * float("nan")
+    with pytest.raises(NumericsError, match="picture"):
+        broken(PROMPT, num_inference_steps=1)
+
+
+def test_out_of_memory_is_typed(sd1: Pipeline) -> None:
+    with pytest.raises(OutOfMemory, match="smaller size"):
+        sd1(PROMPT, height=8_000_000, width=8_000_000, num_inference_steps=1)
