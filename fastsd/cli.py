@@ -1,0 +1,459 @@
+"""The command line: `fastsd generate`, `samplers`, `inspect`, `env`.
+
+Results go to stdout (paths, tables, JSON), everything else to stderr. Exit codes: 0 done, 1 could
+not, 2 wrong usage, 130 interrupted. Heavy imports stand inside the commands: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import fastsd
+from fastsd.errors import FastsdError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEFAULT_NAME = "fastsd-{seed}.png"
+# A picture's metadata -> what it is called where a Pipeline is loaded, and where it is called.
+LOAD_SETTINGS = ("backend", "precision", "device")
+CALL_SETTINGS = {
+    "negative_prompt": "negative_prompt",
+    "steps": "num_inference_steps",
+    "timesteps": "timesteps",
+    "sigmas": "sigmas",
+    "guidance_scale": "guidance_scale",
+    "sampler": "sampler",
+    "eta": "eta",
+    "height": "height",
+    "width": "width",
+    "batch_invariant": "batch_invariant",
+}
+
+app = typer.Typer(
+    help="Stable Diffusion as fast as the hardware allows.",
+    epilog="Start with: fastsd generate 'a red apple' -o apple.png",
+    rich_markup_mode=None,  # rich would double the time that --help takes
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; a user's mistake is one line on stderr, never a traceback."""
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):  # a legacy code page must not break on a prompt's text
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        app(_checked(sys.argv[1:] if arguments is None else arguments), prog_name="fastsd")
+    except UsageError as error:
+        _fail(error, 2)
+    except FastsdError as error:
+        _fail(error, 1)
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _checked(arguments: Sequence[str]) -> list[str]:
+    """Refuse text that no file or tokenizer could hold."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the argument {argument!r} is not text: {argument[error.start]!r} is no character; "
+                "check the terminal's encoding"
+            ) from None
+    return list(arguments)
+
+
+def _fail(error: object, code: int) -> NoReturn:
+    _say(f"error: {error}")
+    sys.exit(code)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fastsd {fastsd.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+Settings = Mapping[str, Any]
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  fastsd generate "a red apple" -o apple.png
+  fastsd generate "a cat" "a dog" --count 4 --seed 7 -o out/
+  fastsd generate "a castle" --model ./sd15 --steps 25 --sampler "DPM++ 2M Karras"
+  fastsd generate --again apple.png -o same-apple.png
+  fastsd generate --again apple.png --steps 50 -o finer-apple.png
+
+Each PNG holds its prompt and settings, in the line that other tools read and as JSON for --again.
+"""
+)
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="What to draw.", show_default=False),
+    ] = None,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A PNG file or a folder, made if missing; a file of that name is replaced. {seed} "
+            "stands for the seed; without it several pictures become out-1.png, out-2.png, ...",
+        ),
+    ] = DEFAULT_NAME,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="builtin, a folder in the diffusers layout or a hub id. [default: builtin]"
+        ),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: 20]")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="How closely to follow the prompt; 1: not at all. [default: 7.5, SDXL 5]"
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="See `fastsd samplers`. [default: the model's own]")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Picture i is drawn from seed + i, alone or in a batch. [default: random]"
+        ),
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="In pixels, a multiple of 8. [default: the model's own]")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="In pixels, a multiple of 8. [default: the model's own]")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Pictures drawn at once: faster on a GPU, takes memory.")
+    ] = 1,
+    again: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Take what is not given here from a picture's own data."),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="What runs the model, see `fastsd env`. [default: eager]")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 (exact), fp16 or bf16. [default: fp32]")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures; print the path of each, or with --json all that was told to draw it."""
+    from fastsd.images import make_folder, save_png
+    from fastsd.samplers import resolve
+
+    given = {
+        "prompts": prompts,
+        "model": model,
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "seed": seed,
+        "width": width,
+        "height": height,
+        "backend": backend,
+        "precision": precision,
+        "device": device,
+    }
+    settings = {"model": "builtin", "steps": 20, "seed": secrets.randbelow(2**32)}
+    settings |= _recorded(again) if again else {}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if not settings.get("prompts"):
+        raise UsageError('a prompt is missing; give one, e.g. fastsd generate "a red apple"')
+    if settings.get("sampler") is not None:
+        resolve(settings["sampler"])  # here too, so that a wrong name does not wait for torch
+    texts = [text for text in settings["prompts"] for _ in range(count)]
+    seeds = [settings["seed"] + i for i in range(len(texts))]
+    paths = _paths(output, seeds)
+    make_folder(paths[0].parent)
+
+    done = []
+    pictures = _draw(texts, seeds, settings, batch)
+    for path, (image, metadata) in zip(paths, pictures, strict=True):
+        save_png(image, path, metadata)
+        done.append({"path": str(path), **metadata})
+        if not as_json:
+            print(path, flush=True)
+            _say(f"  seed {metadata['seed']}: {metadata['prompt']}")
+    if as_json:
+        print(json.dumps(done, indent=2))
+
+
+def _recorded(picture: Path) -> dict[str, Any]:
+    """Read back the settings that `picture` was drawn with."""
+    from fastsd.images import read_metadata
+
+    metadata = read_metadata(picture)
+    if "versions" not in metadata:
+        raise UsageError(
+            f"{picture} was drawn by another program, with its own kind of noise; "
+            f"it cannot be drawn again, but its settings can be given as options: {metadata}"
+        )
+    if metadata.get("prompt") is None or metadata.get("seed") is None:
+        raise UsageError(
+            f"{picture} was drawn from a Python program's own embeddings or generator, which it does "
+            "not hold; run that program again"
+        )
+    prompts = [metadata.pop("prompt")]
+    return {"prompts": prompts, **{k: v for k, v in metadata.items() if v is not None}}
+
+
+def _paths(output: str, seeds: Sequence[int]) -> list[Path]:
+    """Name a file for each seed."""
+    pattern = Path(output)
+    if output.endswith(("/", os.sep)) or pattern.is_dir():
+        pattern /= DEFAULT_NAME
+    if pattern.suffix.lower() != ".png":
+        raise UsageError(
+            f"--output {output!r} must be a folder (that exists or ends in /) or a name ending in "
+            ".png: pictures are saved as PNG, which holds how they were drawn"
+        )
+    if "{seed}" in pattern.name:
+        names = [pattern.name.replace("{seed}", str(seed)) for seed in seeds]
+    elif len(seeds) == 1:
+        names = [pattern.name]
+    else:
+        names = [f"{pattern.stem}-{i}{pattern.suffix}" for i in range(1, len(seeds) + 1)]
+    return [pattern.with_name(name) for name in names]
+
+
+def _draw(
+    texts: Sequence[str], seeds: Sequence[int], settings: Settings, batch: int
+) -> Iterator[tuple[Image, dict[str, Any]]]:
+    """Load the model and draw a picture for each text and seed, `batch` at once."""
+    from fastsd import Pipeline
+
+    load = {name: settings[name] for name in LOAD_SETTINGS if name in settings}
+    call = {name: settings[key] for key, name in CALL_SETTINGS.items() if key in settings}
+    pipe = Pipeline.from_pretrained(settings["model"], sampler=settings.get("sampler"), **load)
+    for start in range(0, len(texts), batch):
+        part = slice(start, start + batch)
+        output = pipe(list(texts[part]), seed=list(seeds[part]), **call)
+        yield from zip(output.images, output.metadata, strict=True)
+
+
+# --- samplers, inspect, env ----------------------------------------------------------------------
+
+
+@app.command("samplers")
+def list_samplers(as_json: Json = False) -> None:
+    """List the samplers and their other names."""
+    from fastsd.samplers import SAMPLERS
+
+    rows = [
+        {
+            "name": name,
+            "title": sampler.title,
+            "aliases": [*sampler.aliases, sampler.scheduler],
+            "order": sampler.order,
+            "evaluations": sampler.evaluations,
+            "stochastic": sampler.stochastic,
+            "spacings": ["Karras", "Exponential"] if "sigma_spacing" in sampler.accepts else [],
+        }
+        for name, sampler in SAMPLERS.items()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = [["name", "title", "order", "model calls a step", "draws noise", "other names"]]
+    for row in rows:
+        title = row["title"] + ("*" if row["spacings"] else "")
+        numbers = [str(row["order"]), str(row["evaluations"])]
+        table.append(
+            [
+                row["name"],
+                title,
+                *numbers,
+                "yes" if row["stochastic"] else "no",
+                ", ".join(row["aliases"]),
+            ]
+        )
+    _print_table(table)
+    print('* may be followed by Karras or Exponential, e.g. --sampler "DPM++ 2M Karras"')
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="builtin, a folder or a hub id.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a model holds: family, parts, parameter counts, sizes, dtypes, sampler."""
+    from fastsd.checkpoints import describe, open_checkpoint
+
+    _print_data(describe(open_checkpoint(model)), as_json)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Describe this machine and which backends it can use: paste it into a bug report."""
+    _print_data(_environment(), as_json)
+
+
+def _print_data(data: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        print("\n".join(_lines(data)))
+
+
+def _lines(data: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Write nested data as indented `name: value` lines."""
+    for name, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield f"{indent}{name}: {', '.join(map(str, value)) or 'none'}"
+        else:
+            yield f"{indent}{name}: {'none' if value is None else value}"
+
+
+# Everything whose version can explain a difference between two machines.
+PACKAGES = (
+    *("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "pillow", "typer"),
+    *("triton", "xformers", "torchao", "diffusers", "transformers"),
+)
+
+
+def _environment() -> dict[str, Any]:
+    """Collect versions, hardware and what is usable. Holds no path, user or host name."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "fastsd": fastsd.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "cpu": {
+            "name": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "memory_gib": _memory_gib(),
+        },
+        "devices": _devices(),
+        "backends": _backends(),
+    }
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def _devices() -> dict[str, str]:
+    """Describe each device that a Pipeline can be given, or say why there is no GPU."""
+    import torch
+
+    devices = {"cpu": "usable"}
+    if torch.backends.mps.is_available():
+        devices["mps"] = "usable"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "torch sees no GPU; look at its driver" if built else "torch is built for the CPU"
+        devices["cuda"] = f"not usable: {reason}"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        capability = f"{gpu.major}.{gpu.minor}"
+        devices[f"cuda:{index}"] = (
+            f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {capability}"
+        )
+    return devices
+
+
+def _backends() -> dict[str, str]:
+    """Say of each backend that it is usable, or why not."""
+    from importlib import import_module
+
+    from fastsd.backends import BACKENDS
+
+    def state(home: str) -> str:
+        try:
+            import_module(home.partition(":")[0])
+        except ImportError as error:  # MissingDependency is one and names the extra to install
+            return f"not usable: {error}"
+        return "usable"
+
+    return {name: state(home) for name, home in BACKENDS.items()}

@@ -1,0 +1,337 @@
+"""Pictures: tensors to PIL and back, reading with limits, PNG files that say how they were drawn.
+
+A PNG that we write holds two text chunks: `parameters`, as AUTOMATIC1111's web UI writes it and
+people's tools read it, and `fastsd`, a JSON object with everything that a Pipeline was told.
+Knows nothing of models and samplers; torch is imported only where a tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from fastsd.errors import FastsdError, NumericsError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP")  # of the forty that Pillow decodes, the ones people draw from
+MAX_PIXELS = 16_000_000
+JSON_CHUNK = "fastsd"
+TEXT_CHUNK = "parameters"
+
+
+# --- tensors and PIL ------------------------------------------------------------------------------
+
+
+def to_pil(pictures: Tensor | np.ndarray) -> list[Image.Image]:
+    """Convert a batch of pictures in [0, 1] to RGB, each value v to round(255 v), halves to even.
+
+    pictures: torch (B, 3, H, W) of any float dtype, or numpy (B, H, W, 3), float or already uint8.
+    Raises NumericsError for NaN and for values outside [0, 1], which uint8 would wrap.
+    """
+    array = pictures if isinstance(pictures, np.ndarray) else _channels_last(pictures)
+    if array.dtype != np.uint8:
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= 1):  # NaN fails both
+            raise NumericsError(
+                f"a picture holds values from {low} to {high}, expected 0 to 1; "
+                "clamp it, or find where NaN first appears"
+            )
+        array = (array * 255).round().astype(np.uint8)
+    return [Image.fromarray(picture) for picture in array]
+
+
+def _channels_last(pictures: Tensor) -> np.ndarray:
+    array: np.ndarray = pictures.detach().permute(0, 2, 3, 1).float().cpu().numpy()
+    return array
+
+
+def from_pil(pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
+    """Convert pictures of one size to torch (B, 3, H, W), float32 in [0, 1]: to_pil's inverse."""
+    import torch
+
+    batch = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    sizes = {picture.size for picture in batch}
+    if len(sizes) != 1:
+        raise UsageError(f"a batch needs pictures of one size, not {sorted(sizes)}; resize them")
+    array = np.stack([np.asarray(picture.convert("RGB")) for picture in batch])
+    return torch.from_numpy(array.astype(np.float32) / 255).permute(0, 3, 1, 2).contiguous()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a PNG, JPEG or WEBP as RGB, upright as its EXIF says; of an animation, the first frame.
+
+    The size is checked before anything is decoded. Raises UsageError for a file that is missing, of
+    another format, damaged, or larger than `max_pixels`.
+    """
+    with _open(path, FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UsageError(
+                f"{path} has {width}x{height} pixels, the limit is {max_pixels}; make it smaller"
+            )
+        try:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
+            raise UsageError(f"{path} is damaged ({error}); save it again") from None
+
+
+def _open(path: str | Path, formats: tuple[str, ...]) -> Image.Image:
+    """Read the header of a picture in one of `formats`; pixels are decoded later."""
+    try:
+        return Image.open(path, formats=formats)
+    except UnidentifiedImageError:
+        reason = f"it is not a {' or '.join(formats)} picture"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = f"it is too large: {error}"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (SyntaxError, ValueError) as error:
+        reason = f"it is damaged: {error}"
+    raise UsageError(f"cannot read {path}: {reason}; give a {' or '.join(formats)} file")
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def save_png(
+    image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write `image` to `path` with `metadata` in it; nobody ever sees half a file.
+
+    The folder is made if it is missing and an existing file is replaced. metadata: plain JSON data.
+    Raises FastsdError where the file cannot be written.
+    """
+    path = Path(path)
+    temporary = (
+        path.parent / f".{secrets.token_hex(8)}.tmp"
+    )  # short: names are limited to 255 bytes
+    try:
+        make_folder(path.parent)
+        with open(temporary, "xb") as file:
+            image.save(file, "PNG", pnginfo=None if metadata is None else _chunks(metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FastsdError(
+            f"cannot write {path}: {error.strerror or error}; choose another place"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` ready for writing or raise FastsdError; call it before a long drawing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastsdError(
+            f"cannot make the folder {folder}: {error.strerror or error}; choose another place"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise FastsdError(f"cannot write to the folder {folder}; choose another place")
+
+
+def _chunks(metadata: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text(TEXT_CHUNK, format_parameters(metadata))
+    chunks.add_text(JSON_CHUNK, json.dumps(dict(metadata)))  # ASCII, so that any reader decodes it
+    return chunks
+
+
+# --- metadata -------------------------------------------------------------------------------------
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Return what a PNG says of how it was drawn: the `fastsd` chunk, or what `parameters` tells.
+
+    Raises UsageError for a file that is not a PNG, or holds neither.
+    """
+    with _open(path, ("PNG",)) as image:
+        chunks = image.info
+    if JSON_CHUNK in chunks:
+        with suppress(ValueError, RecursionError):
+            metadata = json.loads(chunks[JSON_CHUNK])
+            if isinstance(metadata, dict):
+                return metadata
+        raise UsageError(f"the {JSON_CHUNK!r} chunk of {path} is not a JSON object; it was changed")
+    if TEXT_CHUNK in chunks:
+        return parse_parameters(chunks[TEXT_CHUNK])
+    raise UsageError(
+        f"{path} does not say how it was drawn: it has neither a {JSON_CHUNK!r} nor a "
+        f"{TEXT_CHUNK!r} chunk; a program that shrinks pictures may have dropped them"
+    )
+
+
+# Name in the convention -> our name and type, in the order in which they are written.
+_FIELDS: dict[str, tuple[str, type[Any]]] = {
+    "Steps": ("steps", int),
+    "Sampler": ("sampler", str),
+    "Schedule type": ("schedule_type", str),
+    "CFG scale": ("guidance_scale", float),
+    "Seed": ("seed", int),
+    "Size": ("size", str),
+    "Model": ("model", str),
+    "RNG": ("rng", str),
+    "Version": ("version", str),
+}
+_NEGATIVE = "Negative prompt:"
+# The web UI's own pattern, tied to the start of an entry so that a hostile line takes linear time.
+_ENTRY = re.compile(r'(?:^|(?<=,))\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_LONGEST_LINE = 16_384
+
+
+def format_parameters(metadata: Mapping[str, Any]) -> str:
+    """Write metadata as the web UI does: the prompt, the negative prompt, one line of settings.
+
+    `RNG: CPU` is always said: without it, readers assume noise drawn on a GPU.
+    """
+    values = {
+        **metadata,
+        "sampler": metadata.get("sampler_title", metadata.get("sampler")),
+        "size": f"{metadata['width']}x{metadata['height']}" if "width" in metadata else None,
+        "rng": "CPU",
+        "version": f"fastsd {metadata.get('versions', {}).get('fastsd', '')}".strip(),
+    }
+    settings = [
+        f"{title}: {_quote(_plain(values[name]))}"
+        for title, (name, _) in _FIELDS.items()
+        if values.get(name) not in (None, "")
+    ]
+    lines = [str(metadata.get("prompt") or "")]
+    if metadata.get("negative_prompt"):
+        lines.append(f"{_NEGATIVE} {metadata['negative_prompt']}")
+    return "\n".join([*lines, ", ".join(settings)])
+
+
+def parse_parameters(text: str) -> dict[str, Any]:
+    """Read the web UI's text back into our names; settings that we do not have are left out.
+
+    What format_parameters wrote comes back equal, but for one thing that the convention cannot say:
+    a line of the prompt itself that starts with "Negative prompt:" counts as the negative prompt.
+    """
+    *lines, last = text.rstrip("\n").split("\n")
+    entries = _ENTRY.findall(last) if len(last) <= _LONGEST_LINE else []
+    if len(entries) < 3:  # no settings: the web UI's own rule
+        lines, entries = [*lines, last], []
+    start = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE).removeprefix(" ")
+    metadata: dict[str, Any] = {"prompt": "\n".join(lines[:start]), "negative_prompt": negative}
+    for title, value in entries:
+        if title in _FIELDS:
+            name, type_ = _FIELDS[title]
+            with suppress(ValueError):  # another program's idea of a number
+                metadata[name] = type_(_unquote(value))
+    width, x, height = metadata.pop("size", "").partition("x")
+    if x and width.isdecimal() and height.isdecimal():
+        metadata |= {"width": int(width), "height": int(height)}
+    return metadata
+
+
+def _plain(value: object) -> str:
+    """Write 7.0 as 7, as the web UI does; anything else as it stands."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _quote(value: str) -> str:
+    ambiguous = set(value) & set(',:\n"') or value != value.strip()
+    return json.dumps(value, ensure_ascii=False) if ambiguous else value
+
+
+def _unquote(value: str) -> str:
+    if value.startswith('"'):
+        with suppress(ValueError):
+            return str(json.loads(value))
+    return value
+
+
+# --- contact sheets -------------------------------------------------------------------------------
+
+# Tried in this order for captions beyond the bundled font, which knows little more than ASCII.
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "PingFang.ttc",
+    "msyh.ttc",
+    "Arial Unicode.ttf",
+)
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    *,
+    columns: int = 4,
+    margin: int = 8,
+    font_size: int = 14,
+) -> Image.Image:
+    """Lay pictures in a grid on white, each with its caption below, cut to the picture's width.
+
+    Characters that no font of this machine has are written as their code points.
+    """
+    if not pictures or len(pictures) != len(captions) or columns < 1:
+        raise UsageError(
+            f"a contact sheet needs one caption a picture and a column or more; "
+            f"{len(pictures)} pictures, {len(captions)} captions and {columns} columns were given"
+        )
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    step_x, step_y = width + margin, height + 2 * font_size + margin
+    sheet = Image.new("RGB", (columns * step_x + margin, rows * step_y + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x = margin + index % columns * step_x
+        y = margin + index // columns * step_y
+        sheet.paste(picture, (x + (width - picture.width) // 2, y + height - picture.height))
+        text, font = _legible(" ".join(caption.split()), font_size)
+        draw.text((x, y + height + font_size // 4), _fit(text, font, width), "black", font)
+    return sheet
+
+
+def _legible(text: str, size: int) -> tuple[str, _Font]:
+    """Choose a font that has every character; failing that, spell out the missing ones."""
+    bundled = ImageFont.load_default(size=size)
+    for font in (bundled, *_installed_fonts(size)):
+        if not _missing(text, font):
+            return text, font
+    missing = _missing(text, bundled)
+    spelt = "".join(f"<{ord(c):04X}>" if c in missing else c for c in text)
+    return spelt, bundled
+
+
+def _installed_fonts(size: int) -> Iterable[_Font]:
+    for name in _FONTS:
+        with suppress(OSError):
+            yield ImageFont.truetype(name, size)
+
+
+def _missing(text: str, font: _Font) -> set[str]:
+    """The characters that `font` draws as its box for unknown ones."""
+    box = bytes(font.getmask("\uffff"))  # a code point that never has a glyph
+    return {c for c in set(text) if bytes(font.getmask(c)) == box}
+
+
+def _fit(text: str, font: _Font, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
