@@ -85,15 +85,79 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
             scheduler="EulerDiscreteScheduler",
             aliases=("k_euler",),
         ),
+        "euler_a": Sampler(
+            title="Euler a",
+            solve=solvers.euler_a,
+            plan=plans.plan_exploding,
+            scheduler="EulerAncestralDiscreteScheduler",
+            aliases=("Euler ancestral", "k_euler_a", "k_euler_ancestral"),
+            stochastic=True,
+        ),
+        "heun": Sampler(
+            title="Heun",
+            solve=solvers.heun,
+            plan=plans.plan_exploding,
+            scheduler="HeunDiscreteScheduler",
+            aliases=("k_heun",),
+            order=2,
+            evaluations=2,
+        ),
+        "lms": Sampler(
+            title="LMS",
+            solve=solvers.lms,
+            plan=plans.plan_exploding,
+            scheduler="LMSDiscreteScheduler",
+            aliases=("k_lms",),
+            order=4,
+            orders=solvers.lms_orders,
+        ),
         "dpmpp_2m": Sampler(
             title="DPM++ 2M",
             solve=solvers.dpmpp_2m,
             plan=plans.plan_preserving,
             scheduler="DPMSolverMultistepScheduler",
-            aliases=("DPM-Solver++ 2M", "k_dpmpp_2m"),
+            aliases=("DPM-Solver++", "k_dpmpp_2m"),
             order=2,
             choices=(1, 2),
             orders=solvers.dpmpp_orders,
+        ),
+        "dpmpp_2m_sde": Sampler(
+            title="DPM++ 2M SDE",
+            solve=solvers.dpmpp_2m_sde,
+            plan=plans.plan_preserving,
+            scheduler="DPMSolverMultistepScheduler",
+            aliases=("SDE-DPM-Solver++", "k_dpmpp_2m_sde"),
+            order=2,
+            stochastic=True,
+            choices=(1, 2),
+            orders=solvers.dpmpp_orders,
+        ),
+        "dpmpp_2s": Sampler(
+            title="DPM++ 2S",
+            solve=solvers.dpmpp_2s,
+            plan=plans.plan_singlestep,
+            scheduler="DPMSolverSinglestepScheduler",
+            order=2,
+            choices=(1, 2),
+            orders=solvers.singlestep_orders,
+        ),
+        "unipc": Sampler(
+            title="UniPC",
+            solve=solvers.unipc,
+            plan=plans.plan_preserving,
+            scheduler="UniPCMultistepScheduler",
+            order=2,
+            choices=(1, 2, 3),
+            orders=solvers.unipc_orders,
+        ),
+        "lcm": Sampler(
+            title="LCM",
+            solve=solvers.lcm,
+            plan=plans.plan_lcm,
+            scheduler="LCMScheduler",
+            spacing="leading",
+            stochastic=True,
+            accepts=frozenset({"timesteps"}),
         ),
     }
 )
@@ -104,9 +168,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
 
 
+# Reversed, so that a class that two samplers share means the first of them.
 _NAMES = {
     _plain(alias): name
-    for name, sampler in SAMPLERS.items()
+    for name, sampler in reversed(list(SAMPLERS.items()))
     for alias in (name, sampler.title, *sampler.aliases, sampler.scheduler)
 }
 

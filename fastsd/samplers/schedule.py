@@ -10,6 +10,7 @@ Knows no solver.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -178,9 +179,19 @@ def plan_preserving(
     else:
         sigma = respace(schedule, table[-1], table[0], n)
         t = timestep_of(sigma, table)
-        # As in diffusers, which truncates the latter; its float32 has the first below train_steps - 1.
+        # As in diffusers, which truncates the latter, the first from just below train_steps - 1.
         t = t.round() if schedule.sigma_spacing == "karras" else np.floor(np.maximum(t - 1e-4, 0))
     return Plan.through(np.append(t, 0.0), preserving(with_end(schedule, sigma, table)))
+
+
+def plan_singlestep(
+    schedule: ScheduleConfig,
+    n: int,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> Plan:
+    """Plan for DPM-Solver++(2S), whose timesteps are always evenly spread."""
+    return plan_preserving(replace(schedule, spacing="linspace"), n, timesteps, sigmas)
 
 
 def plan_strided(schedule: ScheduleConfig, n: int, *, floor: bool = False) -> Plan:

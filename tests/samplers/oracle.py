@@ -51,7 +51,7 @@ def run(table: StepTable, model: Model, x: Array, draw: Callable[[], Array] | No
         if table.draws[r]:
             assert draw is not None
             state += np.multiply.outer(table.c[r], draw())
-    return state[0]
+    return np.asarray(state[0])
 
 
 def foreign_scheduler(schedule: ScheduleConfig, sampler: str, **extra: Any) -> Any:
