@@ -56,12 +56,14 @@ CONFIG = ModelConfig(
         layers_per_level=1,
         context_width=WIDTH,
     ),
-    vae=VAEConfig(widths=(32, 64, 64, 64), layers_per_level=1, scale=1.0, sample_size=128),
+    vae=VAEConfig(
+        widths=(16, 32, 64, 96), layers_per_level=1, norm_groups=16, scale=1.0, sample_size=128
+    ),
     schedule=ScheduleConfig(
         prediction="v", spacing="trailing", steps_offset=0, sampler="dpmpp_2m", order=2
     ),
 )
-TONE_WEIGHT = 0.12  # how often a skin-tone variant is seen for each time a base emoji is
+TONE_WEIGHT = 0.15  # how often a skin-tone variant is seen for each time a base emoji is
 CAPTION_DROPOUT = 0.1
 SAVE_EVERY_S = 120.0
 
@@ -109,7 +111,7 @@ class Stage:
             self._follow()
             self.step += 1
             self.elapsed_s += time.monotonic() - start
-            recent.append(float(loss))
+            recent.append(loss.item())
             if time.monotonic() - saved > SAVE_EVERY_S or self.share == 1:
                 self._save()
                 print(
@@ -161,10 +163,12 @@ class Denoiser(nn.Module):
         return prediction
 
 
-def train_vae(pictures: Tensor, path: Path, *, minutes: float, device: torch.device) -> VAE:
+def train_vae(
+    pictures: Tensor, weights: Tensor, path: Path, *, minutes: float, device: torch.device
+) -> VAE:
     """Learn to rebuild pictures from latents: 64x64 crops, then whole pictures for the last tenth.
 
-    pictures: (N, 3, H, W) in [-1, 1]. Loss: absolute difference of pixels, of their halvings and of
+    pictures: (N, 3, H, W) in [-1, 1]; weights: (N,), how often each is drawn. Loss: absolute difference of pixels, of their halvings and of
     their neighbours' differences, and a little KL.
     """
     torch.manual_seed(0)
@@ -174,7 +178,10 @@ def train_vae(pictures: Tensor, path: Path, *, minutes: float, device: torch.dev
 
     def losses() -> Tensor:
         side = 64 if stage.share < 0.9 else pictures.shape[-1]
-        x = _crops(pictures, 32 if side == 64 else 8, side, generator).to(device)
+        rows = torch.multinomial(
+            weights, 16 if side == 64 else 4, replacement=True, generator=generator
+        )
+        x = _crops(pictures[rows], side, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             mean, log_variance = vae.encode(x).chunk(2, dim=1)
             log_variance = log_variance.float().clamp(-20, 10)
@@ -188,14 +195,13 @@ def train_vae(pictures: Tensor, path: Path, *, minutes: float, device: torch.dev
     return vae.eval().requires_grad_(False)
 
 
-def _crops(pictures: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
-    rows = torch.randint(len(pictures), (count,), generator=generator)
+def _crops(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
     room = pictures.shape[-1] - side + 1
-    tops, lefts = (torch.randint(room, (count,), generator=generator) for _ in range(2))
+    tops, lefts = (torch.randint(room, (len(pictures),), generator=generator) for _ in range(2))
     return torch.stack(
         [
-            pictures[r, :, top : top + side, left : left + side]
-            for r, top, left in zip(rows, tops, lefts, strict=True)
+            picture[:, top : top + side, left : left + side]
+            for picture, top, left in zip(pictures, tops, lefts, strict=True)
         ]
     )
 
@@ -334,7 +340,11 @@ def main() -> None:
 
     if not (out / "latents.pt").is_file():
         vae = train_vae(
-            pictures, out / "vae-state.pt", minutes=arguments.vae_minutes, device=device
+            pictures,
+            torch.tensor([TONE_WEIGHT if emoji.tone else 1.0 for emoji in emojis]),
+            out / "vae-state.pt",
+            minutes=arguments.vae_minutes,
+            device=device,
         )
         latents = normalise_(vae, pictures)
         save({"vae": vae.state_dict(), "latents": latents}, out / "latents.pt")
