@@ -194,8 +194,8 @@ def resolve(name: str) -> tuple[str, str | None]:
             )
         return sampler, spacing
     near = [_NAMES[n] for n in difflib.get_close_matches(plain, _NAMES, n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
-    raise UsageError(f"sampler {name!r} is unknown; {hint}The samplers are {', '.join(SAMPLERS)}")
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}" if near else ""
+    raise UsageError(f"sampler {name!r} is unknown{hint}? The samplers are {', '.join(SAMPLERS)}")
 
 
 def _whole(what: str, value: Any, low: int, high: int) -> int:
@@ -234,12 +234,17 @@ def build_table(
     start = _whole("start", start, 0, n - 1)
     if not 0 <= eta <= 1:
         raise UsageError(f"eta must be from 0 to 1, not {eta!r}")
-
     schedule = replace(
         schedule,
         spacing=kind.spacing if schedule.spacing == "default" else schedule.spacing,
         sigma_spacing=sigma_spacing or schedule.sigma_spacing,
     )
+    respaced = "sigma_spacing" in kind.accepts and schedule.sigma_spacing != "schedule"
+    if timesteps is not None and respaced:
+        raise UsageError(
+            f"timesteps and {schedule.sigma_spacing} sigma spacing both choose the noise levels; "
+            "give only one"
+        )
     plan = kind.plan(schedule, n, **given)
     orders = _orders(name, schedule, plan, start)
     plan = replace(

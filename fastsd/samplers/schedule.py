@@ -99,11 +99,6 @@ def given_timesteps(schedule: ScheduleConfig, timesteps: Sequence[float]) -> Arr
     T = schedule.train_steps
     if not (t.ndim == 1 and t.size and (np.diff(t) < 0).all() and 0 <= t[-1] and t[0] <= T - 1):
         raise UsageError(f"timesteps must fall strictly within 0..{T - 1}; they are {timesteps}")
-    if schedule.sigma_spacing != "schedule":
-        raise UsageError(
-            f"timesteps and {schedule.sigma_spacing} sigma spacing both choose the noise levels; "
-            "give only one"
-        )
     return t
 
 

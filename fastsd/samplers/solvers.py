@@ -130,7 +130,7 @@ def lms(plan: Plan) -> Iterator[Row]:
 
 
 def _adams_bashforth(known: Array, to: float) -> list[float]:
-    """Integrate, from known[0] to `to`, each polynomial that is 1 at one of known, 0 at the rest."""
+    """Integrate from known[0] to `to` each polynomial that is 1 at one of known, 0 at the rest."""
     nodes, weights = np.polynomial.legendre.leggauss(2)  # exact for cubics
     half = (to - known[0]) / 2
     tau = known[0] + half * (1 + nodes)
