@@ -53,11 +53,6 @@ def _digest(name: str) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 
 
-def first_by_digest(names: list[str], count: int) -> list[str]:
-    """Choose `count` names once and for all: the first by the SHA-256 of the name."""
-    return sorted(names, key=_digest)[:count]
-
-
 def collect(package: Path) -> None:
     """Write captions.json from the folder of emojibase-data."""
 

@@ -168,8 +168,8 @@ def train_vae(
 ) -> VAE:
     """Learn to rebuild pictures from latents: 64x64 crops, then whole pictures for the last tenth.
 
-    pictures: (N, 3, H, W) in [-1, 1]; weights: (N,), how often each is drawn. Loss: absolute difference of pixels, of their halvings and of
-    their neighbours' differences, and a little KL.
+    pictures: (N, 3, H, W) in [-1, 1]; weights: (N,), how often each is drawn. Loss: absolute
+    difference of pixels, of their halvings and of their neighbours' differences, and a little KL.
     """
     torch.manual_seed(0)
     vae = VAE(CONFIG.vae).to(device)

@@ -1,0 +1,80 @@
+"""Write a training run as an ordinary checkpoint folder, with the atlas of the task score.
+
+    python -m fastsd.benchmarks.emoji.export --run runs/emoji --to fastsd/builtin
+
+A run that still trains gives its moving average so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastsd.benchmarks.emoji.data import PICTURE_SIZE, drawable
+from fastsd.benchmarks.emoji.train import CONFIG, Denoiser
+from fastsd.checkpoints import save_folder
+from fastsd.models.vae import VAE
+from fastsd.quality import ATLAS_COLUMNS, ATLAS_SIDE, small
+from fastsd.tokenizers import CLIPTokenizer
+
+
+def load_denoiser(run: Path) -> Denoiser:
+    """Load the text encoder and UNet of a run: the finished ones, or the average so far."""
+    model = Denoiser(CONFIG)
+    finished = run / "denoiser.pt"
+    if finished.is_file():
+        model.load_state_dict(torch.load(finished, weights_only=True))
+    else:
+        state = torch.load(run / "denoiser-state.pt", weights_only=True)
+        model.load_state_dict(state["average"])
+    return model.eval()
+
+
+def write_atlas(folder: Path) -> None:
+    """Write atlas.png and atlas.json: every base emoji at 32x32, and its names."""
+    emojis, pictures = drawable()
+    base = [i for i, emoji in enumerate(emojis) if emoji.tone == 0]
+    rows = -(-len(base) // ATLAS_COLUMNS)
+    tiles = np.full((rows * ATLAS_COLUMNS, ATLAS_SIDE, ATLAS_SIDE, 3), 255, np.uint8)
+    for tile, i in zip(tiles, base, strict=False):
+        tile[:] = small(Image.fromarray(pictures[i])).round().astype(np.uint8)
+    grid = tiles.reshape(rows, ATLAS_COLUMNS, ATLAS_SIDE, ATLAS_SIDE, 3).swapaxes(1, 2)
+    sheet = grid.reshape(rows * ATLAS_SIDE, ATLAS_COLUMNS * ATLAS_SIDE, 3)
+    Image.fromarray(sheet).save(folder / "atlas.png", optimize=True)
+    names = [[emojis[i].character, emojis[i].english, emojis[i].chinese] for i in base]
+    lines = ",\n".join(json.dumps(name, ensure_ascii=False) for name in names)
+    (folder / "atlas.json").write_text(f"[\n{lines}\n]\n", "utf-8")
+
+
+def main() -> None:
+    """Replace the checkpoint's files in the target folder; leave everything else there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/emoji"))
+    parser.add_argument("--to", type=Path, default=Path("fastsd/builtin"))
+    arguments = parser.parse_args()
+
+    vae = VAE(CONFIG.vae)
+    vae.load_state_dict(torch.load(arguments.run / "latents.pt", weights_only=True)["vae"])
+    denoiser = load_denoiser(arguments.run)
+    modules = {"text_encoder": denoiser.text_encoder, "unet": denoiser.unet, "vae": vae}
+    tokenizer = CLIPTokenizer.from_folder(arguments.run / "tokenizer")
+    tokenizer.max_tokens = CONFIG.text_encoders[0].max_tokens
+    assert CONFIG.default_size == PICTURE_SIZE
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "builtin"
+        save_folder(folder, CONFIG, modules, [tokenizer], dtype=torch.float16)
+        write_atlas(folder)
+        shutil.copytree(folder, arguments.to, dirs_exist_ok=True)
+    size_bytes = sum(file.stat().st_size for file in arguments.to.rglob("*") if file.is_file())
+    print(f"{arguments.to}: {size_bytes / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
