@@ -75,8 +75,8 @@ def _checked(arguments: Sequence[str]) -> list[str]:
             argument.encode()
         except UnicodeEncodeError as error:
             raise UsageError(
-                f"the argument {argument!r} is not text: {argument[error.start]!r} is no character; "
-                "check the terminal's encoding"
+                f"the argument {argument!r} is not text: {argument[error.start]!r} is not a "
+                "character; check the terminal's encoding"
             ) from None
     return list(arguments)
 
@@ -206,7 +206,7 @@ def generate(
         "precision": precision,
         "device": device,
     }
-    settings = {"model": "builtin", "steps": 20, "seed": secrets.randbelow(2**32)}
+    settings: dict[str, Any] = {"model": "builtin", "steps": 20, "seed": secrets.randbelow(2**32)}
     settings |= _recorded(again) if again else {}
     settings |= {name: value for name, value in given.items() if value is not None}
     if not settings.get("prompts"):
@@ -242,8 +242,8 @@ def _recorded(picture: Path) -> dict[str, Any]:
         )
     if metadata.get("prompt") is None or metadata.get("seed") is None:
         raise UsageError(
-            f"{picture} was drawn from a Python program's own embeddings or generator, which it does "
-            "not hold; run that program again"
+            f"{picture} was drawn from a Python program's own embeddings or generator, which are "
+            "not in it; run that program again"
         )
     prompts = [metadata.pop("prompt")]
     return {"prompts": prompts, **{k: v for k, v in metadata.items() if v is not None}}
@@ -289,38 +289,32 @@ def _draw(
 @app.command("samplers")
 def list_samplers(as_json: Json = False) -> None:
     """List the samplers and their other names."""
+    from fastsd.config import SIGMA_SPACINGS
     from fastsd.samplers import SAMPLERS
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "title": sampler.title,
-            "aliases": [*sampler.aliases, sampler.scheduler],
             "order": sampler.order,
             "evaluations": sampler.evaluations,
             "stochastic": sampler.stochastic,
-            "spacings": ["Karras", "Exponential"] if "sigma_spacing" in sampler.accepts else [],
+            "sigma_spacings": [*SIGMA_SPACINGS] if "sigma_spacing" in sampler.accepts else [],
+            "aliases": [*sampler.aliases],
+            "diffusers": sampler.scheduler,
         }
         for name, sampler in SAMPLERS.items()
     ]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = [["name", "title", "order", "model calls a step", "draws noise", "other names"]]
+    table = [["name", "title", "order", "calls a step", "draws noise", "diffusers", "other names"]]
     for row in rows:
-        title = row["title"] + ("*" if row["spacings"] else "")
-        numbers = [str(row["order"]), str(row["evaluations"])]
-        table.append(
-            [
-                row["name"],
-                title,
-                *numbers,
-                "yes" if row["stochastic"] else "no",
-                ", ".join(row["aliases"]),
-            ]
-        )
+        title = row["title"] + "*" * bool(row["sigma_spacings"])
+        facts = [str(row["order"]), str(row["evaluations"]), "yes" if row["stochastic"] else "no"]
+        table.append([row["name"], title, *facts, row["diffusers"], ", ".join(row["aliases"])])
     _print_table(table)
-    print('* may be followed by Karras or Exponential, e.g. --sampler "DPM++ 2M Karras"')
+    print('* takes Karras or Exponential after its name, as in --sampler "DPM++ 2M Karras"')
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -116,11 +116,9 @@ def save_png(
     Raises FastsdError where the file cannot be written.
     """
     path = Path(path)
-    temporary = (
-        path.parent / f".{secrets.token_hex(8)}.tmp"
-    )  # short: names are limited to 255 bytes
+    make_folder(path.parent)
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"  # short: names are limited in length
     try:
-        make_folder(path.parent)
         with open(temporary, "xb") as file:
             image.save(file, "PNG", pnginfo=None if metadata is None else _chunks(metadata))
             file.flush()
