@@ -48,7 +48,7 @@ class CLIPTokenizer:
 
     vocab: token -> id; merges: pairs, best first; specials: the texts of the bos, eos, unk and pad
     token. added: tokens that are matched before the text is split into words, each the fields of an
-    AddedToken; those that the vocabulary lacks get the next ids. The specials are always among them.
+    AddedToken; those that the vocabulary lacks get the next ids. Specials are always among them.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class CLIPTokenizer:
             vocab, merges = read_json(folder / "vocab.json"), _read_merges(source)
         else:
             raise CheckpointError(
-                f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt"
+                f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json + merges.txt"
             )
         config = _read_optional(folder / "tokenizer_config.json")
         if "auto_map" in config:
@@ -264,7 +264,7 @@ def _read_specials(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, 
 def _read_added(
     folder: Path, config: dict[str, Any], whole: dict[str, Any], specials: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Return the tokens matched before words are split, by id, from the first place listing them."""
+    """Return the tokens matched before the split, by id, from the first place that has them."""
     if "added_tokens_decoder" in config:
         listed = dict(config["added_tokens_decoder"])
     else:

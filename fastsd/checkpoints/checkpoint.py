@@ -1,0 +1,165 @@
+"""An opened checkpoint: what the model is, and its parts on demand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from fastsd.checkpoints import hub
+from fastsd.checkpoints.layout import Layout, find_weights, read_layout
+from fastsd.checkpoints.weights import load_module, read_header
+from fastsd.config import ModelConfig
+from fastsd.errors import CheckpointError, UsageError
+from fastsd.models.clip import CLIPText
+from fastsd.models.unet import UNet
+from fastsd.models.vae import VAE
+from fastsd.tokenizers import CLIPTokenizer
+
+BUILTIN = Path(__file__).resolve().parent.parent / "builtin"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """Where a part's weights are: one safetensors file, or its shards."""
+
+    weights: tuple[Path, ...]
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the diffusers layout, read but for its weights.
+
+    parts: text_encoder, text_encoder_2 (SDXL), unet, vae; passed_over: components not used.
+    """
+
+    path: Path
+    config: ModelConfig
+    parts: dict[str, PartFiles]
+    tokenizer_folders: tuple[Path, ...]
+    passed_over: tuple[str, ...]
+
+    @cached_property
+    def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
+        """One for each text encoder. Raises CheckpointError."""
+        return tuple(CLIPTokenizer.from_folder(folder) for folder in self.tokenizer_folders)
+
+    def load(
+        self, part: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> nn.Module:
+        """Load a part for inference. Weights that need no conversion stay mapped from the file.
+
+        Raises UsageError for an unknown part, CheckpointError for weights that do not fit it.
+        """
+        if part not in self.parts:
+            raise UsageError(f"the checkpoint has no part {part!r}; it has {', '.join(self.parts)}")
+        with torch.device("meta"):
+            module = self._builders[part]()
+        return load_module(part, module, self.parts[part].weights, dtype=dtype, device=device)
+
+    @property
+    def _builders(self) -> dict[str, Callable[[], nn.Module]]:
+        config = self.config
+        return {
+            "text_encoder": lambda: CLIPText(config.text_encoders[0]),
+            "text_encoder_2": lambda: CLIPText(config.text_encoders[1]),
+            "unet": lambda: UNet(config.unet),
+            "vae": lambda: VAE(config.vae),
+        }
+
+
+def open_checkpoint(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Checkpoint:
+    """Open "builtin", a folder in the diffusers layout, or a hub id such as "owner/name".
+
+    variant: "fp16" reads the files that carry it in their names. The rest is for hub ids: revision
+    is a branch, tag or commit; local_files_only=None uses the cache where it has all files, and
+    downloads otherwise. Raises CheckpointError or UsageError.
+    """
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise UsageError(f"a model is a folder or a hub id, not {model!r}")
+    if variant is not None and not re.fullmatch(r"\w+", variant):
+        raise UsageError(f"variant {variant!r} must be a word such as 'fp16'")
+    folder = BUILTIN if model == "builtin" else Path(model).expanduser()
+    if folder.is_dir():
+        return _open(folder, read_layout(folder), variant)
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder} is a single file; reading those comes later. Give a folder in the diffusers "
+            "layout: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+        )
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(
+            f"{str(model)!r} is no folder here, and not a hub id either (owner/name)"
+        )
+
+    def fetch(local: bool) -> Checkpoint:
+        return hub.fetch(
+            model,
+            lambda folder: _open(folder, read_layout(folder), variant),
+            revision=revision,
+            variant=variant,
+            local=local,
+            token=token,
+            cache_dir=cache_dir,
+        )
+
+    if local_files_only is not None:
+        return fetch(local_files_only)
+    try:
+        return fetch(True)
+    except CheckpointError:
+        return fetch(False)
+
+
+def _open(folder: Path, layout: Layout, variant: str | None) -> Checkpoint:
+    return Checkpoint(
+        folder,
+        layout.config,
+        {part: PartFiles(find_weights(folder, part, variant)) for part in layout.parts},
+        tuple(folder / name for name in layout.tokenizers),
+        layout.passed_over,
+    )
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint is as plain data, from its JSON and its weights' headers alone."""
+    return {
+        "path": str(checkpoint.path),
+        "family": checkpoint.config.family,
+        "default_size": checkpoint.config.default_size,
+        "sampler": checkpoint.config.schedule.sampler,
+        "schedule": asdict(checkpoint.config.schedule),
+        "parts": {name: _describe_part(files) for name, files in checkpoint.parts.items()},
+        "passed_over": list(checkpoint.passed_over),
+    }
+
+
+def _describe_part(files: PartFiles) -> dict[str, Any]:
+    tensors = [info for file in files.weights for info in read_header(file).values()]
+    dtypes: Counter[str] = Counter()
+    for info in tensors:
+        dtypes[info.dtype] += info.count
+    return {
+        "files": [file.name for file in files.weights],
+        "tensors": len(tensors),
+        "parameters": sum(info.count for info in tensors),
+        "size_bytes": sum(file.stat().st_size for file in files.weights),
+        "dtypes": dict(dtypes),
+    }

@@ -1,0 +1,254 @@
+"""The diffusers folder layout: which components a folder has, which of their files count.
+
+Reads JSON and file names only. Nothing in a folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastsd.checkpoints.configs import read_clip, read_unet, read_vae
+from fastsd.checkpoints.schedulers import SCHEDULERS, read_schedule
+from fastsd.checkpoints.weights import CONVERT
+from fastsd.config import CLIPConfig, ModelConfig
+from fastsd.errors import CheckpointError, UsageError
+from fastsd.files import read_json
+
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class PipelineKind:
+    """sdxl: two text encoders. lenient: old schedules are put right, as that class does."""
+
+    sdxl: bool = False
+    lenient: bool = False
+
+
+PIPELINES = {
+    "StableDiffusionPipeline": PipelineKind(lenient=True),
+    "StableDiffusionImg2ImgPipeline": PipelineKind(lenient=True),
+    "LatentConsistencyModelPipeline": PipelineKind(),
+    "StableDiffusionXLPipeline": PipelineKind(sdxl=True),
+    "StableDiffusionXLImg2ImgPipeline": PipelineKind(sdxl=True),
+}
+
+# Every component that a folder may name -> its classes that are loaded; None: passed over.
+_TEXT = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+COMPONENTS: dict[str, tuple[str, ...] | None] = {
+    "text_encoder": _TEXT,
+    "text_encoder_2": _TEXT,
+    "tokenizer": _TOKENIZERS,
+    "tokenizer_2": _TOKENIZERS,
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "scheduler": tuple(SCHEDULERS),
+    "safety_checker": None,
+    "feature_extractor": None,
+    "image_encoder": None,
+}
+PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+STEMS = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder's JSON says: the model, its parts, its tokenizers' folders, what is unused."""
+
+    config: ModelConfig
+    parts: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    passed_over: tuple[str, ...]
+
+
+def read_layout(folder: Path) -> Layout:
+    """Read and check every JSON file of a diffusers folder. Raises CheckpointError."""
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_no_index(folder))
+    index = read_json(folder / INDEX)
+    with _explained(folder / INDEX):
+        kind = _pipeline_kind(index)
+        classes = _classes(index)
+        tokenizers = ("tokenizer", "tokenizer_2") if kind.sdxl else ("tokenizer",)
+        encoders = ("text_encoder", "text_encoder_2") if kind.sdxl else ("text_encoder",)
+        for name in (*encoders, *tokenizers, "unet", "vae", "scheduler"):
+            if name not in classes:
+                raise CheckpointError(
+                    f"it has no {name}, which a {index['_class_name']} needs"
+                    + ("; SDXL refiners are not supported" if kind.sdxl else "")
+                )
+    texts = [_read_text(folder / name / "config.json", classes[name]) for name in encoders]
+    with _explained(path := folder / "unet" / "config.json"):
+        unet = read_unet(_config(path), pooled_width=texts[-1].projection)
+    with _explained(path := folder / "vae" / "config.json"):
+        vae = read_vae(_config(path))
+        if not kind.sdxl:  # whose pipeline alone heeds it; the class's default is True
+            vae = replace(vae, force_upcast=False)
+    with _explained(path := folder / "scheduler" / "scheduler_config.json"):
+        schedule = read_schedule(classes["scheduler"], _config(path), lenient=kind.lenient)
+    with _explained(folder):
+        config = ModelConfig(
+            family=_family(kind, texts[0]),
+            text_encoders=tuple(texts),
+            unet=unet,
+            vae=vae,
+            schedule=schedule,
+            text_layer=-2 if kind.sdxl else -1,
+            zero_empty_negative=kind.sdxl and index.get("force_zeros_for_empty_prompt", True),
+        )
+    return Layout(
+        config,
+        parts=(*encoders, "unet", "vae"),
+        tokenizers=tokenizers,
+        passed_over=tuple(name for name in classes if COMPONENTS[name] is None),
+    )
+
+
+def find_weights(folder: Path, part: str, variant: str | None) -> tuple[Path, ...]:
+    """Return the safetensors files of a part: one, or the shards that its index lists.
+
+    variant: "fp16" picks the files that carry it in their names. Raises CheckpointError, naming
+    what there is, if there are none.
+    """
+    stem, infix = STEMS[part], f".{variant}" if variant else ""
+    where = folder / part
+    index = where / f"{stem}.safetensors.index{infix}.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{index} has no weight_map")
+        return tuple(_shard(index, name) for name in sorted(set(map(str, shards.values()))))
+    file = where / f"{stem}{infix}.safetensors"
+    if not file.is_file():
+        raise CheckpointError(_no_weights(where, file.name, variant))
+    return (file,)
+
+
+def weight_patterns(part: str, variant: str | None) -> list[str]:
+    """Return patterns of the file names that `find_weights` may want."""
+    stem, infix = STEMS[part], f".{variant}" if variant else ""
+    return [
+        f"{part}/{stem}{infix}.safetensors",
+        f"{part}/{stem}{infix}-*-of-*.safetensors",
+        f"{part}/{stem}-*-of-*{infix}.safetensors",
+    ]
+
+
+def _pipeline_kind(index: dict[str, Any]) -> PipelineKind:
+    name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(f"_class_name {name!r} names code of the checkpoint's own; not run")
+    if name not in PIPELINES:
+        raise CheckpointError(f"pipeline {name!r} is not supported, only {', '.join(PIPELINES)}")
+    if index.get("requires_aesthetics_score"):
+        raise CheckpointError("it is an SDXL refiner: not supported")
+    return PIPELINES[name]
+
+
+def _classes(index: dict[str, Any]) -> dict[str, str]:
+    """Return component -> class, of those present; refuse what the allow-list lacks."""
+    classes = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or name.startswith("_"):
+            continue  # a setting of the pipeline, not a component
+        if len(entry) != 2:
+            raise CheckpointError(f"component {name} = {entry!r} must be a library and a class")
+        library, kind = entry
+        if kind is None:
+            continue
+        if name not in COMPONENTS:
+            raise CheckpointError(
+                f"component {name!r} ({kind}) is not supported, only {', '.join(COMPONENTS)}"
+            )
+        allowed = COMPONENTS[name]
+        if allowed is not None and (
+            library not in ("diffusers", "transformers") or kind not in allowed
+        ):
+            raise CheckpointError(
+                f"component {name} is a {kind} of {library}: not supported, only "
+                f"{', '.join(allowed)}; code that comes with a checkpoint is never run"
+            )
+        classes[name] = str(kind)
+    return classes
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if "auto_map" in config:
+        raise CheckpointError("it asks to run code of its own (auto_map); it is never run")
+    if config.get("quantization_config"):
+        raise CheckpointError("its weights are quantised: not supported; use the plain model")
+    return config
+
+
+def _read_text(path: Path, kind: str) -> CLIPConfig:
+    with _explained(path):
+        return read_clip(_config(path), projected=kind == "CLIPTextModelWithProjection")
+
+
+def _family(kind: PipelineKind, text: CLIPConfig) -> str:
+    """SD2's text encoder is OpenCLIP's, whose activation is the exact GELU."""
+    if kind.sdxl:
+        return "sdxl"
+    return "sd2" if text.activation == "gelu" else "sd1"
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the values of a file into a CheckpointError that names the file."""
+    try:
+        yield
+    except (CheckpointError, UsageError) as error:
+        named = str(error).startswith(str(path))
+        raise CheckpointError(str(error) if named else f"{path}: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} holds values of the wrong kind: {error!r}") from None
+
+
+def _shard(index: Path, name: str) -> Path:
+    """Return the shard beside its index; a name that leads elsewhere is refused."""
+    if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file beside it")
+    file = index.parent / name
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; {index.name} lists it")
+    return file
+
+
+def _no_index(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    message = f"{folder} has no {INDEX}: it is not a model in the diffusers layout"
+    single = [name for name in names if name.endswith((".safetensors", *_PICKLES))]
+    if single:
+        message += f"; single files such as {single[0]} are not supported yet"
+    return message
+
+
+def _no_weights(where: Path, wanted: str, variant: str | None) -> str:
+    names = sorted(path.name for path in where.iterdir()) if where.is_dir() else []
+    present = [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    message = f"{where / wanted} is missing"
+    if present:
+        infixes = {name.split(".")[1].split("-")[0] for name in present} - {"safetensors"}
+        known = [None, *sorted(infixes)] if any(n.count(".") == 1 for n in present) else infixes
+        options = ", ".join(f"variant={name!r}" for name in known)
+        return f"{message}; there are {', '.join(present)}; ask for {options}"
+    if pickles:
+        return (
+            f"{message}; there are only pickles ({', '.join(pickles)}), and loading one could run "
+            f"any code; {CONVERT}"
+        )
+    return message + (f" (variant {variant!r})" if variant else "")

@@ -1,0 +1,92 @@
+"""Write a model as an ordinary diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastsd.checkpoints.configs import write_clip, write_unet, write_vae
+from fastsd.checkpoints.keys import foreign
+from fastsd.checkpoints.layout import INDEX, STEMS
+from fastsd.checkpoints.schedulers import write_schedule
+from fastsd.config import ModelConfig
+from fastsd.errors import UsageError
+from fastsd.files import published_folder, write_json
+from fastsd.tokenizers import CLIPTokenizer
+
+# The diffusers release whose layout this is; readers put right what older ones got wrong.
+_LAYOUT_VERSION = "0.38.0"
+
+
+def save_folder(
+    path: str | Path,
+    config: ModelConfig,
+    modules: Mapping[str, nn.Module],
+    tokenizers: Sequence[CLIPTokenizer],
+    *,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write `path` so that diffusers loads it unchanged; all of it appears at once, or nothing.
+
+    modules: text_encoder, text_encoder_2 (SDXL), unet, vae, in any dtype and on any device.
+    tokenizers: one for each text encoder. Raises UsageError if `path` exists, or a part lacks.
+    """
+    sdxl = config.family == "sdxl"
+    encoders = ("text_encoder", "text_encoder_2")[: len(config.text_encoders)]
+    parts = (*encoders, "unet", "vae")
+    if set(modules) != set(parts) or len(tokenizers) != len(encoders):
+        raise UsageError(
+            f"a {config.family} folder needs {', '.join(parts)} and {len(encoders)} tokenizers; "
+            f"given {', '.join(modules)} and {len(tokenizers)}"
+        )
+    schedule = write_schedule(config.schedule)
+    configs: dict[str, dict[str, Any]] = {
+        name: write_clip(encoder, bos=tokenizer.bos, pad=tokenizer.pad)
+        for name, encoder, tokenizer in zip(encoders, config.text_encoders, tokenizers, strict=True)
+    }
+    configs |= {"unet": write_unet(config.unet), "vae": write_vae(config.vae)}
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline",
+        "_diffusers_version": _LAYOUT_VERSION,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    if sdxl:
+        index["force_zeros_for_empty_prompt"] = config.zero_empty_negative
+    else:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+
+    with published_folder(Path(path)) as folder:
+        for name, part in configs.items():
+            index[name] = (
+                ["transformers", part["architectures"][0]]
+                if name in encoders
+                else ["diffusers", part["_class_name"]]
+            )
+            (folder / name).mkdir()
+            if name not in encoders:
+                part["_diffusers_version"] = _LAYOUT_VERSION
+            write_json(folder / name / "config.json", part)
+            _save_weights(folder / name / f"{STEMS[name]}.safetensors", name, modules[name], dtype)
+        for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
+            name = encoder.replace("text_encoder", "tokenizer")
+            index[name] = ["transformers", "CLIPTokenizer"]
+            tokenizer.save(folder / name)
+        index["scheduler"] = ["diffusers", schedule["_class_name"]]
+        (folder / "scheduler").mkdir()
+        schedule["_diffusers_version"] = _LAYOUT_VERSION
+        write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+        write_json(folder / INDEX, dict(sorted(index.items())))
+
+
+def _save_weights(path: Path, part: str, module: nn.Module, dtype: torch.dtype) -> None:
+    tensors = {
+        foreign(part, key): tensor.detach().to("cpu", dtype).contiguous()
+        for key, tensor in module.state_dict().items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -1,0 +1,212 @@
+"""Safetensors files: their headers, read by ourselves, and their tensors, mapped into a module.
+
+A file is judged by its content, never by its name, and a pickle is never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastsd.checkpoints.keys import LEFTOVERS, canonical, guess
+from fastsd.errors import CheckpointError
+
+_ITEM_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+    "F4": 4,
+}
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+_LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+_SHOWN = 5  # keys in a message
+
+CONVERT = (
+    "if you trust its source, convert it with diffusers: "
+    "StableDiffusionPipeline.from_pretrained(old).save_pretrained(new)"
+)
+# How files begin that are often found where weights should be -> what they are, and what to do.
+_BEGINNINGS = (
+    (b"PK\x03\x04", f"a PyTorch pickle in a zip: loading it could run any code; {CONVERT}"),
+    (b"\x80\x02", f"a Python pickle: loading it could run any code; {CONVERT}"),
+    (b"\x80\x03", f"a Python pickle: loading it could run any code; {CONVERT}"),
+    (b"\x80\x04", f"a Python pickle: loading it could run any code; {CONVERT}"),
+    (b"\x80\x05", f"a Python pickle: loading it could run any code; {CONVERT}"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights; fetch them: git lfs pull"),
+    (b"GGUF", "a GGUF file, which fastsd does not read; use the safetensors form of the model"),
+    (b"<", "a web page or XML, perhaps saved in place of a failed download; download it again"),
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes they take."""
+        return self.count * _ITEM_BITS[self.dtype] // 8
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read what a safetensors file holds: name -> dtype and shape, from its first bytes alone.
+
+    Raises CheckpointError, saying what the file is instead, or how many bytes it lacks.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+            length = int.from_bytes(start[:8], "little")
+            if size == 0:
+                raise CheckpointError(f"{path} is empty; download it again")
+            # Before any test for pickles: a header's length may look like their first bytes.
+            if start[8:9] != b"{" or length > _LARGEST_HEADER:
+                raise CheckpointError(_other_kind(path, start))
+            if 8 + length > size:
+                raise CheckpointError(_truncated(path, size, 8 + length, "its header alone needs"))
+            file.seek(8)
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its safetensors header is garbage: {error}") from None
+    header.pop("__metadata__", None)
+    return _checked_header(path, header, size, data_start=8 + length)
+
+
+def _checked_header(
+    path: Path, header: dict[str, Any], size: int, *, data_start: int
+) -> dict[str, TensorInfo]:
+    tensors, ends = {}, [0]
+    for name, entry in header.items():
+        try:
+            info = TensorInfo(entry["dtype"], tuple(entry["shape"]))
+            begin, end = entry["data_offsets"]
+            fits = begin >= 0 and all(n >= 0 for n in info.shape) and end - begin == info.size_bytes
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                f"{path}: the header's entry for {name!r} makes no sense: {entry}"
+            )
+        tensors[name] = info
+        ends.append(end)
+    expected = data_start + max(ends)
+    if size < expected:
+        raise CheckpointError(_truncated(path, size, expected, "its header describes"))
+    return tensors
+
+
+def _truncated(path: Path, size: int, expected: int, what: str) -> str:
+    return f"{path} is truncated: it has {size} bytes, {what} {expected}; download or copy it again"
+
+
+def _other_kind(path: Path, start: bytes) -> str:
+    for beginning, kind in _BEGINNINGS:
+        if start.startswith(beginning):
+            return f"{path} is {kind}"
+    return f"{path} is not a safetensors file (it begins {start[:12]!r}); download it again"
+
+
+def load_module(
+    part: str,
+    module: nn.Module,
+    files: Sequence[Path],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> nn.Module:
+    """Give `module`, built on the meta device, the tensors of `files`; return it for inference.
+
+    Tensors that are already of `dtype` on the CPU stay mapped from the file: nothing is copied.
+    Every key is used exactly once; a 1x1 convolution and a linear layer pass for each other.
+    Raises CheckpointError naming the keys that do not fit.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    plan = match(part, expected, {file: read_header(file) for file in files})
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name, key in plan[file].items():
+                    tensor = opened.get_tensor(key).reshape(expected[name])
+                    if tensor.data_ptr() % tensor.element_size():
+                        tensor = tensor.clone()  # headers of odd length misalign the data
+                    weights[name] = tensor.to(device=device, dtype=dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
+    module.load_state_dict(weights, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def match(
+    part: str,
+    expected: Mapping[str, tuple[int, ...]],
+    headers: Mapping[Path, Mapping[str, TensorInfo]],
+) -> dict[Path, dict[str, str]]:
+    """Pair the names that a module expects with the keys that files hold: file -> {name: key}.
+
+    Raises CheckpointError unless each name has one key of its shape and no key is left over.
+    """
+    plan: dict[Path, dict[str, str]] = {file: {} for file in headers}
+    unexpected, repeated, misshapen = [], [], []
+    found: set[str] = set()
+    for file, header in headers.items():
+        for key, info in header.items():
+            name = canonical(part, key)
+            if name in LEFTOVERS:
+                continue
+            if name not in expected:
+                unexpected.append(key)
+            elif name in found:
+                repeated.append(key)
+            elif _matrix(info.shape) != _matrix(expected[name]):
+                misshapen.append(f"{key} is {info.shape}, expected {expected[name]}")
+            elif info.dtype not in WEIGHT_DTYPES:
+                misshapen.append(f"{key} is {info.dtype}, expected {' or '.join(WEIGHT_DTYPES)}")
+            found.add(name)
+            plan[file][name] = key
+    missing = [name for name in expected if name not in found]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("repeated", repeated),
+            ("of a wrong shape or type", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        where = ", ".join(map(str, headers))
+        keys = [key for header in headers.values() for key in header]
+        raise CheckpointError(
+            f"the weights in {where} do not fit the {part} that its config describes. "
+            f"Keys {'; '.join(problems)}. By its keys it is {guess(keys)}"
+        )
+    return plan
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape with a 1x1 convolution's taken for that of the matrix it is."""
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
