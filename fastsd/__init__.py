@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "SAMPLERS",
     "CheckpointError",
     "FastsdError",
     "MissingDependency",
@@ -36,6 +35,7 @@ __all__ = [
     "OutOfMemory",
     "Output",
     "Pipeline",
+    "SAMPLERS",
     "UnknownName",
     "UsageError",
     "__version__",

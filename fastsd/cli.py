@@ -6,6 +6,7 @@ not, 2 wrong usage, 130 interrupted. Heavy imports stand inside the commands: `-
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -53,8 +54,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; a user's mistake is one line on stderr, never a traceback."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):  # a legacy code page must not break on a prompt's text
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a legacy code page must not break on a prompt
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(_checked(sys.argv[1:] if arguments is None else arguments), prog_name="fastsd")
     except UsageError as error:
