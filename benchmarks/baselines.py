@@ -18,8 +18,6 @@ def diffusers_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         raise MissingDependency(
             f"diffusers is needed for the baseline ({error}); run pip install 'fastsd[bench]'"
         ) from None
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=dtype, safety_checker=None, local_files_only=True
-    )
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(dtype)  # the argument for it changed its name between releases

@@ -110,6 +110,7 @@ class Pipeline:
         local_files_only: bool | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
+        dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         use_safetensors: bool | None = None,
         safety_checker: None = None,
@@ -122,7 +123,8 @@ class Pipeline:
         sampler: a name or alias from `fastsd samplers`; None takes the checkpoint's own.
         backend, precision: "eager" and "fp32" are the exact path; fp16 and bf16 are faster on GPUs.
         device: "cpu", "cuda", …; None takes a GPU where there is one.
-        torch_dtype, use_safetensors, safety_checker=None: as diffusers scripts give them.
+        dtype (or torch_dtype), use_safetensors, safety_checker=None: as diffusers scripts have
+        them.
         Raises CheckpointError for a model that cannot be read, UsageError for a wrong argument.
         """
         _refuse(unknown, cls.from_pretrained)
@@ -143,7 +145,7 @@ class Pipeline:
             name=Path(model).name if Path(model).is_dir() else str(model),
             sampler=sampler,
             backend=backend,
-            precision=_precision(precision, torch_dtype),
+            precision=_precision(precision, dtype or torch_dtype),
             device=device,
         )
 
@@ -449,7 +451,7 @@ class Call:
         return tasks.bind_denoiser(
             self._backend,
             self._config,
-            torch.from_numpy(self._table.timesteps),
+            torch.tensor(self._table.timesteps),
             self._conditioning,
             guided=self.do_classifier_free_guidance,
             guidance=self._guidance_scale,
@@ -513,15 +515,15 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _precision(precision: str | None, torch_dtype: torch.dtype | None) -> str:
-    if torch_dtype is None:
+def _precision(precision: str | None, dtype: torch.dtype | None) -> str:
+    if dtype is None:
         return precision or "fp32"
-    for name, dtype in PRECISIONS.items():
-        if dtype == torch_dtype and precision in (None, name):
+    for name, known in PRECISIONS.items():
+        if known == dtype and precision in (None, name):
             return name
     raise UsageError(
-        f"torch_dtype={torch_dtype} and precision={precision!r} do not fit; give one of precision="
-        f"{', '.join(PRECISIONS)}"
+        f"dtype={dtype} and precision={precision!r} do not fit; "
+        f"give precision= one of {', '.join(PRECISIONS)}"
     )
 
 

@@ -155,6 +155,10 @@ class Prompts:
 def _listed(texts: Texts | None) -> list[str]:
     if texts is None:
         return []
+    if not isinstance(texts, Sequence):
+        raise UsageError(
+            f"a prompt must be a string or a list of strings, not {type(texts).__name__}"
+        )
     return [texts] if isinstance(texts, str) else list(texts)
 
 
