@@ -99,12 +99,20 @@ def truth(oracle: Any, timestep: Any, drawn: dict[str, Tensor]) -> Tensor:
 def test_standard_equals_diffusers(family: str, size: tuple[int, int]) -> None:
     ours, oracle = pair(family)
     drawn = inputs(ours.config, size, batch=3)
-    per_picture = torch.tensor([999, 500, 3])
-    for timestep in (761, 123.75, torch.tensor(17), torch.tensor([250.5]), per_picture):
-        error = relative_l2(
-            ours.standard(timestep=timestep, **drawn), truth(oracle, timestep, drawn)
-        )
-        assert error <= BAR
+    a_timestep_each = torch.tensor([999, 500, 3])
+    expected = truth(oracle, a_timestep_each, drawn)
+    assert relative_l2(ours.standard(timestep=a_timestep_each, **drawn), expected) <= BAR
+
+
+@pytest.mark.parametrize(
+    "timestep", (761, 123.75, torch.tensor(17), torch.tensor([250.5]), torch.tensor(3.0)), ids=str
+)
+@pytest.mark.parametrize("family", ("sd1", "lcm-sdxl"))
+def test_every_form_of_timestep_equals_diffusers(family: str, timestep: Tensor | float) -> None:
+    ours, oracle = pair(family)
+    drawn = inputs(ours.config, (8, 8))
+    expected = truth(oracle, timestep, drawn)
+    assert relative_l2(ours.standard(timestep=timestep, **drawn), expected) <= BAR
 
 
 @pytest.mark.parametrize("family", FAMILIES)
