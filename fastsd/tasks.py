@@ -44,8 +44,9 @@ class Conditioning:
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `change` to every tensor present."""
         return Conditioning(
-            *(None if t is None else change(t) for t in (self.context, self.pooled, self.size_ids))
-            # type: ignore[arg-type]
+            change(self.context),
+            None if self.pooled is None else change(self.pooled),
+            None if self.size_ids is None else change(self.size_ids),
         )
 
     def join(self, other: Conditioning) -> Conditioning:

@@ -38,7 +38,8 @@ def numpy_loop(table: StepTable, x: np.ndarray, noises: list[np.ndarray]) -> np.
             + np.einsum("i,...->i...", table.b[r], D)
             + np.einsum("i,...->i...", table.c[r], noise)
         )
-    return state[0]
+    result: np.ndarray = state[0]
+    return result
 
 
 def draw(generator: torch.Generator) -> Callable[[], Tensor]:

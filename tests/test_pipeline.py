@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fastsd import Pipeline
+from fastsd.backends.eager import EagerBackend
 from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.errors import FastsdError, NumericsError, OutOfMemory, UnknownName, UsageError
 from fastsd.quality import psnr
@@ -397,8 +398,10 @@ def test_bad_loading_arguments(sd1_folder: Path) -> None:
 
 def test_nan_weights_are_an_error_not_a_black_picture(sd1_folder: Path) -> None:
     broken = quiet(sd1_folder)
-    decoder = broken._backend.part("vae_decoder")
-    broken._backend._parts["vae_decoder"] = lambda z: decoder(z) * float("nan")
+    backend = broken._backend
+    assert isinstance(backend, EagerBackend)
+    decoder = backend.part("vae_decoder")
+    backend._parts["vae_decoder"] = lambda z: decoder(z) * float("nan")
     with pytest.raises(NumericsError, match="picture"):
         broken(PROMPT, num_inference_steps=1)
 

@@ -37,6 +37,17 @@ def load_denoiser(run: Path) -> Denoiser:
     return model.eval()
 
 
+def load_vae(run: Path) -> VAE:
+    """Load the VAE of a run: with the refined decoder, or as it was before."""
+    vae = VAE(CONFIG.vae)
+    finished = run / "vae.pt"
+    if finished.is_file():
+        vae.load_state_dict(torch.load(finished, weights_only=True))
+    else:
+        vae.load_state_dict(torch.load(run / "latents.pt", weights_only=True)["vae"])
+    return vae.eval()
+
+
 def write_atlas(folder: Path) -> None:
     """Write atlas.png and atlas.json: every base emoji at 32x32, and its names."""
     emojis, pictures = drawable()
@@ -60,8 +71,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("fastsd/builtin"))
     arguments = parser.parse_args()
 
-    vae = VAE(CONFIG.vae)
-    vae.load_state_dict(torch.load(arguments.run / "latents.pt", weights_only=True)["vae"])
+    vae = load_vae(arguments.run)
     denoiser = load_denoiser(arguments.run)
     modules = {"text_encoder": denoiser.text_encoder, "unet": denoiser.unet, "vae": vae}
     tokenizer = CLIPTokenizer.from_folder(arguments.run / "tokenizer")

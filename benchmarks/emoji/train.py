@@ -3,11 +3,11 @@ otherwise.
 
     python -m fastsd.benchmarks.emoji.train --out runs/emoji
 
-Four stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the
-latents of all pictures, and the text encoder with the UNet. Each training stage lasts a given
-number of minutes and its learning rate falls to nothing over them, so that it always ends well; it
-saves its state every two minutes and goes on from there. `export.py` writes the result as an
-ordinary checkpoint.
+Five stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the
+latents of all pictures, the text encoder with the UNet, and the VAE's decoder once more. Each
+training stage lasts a given number of minutes and its learning rate falls to nothing over them, so
+that it always ends well; it saves its state every two minutes and goes on from there. `export.py`
+writes the result as an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -195,6 +195,40 @@ def train_vae(
     return vae.eval().requires_grad_(False)
 
 
+def refine_decoder(
+    vae: VAE,
+    pictures: Tensor,
+    latents: Tensor,
+    weights: Tensor,
+    path: Path,
+    *,
+    minutes: float,
+    device: torch.device,
+) -> None:
+    """Go on with the decoder alone, in place: the latents, which the UNet has learnt, stay as are.
+
+    Whole pictures and a little noise on the latents, as the UNet will leave some.
+    """
+    torch.manual_seed(0)
+    assert vae.post_quant_conv is not None
+    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    decoder.to(device).train().requires_grad_(True)
+    stage = Stage(decoder, path, minutes=minutes, peak=1e-3, decay=0.0)
+    generator = torch.Generator().manual_seed(stage.step)
+
+    def losses() -> Tensor:
+        rows = torch.multinomial(weights, 4, replacement=True, generator=generator)
+        x = pictures[rows].to(device)
+        z = latents[rows] + 0.03 * torch.randn(latents[rows].shape, generator=generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            y = vae.decode(z.to(device))
+        return _picture_distance(y.float(), x)
+
+    stage.run(losses)
+    decoder.load_state_dict(stage.average)
+    decoder.eval().requires_grad_(False)
+
+
 def _crops(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
     room = pictures.shape[-1] - side + 1
     tops, lefts = (torch.randint(room, (len(pictures),), generator=generator) for _ in range(2))
@@ -223,17 +257,18 @@ def normalise_(vae: VAE, pictures: Tensor) -> Tensor:
     """
     device = next(vae.parameters()).device
     means = torch.cat(
-        [vae.encode(part.to(device)).chunk(2, dim=1)[0] for part in pictures.split(64)]
+        [vae.encode(part.to(device)).chunk(2, dim=1)[0] for part in torch.split(pictures, 64)]
     )
     mean, deviation = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
-    assert vae.quant_conv is not None and vae.post_quant_conv is not None
+    before, after = vae.quant_conv, vae.post_quant_conv
+    assert before is not None and before.bias is not None
+    assert after is not None and after.bias is not None
     scale = torch.cat([1 / deviation, torch.ones_like(deviation)])
-    vae.quant_conv.weight.mul_(scale[:, None, None, None])
-    bias = torch.cat([vae.quant_conv.bias[: len(mean)] - mean, vae.quant_conv.bias[len(mean) :]])
-    vae.quant_conv.bias.copy_(bias * scale)
-    vae.quant_conv.bias[len(mean) :] -= 2 * deviation.log()
-    vae.post_quant_conv.bias.add_(torch.einsum("oixy,i->o", vae.post_quant_conv.weight, mean))
-    vae.post_quant_conv.weight.mul_(deviation[None, :, None, None])
+    shift = torch.cat([-mean / deviation, -2 * deviation.log()])
+    before.weight.mul_(scale[:, None, None, None])
+    before.bias.mul_(scale).add_(shift)
+    after.bias.add_(torch.einsum("oixy,i->o", after.weight, mean))
+    after.weight.mul_(deviation[None, :, None, None])
     return ((means - mean[:, None, None]) / deviation[:, None, None]).cpu()
 
 
@@ -299,7 +334,7 @@ def train_denoiser(
         with torch.autocast(device.type, torch.bfloat16):
             prediction = model(x.to(device), t.to(device), ids.to(device))
         snr = (alpha_bar[t] / (1 - alpha_bar[t])).to(device)
-        error = (prediction.float() - v.to(device)).square().mean(dim=(1, 2, 3))
+        error: Tensor = (prediction.float() - v.to(device)).square().mean(dim=(1, 2, 3))
         return (error * snr.clamp(max=5.0) / (snr + 1)).mean() * 4
 
     stage.run(losses)
@@ -324,6 +359,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the run")
     parser.add_argument("--vae-minutes", type=float, default=15)
     parser.add_argument("--minutes", type=float, default=70, help="for text encoder and UNet")
+    parser.add_argument("--decoder-minutes", type=float, default=10, help="at the end")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -338,10 +374,11 @@ def main() -> None:
         vocabulary.learn(_caption_lines(emojis), VOCABULARY, out / "tokenizer")
     tokenizer = CLIPTokenizer.from_folder(out / "tokenizer")
 
+    weights = torch.tensor([TONE_WEIGHT if emoji.tone else 1.0 for emoji in emojis])
     if not (out / "latents.pt").is_file():
         vae = train_vae(
             pictures,
-            torch.tensor([TONE_WEIGHT if emoji.tone else 1.0 for emoji in emojis]),
+            weights,
             out / "vae-state.pt",
             minutes=arguments.vae_minutes,
             device=device,
@@ -361,6 +398,19 @@ def main() -> None:
         generator=generator,
     )
     save(model.state_dict(), out / "denoiser.pt")
+
+    vae = VAE(CONFIG.vae)
+    vae.load_state_dict(torch.load(out / "latents.pt", weights_only=True)["vae"])
+    refine_decoder(
+        vae,
+        pictures,
+        latents,
+        weights,
+        out / "decoder-state.pt",
+        minutes=arguments.decoder_minutes,
+        device=device,
+    )
+    save(vae.state_dict(), out / "vae.pt")
 
 
 if __name__ == "__main__":

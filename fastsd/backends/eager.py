@@ -36,7 +36,7 @@ class EagerBackend(Backend):
         }
         if device.type == "cuda":  # the CPU's own convolutions measured slower channels-last
             for name in ("unet", "vae"):
-                modules[name] = modules[name].to(memory_format=torch.channels_last)
+                modules[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         unet, vae = cast(UNet, modules["unet"]), cast(VAE, modules["vae"])
         self._parts: dict[str, Part] = {
             **{name: module for name, module in modules.items() if name.startswith("text_")},
