@@ -6,6 +6,7 @@ Owns the list of samplers and their names. numpy float64 only; knows no model an
 from __future__ import annotations
 
 import difflib
+import numbers
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,6 +183,8 @@ def resolve(name: str) -> tuple[str, str | None]:
     Case, spaces and punctuation do not matter. UsageError, with the nearest names, for an unknown
     one.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"sampler must be a name such as 'Euler a', not {name!r}")
     plain = _plain(name)
     for suffix, spacing in (("karras", "karras"), ("exponential", "exponential"), ("", None)):
         sampler = _NAMES.get(plain.removesuffix(suffix)) if plain.endswith(suffix) else None
@@ -194,8 +197,8 @@ def resolve(name: str) -> tuple[str, str | None]:
             )
         return sampler, spacing
     near = [_NAMES[n] for n in difflib.get_close_matches(plain, _NAMES, n=3, cutoff=0.5)]
-    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}" if near else ""
-    raise UsageError(f"sampler {name!r} is unknown{hint}? The samplers are {', '.join(SAMPLERS)}")
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}? the" if near else "the"
+    raise UsageError(f"sampler {name!r} is unknown; {hint} samplers are {', '.join(SAMPLERS)}")
 
 
 def _whole(what: str, value: Any, low: int, high: int) -> int:
@@ -231,8 +234,7 @@ def build_table(
     name, sigma_spacing = resolve(schedule.sampler if sampler is None else sampler)
     kind = SAMPLERS[name]
     n, given = _levels(name, steps, timesteps, sigmas, schedule.train_steps)
-    start = _whole("start", start, 0, n - 1)
-    if not 0 <= eta <= 1:
+    if not (isinstance(eta, numbers.Real) and 0 <= eta <= 1):
         raise UsageError(f"eta must be from 0 to 1, not {eta!r}")
     schedule = replace(
         schedule,
@@ -246,6 +248,7 @@ def build_table(
             "give only one"
         )
     plan = kind.plan(schedule, n, **given)
+    start = _whole("start", start, 0, n - 1)
     orders = _orders(name, schedule, plan, start)
     plan = replace(
         plan.take(range(start, plan.n)),

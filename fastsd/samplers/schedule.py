@@ -105,7 +105,8 @@ def given_timesteps(schedule: ScheduleConfig, timesteps: Sequence[float]) -> Arr
 def given_sigmas(sigmas: Sequence[float]) -> Array:
     """Check the user's own noise levels, the end included."""
     sigma = np.asarray(sigmas, dtype=np.float64)
-    if not (sigma.ndim == 1 and len(sigma) > 1 and (np.diff(sigma) < 0).all() and sigma[-1] >= 0):
+    falls = sigma.ndim == 1 and len(sigma) > 1 and (np.diff(sigma) < 0).all()
+    if not (falls and sigma[-1] >= 0 and np.isfinite(sigma[0])):
         raise UsageError(
             f"sigmas must fall strictly to their end, 0 or above, listed too; they are {sigmas}"
         )

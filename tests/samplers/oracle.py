@@ -93,7 +93,7 @@ def foreign_run(
     generator: torch.Generator,
     *,
     start: int = 0,
-    eta: float,
+    eta: float = 0.0,
 ) -> tuple[Array, Array]:
     """Walk diffusers' scheduler as its img2img pipeline does; return latents and timesteps."""
     timesteps = scheduler.timesteps[start * scheduler.order :]
@@ -111,6 +111,35 @@ def foreign_run(
     return sample.numpy(), timesteps.numpy()
 
 
-def difference(ours: Array, theirs: Array) -> float:
-    """Return the relative L2 distance."""
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+def noise_source(generator: torch.Generator, sampler: str) -> Callable[[], Array]:
+    """Draw as diffusers does for a float64 model; its SDE solver draws float32 always."""
+    dtype = torch.float32 if resolve(sampler)[0] == "dpmpp_2m_sde" else torch.float64
+    return lambda: torch.randn(SHAPE, generator=generator, dtype=dtype).double().numpy()
+
+
+def compare(
+    table: StepTable,
+    scheduler: Any,
+    model: Model,
+    sampler: str,
+    *,
+    start: int = 0,
+    eta: float = 0.0,
+) -> float:
+    """Run both from one noise; check timesteps and draws; return the relative L2 distance."""
+    generator, theirs = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    noise = torch.randn(SHAPE, generator=generator, dtype=torch.float64).numpy()
+    theirs.set_state(generator.get_state())
+    alpha, sigma = table.levels[0]
+    picture = np.sign(noise[:, :, ::-1]) / 2
+    x = alpha * picture + sigma * noise if start else table.init_scale * noise
+
+    foreign, timesteps = foreign_run(scheduler, model, x, theirs, start=start, eta=eta)
+    ours = run(table, model, x, noise_source(generator, sampler))
+    assert timesteps.shape == table.timesteps.shape
+    if timesteps.dtype.kind == "i":
+        np.testing.assert_array_equal(table.timesteps, timesteps)
+    else:  # fractional ones come from float32 logarithms there
+        np.testing.assert_allclose(table.timesteps, timesteps, rtol=1e-6, atol=2e-3)
+    assert torch.equal(generator.get_state(), theirs.get_state()), "drew another amount of noise"
+    return float(np.linalg.norm(ours - foreign) / np.linalg.norm(foreign))
