@@ -177,11 +177,12 @@ class UNet(nn.Module):
         guidance: Tensor | None,
     ) -> Tensor:
         """Embed t (…,) and conditions (B, ·) that broadcast with it; project for every resnet."""
-        if (self.add_embedding is not None) != (pooled is not None and size_ids is not None):
+        takes_pooled = self.add_embedding is not None
+        if {pooled is not None, size_ids is not None} != {takes_pooled}:
             raise UsageError(
                 "this UNet needs pooled text and size ids, and not both were given"
-                if self.add_embedding is not None
-                else "pooled text and size ids were given to a UNet that takes none; leave them out"
+                if takes_pooled
+                else "pooled text or size ids were given to a UNet that takes none; leave them out"
             )
         if guidance is not None and self.time_embedding.cond_proj is None:
             raise UsageError(

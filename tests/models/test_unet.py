@@ -224,6 +224,7 @@ def test_it_exports_whole_and_for_any_size() -> None:
         ("sdxl", {}, "needs pooled text and size ids"),
         ("sdxl", {"pooled": torch.zeros(1, 20)}, "not both were given"),
         ("sd1", {"pooled": torch.zeros(1, 20), "size_ids": torch.zeros(1, 6)}, "takes none"),
+        ("sd1", {"pooled": torch.zeros(1, 20)}, "takes none"),
         ("sd1", {"guidance": torch.zeros(1)}, "takes none"),
     ],
 )
