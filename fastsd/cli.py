@@ -25,20 +25,29 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEFAULT_NAME = "fastsd-{seed}.png"
-# A picture's metadata -> what it is called where a Pipeline is loaded, and where it is called.
-LOAD_SETTINGS = ("backend", "precision", "device")
-CALL_SETTINGS = {
-    "negative_prompt": "negative_prompt",
-    "steps": "num_inference_steps",
-    "timesteps": "timesteps",
-    "sigmas": "sigmas",
-    "guidance_scale": "guidance_scale",
-    "sampler": "sampler",
-    "eta": "eta",
-    "height": "height",
-    "width": "width",
-    "batch_invariant": "batch_invariant",
+# What a picture records of its drawing: the type it must have, and what a Pipeline calls it.
+_NUMBER = (int, float)
+RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
+    "prompt": (str, None),
+    "seed": (int, None),
+    "model": (str, None),
+    "backend": (str, None),
+    "precision": (str, None),
+    "steps": (int, "num_inference_steps"),
+    "guidance_scale": (_NUMBER, "guidance_scale"),
+    "eta": (_NUMBER, "eta"),
+    "height": (int, "height"),
+    "width": (int, "width"),
+    "batch_invariant": (bool, "batch_invariant"),
+    **{
+        name: (str, name)
+        for name in ("prompt_2", "negative_prompt", "negative_prompt_2", "sampler")
+    },
+    **{name: (list, name) for name in ("timesteps", "sigmas", "original_size", "target_size")},
+    "crops_coords_top_left": (list, "crops_coords_top_left"),
 }
+# What it says besides, for people and other tools.
+REMARKS = {"versions", "sampler_title", "schedule_type", "not_recorded"}
 
 app = typer.Typer(
     help="Stable Diffusion as fast as the hardware allows.",
@@ -233,7 +242,7 @@ def generate(
 
 
 def _recorded(picture: Path) -> dict[str, Any]:
-    """Read back the settings that `picture` was drawn with."""
+    """Read back the settings that `picture` was drawn with, trusting nothing in it."""
     from fastsd.images import read_metadata
 
     metadata = read_metadata(picture)
@@ -242,13 +251,25 @@ def _recorded(picture: Path) -> dict[str, Any]:
             f"{picture} was drawn by another program, with its own kind of noise; "
             f"it cannot be drawn again, but its settings can be given as options: {metadata}"
         )
-    if metadata.get("prompt") is None or metadata.get("seed") is None:
+    if metadata.get("not_recorded"):
         raise UsageError(
-            f"{picture} was drawn from a Python program's own embeddings or generator, which are "
-            "not in it; run that program again"
+            f"{picture} was drawn by a Python program with {metadata['not_recorded']} of its own, "
+            "which are not in the picture; run that program again"
         )
-    prompts = [metadata.pop("prompt")]
-    return {"prompts": prompts, **{k: v for k, v in metadata.items() if v is not None}}
+    settings = {k: v for k, v in metadata.items() if k not in REMARKS and v is not None}
+    for name, value in settings.items():
+        if name not in RECORDED:
+            raise UsageError(
+                f"{picture} was drawn with {name!r}, which fastsd {fastsd.__version__} does not "
+                "know; draw it with a newer one"
+            )
+        kind = RECORDED[name][0]
+        numbers = not isinstance(value, list) or all(isinstance(v, _NUMBER) for v in value)
+        if not isinstance(value, kind) or not numbers:
+            raise UsageError(f"{picture} says that its {name} is {value!r}: its data was changed")
+    if "prompt" in settings:
+        settings["prompts"] = [settings.pop("prompt")]
+    return settings
 
 
 def _paths(output: str, seeds: Sequence[int]) -> list[Path]:
@@ -276,8 +297,8 @@ def _draw(
     """Load the model and draw a picture for each text and seed, `batch` at once."""
     from fastsd import Pipeline
 
-    load = {name: settings[name] for name in LOAD_SETTINGS if name in settings}
-    call = {name: settings[key] for key, name in CALL_SETTINGS.items() if key in settings}
+    load = {name: settings[name] for name in ("backend", "precision", "device") if name in settings}
+    call = {name: settings[k] for k, (_, name) in RECORDED.items() if name and k in settings}
     pipe = Pipeline.from_pretrained(settings["model"], sampler=settings.get("sampler"), **load)
     for start in range(0, len(texts), batch):
         part = slice(start, start + batch)
@@ -335,32 +356,39 @@ def inspect(
     """Say what a model holds: family, parts, parameter counts, sizes, dtypes, sampler."""
     from fastsd.checkpoints import describe, open_checkpoint
 
-    _print_data(describe(open_checkpoint(model)), as_json)
+    facts = describe(open_checkpoint(model))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    schedule = facts["schedule"]
+    print(f"{facts['path']}: family {facts['family']}, {facts['default_size']} pixels a side,")
+    print(f"sampler {facts['sampler']}, predicts {schedule['prediction']}")
+    print()
+    table = [["part", "parameters", "MB", "dtypes", "files"]]
+    for name, part in facts["parts"].items():
+        size = f"{part['size_bytes'] / 1e6:.1f}"
+        dtypes, files = ", ".join(part["dtypes"]), ", ".join(part["files"])
+        table.append([name, f"{part['parameters']:,}", size, dtypes, files])
+    _print_table(table)
+    if facts["passed_over"]:
+        print(f"passed over: {', '.join(facts['passed_over'])}")
 
 
 @app.command()
 def env(as_json: Json = False) -> None:
     """Describe this machine and which backends it can use: paste it into a bug report."""
-    _print_data(_environment(), as_json)
-
-
-def _print_data(data: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(data, indent=2))
-    else:
-        print("\n".join(_lines(data)))
+    facts = _environment()
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
 
 
 def _lines(data: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     """Write nested data as indented `name: value` lines."""
     for name, value in data.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield f"{indent}{name}:"
             yield from _lines(value, indent + "  ")
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield f"{indent}{name}: {', '.join(map(str, value)) or 'none'}"
         else:
-            yield f"{indent}{name}: {'none' if value is None else value}"
+            yield f"{indent}{name}: {value}"
 
 
 # Everything whose version can explain a difference between two machines.

@@ -214,9 +214,7 @@ SD15 = ModelConfig()
 
 SD21 = ModelConfig(
     family="sd2",
-    text_encoders=(
-        CLIPConfig(width=1024, mlp_width=4096, layers=23, heads=16, activation="gelu"),
-    ),
+    text_encoders=(CLIPConfig(width=1024, mlp_width=4096, layers=23, heads=16, activation="gelu"),),
     unet=replace(
         SD15.unet,
         sample_size=96,

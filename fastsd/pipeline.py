@@ -27,7 +27,7 @@ from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.engine import Denoiser, SamplingLoop, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import to_pil
-from fastsd.samplers import StepTable, build_table
+from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
 from fastsd.tasks import Conditioning, Noise, Prompts, Sizes, Texts
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -273,16 +273,28 @@ class Pipeline:
             images = call.draw(generators, latents, output_type)
         if not return_dict:
             return (images, None)
+        own_objects = {
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "callback_on_step_end": callback_on_step_end,
+        }
         settings = {
             "steps": int(table.steps[-1]) + 1,
             "sampler": sampler or self.sampler,
-            "guidance_scale": guidance,
-            "eta": eta,
-            "height": size[0],
-            "width": size[1],
-            "timesteps": None if timesteps is None else list(timesteps),
-            "sigmas": None if sigmas is None else list(sigmas),
+            **self._sampler_titles(sampler or self.sampler),
+            "guidance_scale": float(guidance),
+            "eta": float(eta),
+            "height": int(size[0]),
+            "width": int(size[1]),
+            "timesteps": _numbers(timesteps),
+            "sigmas": _numbers(sigmas),
+            "original_size": _numbers(original_size),
+            "crops_coords_top_left": _numbers(crops_coords_top_left),
+            "target_size": _numbers(target_size),
             "batch_invariant": batch_invariant,
+            "not_recorded": [name for name, value in own_objects.items() if value is not None],
         }
         return Output(images, self._metadata(prompts, count, seeds, settings))
 
@@ -307,6 +319,16 @@ class Pipeline:
     def _table(self, steps: int | None, *, sampler: str | None = None, **options: Any) -> StepTable:
         return build_table(self.config.schedule, steps, sampler=sampler or self.sampler, **options)
 
+    def _sampler_titles(self, name: str) -> dict[str, str | None]:
+        """What people's tools call a sampler, and the spacing of its noise levels if it has one."""
+        key, spacing = resolve(name)
+        spacing = spacing or self.config.schedule.sigma_spacing
+        respaced = spacing != "schedule" and "sigma_spacing" in SAMPLERS[key].accepts
+        return {
+            "sampler_title": SAMPLERS[key].title,
+            "schedule_type": spacing.title() if respaced else None,
+        }
+
     def _metadata(
         self,
         prompts: Prompts,
@@ -314,11 +336,13 @@ class Pipeline:
         seeds: list[int] | None,
         settings: dict[str, Any],
     ) -> list[dict[str, Any]]:
-        """One dict a picture; seed is None where the caller's own generators drew the noise."""
+        """One dict a picture; seed is None where the caller's own generators drew the noise.
+
+        not_recorded names what was given and is no JSON: with any of it, the rest is not enough.
+        """
         return [
             {
-                "prompt": prompts.texts[i // count] if prompts.texts else None,
-                "negative_prompt": prompts.negative_text(i // count),
+                **prompts.row(i // count),
                 "seed": seeds[i] if seeds else None,
                 **settings,
                 "model": self.name,
@@ -548,6 +572,11 @@ def _generators(
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise UsageError(f"a seed must be a whole number from 0 to 2**63 - 1, not {value!r}")
     return seeds, [torch.Generator("cpu").manual_seed(value) for value in seeds]
+
+
+def _numbers(given: Sequence[float] | None) -> list[float] | None:
+    """Plain numbers, for JSON, of whatever kind was given."""
+    return None if given is None else [float(number) for number in given]
 
 
 def _refuse(unknown: dict[str, object], function: Callable[..., object]) -> None:

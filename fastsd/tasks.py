@@ -109,10 +109,15 @@ class Prompts:
         """How many rows were asked for."""
         return len(self.texts) if self.prompt_embeds is None else len(self.prompt_embeds)
 
-    def negative_text(self, row: int) -> str:
-        """The negative prompt of `row`, "" where there is none."""
-        texts = _listed(self.negative_prompt)
-        return texts[row if len(texts) > 1 else 0] if texts else ""
+    def row(self, row: int) -> dict[str, str | None]:
+        """The texts of one row by their argument's name, None where none was given."""
+        given = {
+            "prompt": _listed(self.prompt),
+            "prompt_2": _listed(self.prompt_2),
+            "negative_prompt": _listed(self.negative_prompt),
+            "negative_prompt_2": _listed(self.negative_prompt_2),
+        }
+        return {name: texts[row % len(texts)] if texts else None for name, texts in given.items()}
 
     def conditioning(
         self, encode: Callable[[Sequence[Texts]], Conditioning], *, guided: bool, zero_empty: bool

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastsd.checkpoints import hub
-from fastsd.checkpoints.layout import Layout, find_weights, read_layout
+from fastsd.checkpoints.layout import check_present, read_layout, weight_files
 from fastsd.checkpoints.weights import load_module, read_header
 from fastsd.config import ModelConfig
 from fastsd.errors import CheckpointError, UsageError
@@ -62,9 +62,8 @@ class Checkpoint:
         """
         if part not in self.parts:
             raise UsageError(f"the checkpoint has no part {part!r}; it has {', '.join(self.parts)}")
-        with torch.device("meta"):
-            module = self._builders[part]()
-        return load_module(part, module, self.parts[part].weights, dtype=dtype, device=device)
+        build, files = self._builders[part], self.parts[part]
+        return load_module(part, build, files.weights, dtype=dtype, device=device)
 
     @property
     def _builders(self) -> dict[str, Callable[[], nn.Module]]:
@@ -96,10 +95,10 @@ def open_checkpoint(
         raise UsageError(f"a model is a folder or a hub id, not {model!r}")
     if variant is not None and not re.fullmatch(r"\w+", variant):
         raise UsageError(f"variant {variant!r} must be a word such as 'fp16'")
-    folder = BUILTIN if model == "builtin" else Path(model).expanduser()
-    if folder.is_dir():
-        return _open(folder, read_layout(folder), variant)
-    if folder.is_file():
+    folder = BUILTIN if model == "builtin" else Path(model)
+    if _exists(folder) and folder.is_dir():
+        return _open(folder, variant)
+    if _exists(folder):
         raise CheckpointError(
             f"{folder} is a single file; reading those comes later. Give a folder in the diffusers "
             "layout: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
@@ -109,33 +108,34 @@ def open_checkpoint(
             f"{str(model)!r} is no folder here, and not a hub id either (owner/name)"
         )
 
-    def fetch(local: bool) -> Checkpoint:
-        return hub.fetch(
-            model,
-            lambda folder: _open(folder, read_layout(folder), variant),
-            revision=revision,
-            variant=variant,
-            local=local,
-            token=token,
-            cache_dir=cache_dir,
-        )
-
-    if local_files_only is not None:
-        return fetch(local_files_only)
-    try:
-        return fetch(True)
-    except CheckpointError:
-        return fetch(False)
-
-
-def _open(folder: Path, layout: Layout, variant: str | None) -> Checkpoint:
-    return Checkpoint(
-        folder,
-        layout.config,
-        {part: PartFiles(find_weights(folder, part, variant)) for part in layout.parts},
-        tuple(folder / name for name in layout.tokenizers),
-        layout.passed_over,
+    return hub.fetch(
+        model,
+        lambda folder: _open(folder, variant),
+        revision=revision,
+        variant=variant,
+        local_files_only=local_files_only,
+        token=token,
+        cache_dir=cache_dir,
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a name, or with a NUL in it: no file, anyway
+        return False
+
+
+def _open(folder: Path, variant: str | None) -> Checkpoint:
+    layout = read_layout(folder)
+    parts = {part: PartFiles(weight_files(folder, part, variant)) for part in layout.parts}
+    for files in parts.values():
+        check_present(files.weights)
+    tokenizers = tuple(folder / name for name in layout.tokenizers)
+    for tokenizer in tokenizers:
+        if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise CheckpointError(f"{tokenizer} holds no tokenizer; the folder is not complete")
+    return Checkpoint(folder, layout.config, parts, tokenizers, layout.passed_over)
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

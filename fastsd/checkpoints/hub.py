@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fastsd.checkpoints.layout import INDEX, read_layout, weight_patterns
+from fastsd.checkpoints.layout import INDEX, PARTS, read_layout, weight_files
 from fastsd.errors import CheckpointError
 
 _SMALL = [INDEX, "*/*.json", "*/*.txt"]
@@ -19,18 +20,86 @@ def fetch(
     *,
     revision: str | None,
     variant: str | None,
-    local: bool,
+    local_files_only: bool | None,
     token: str | None,
     cache_dir: str | Path | None,
 ) -> Opened:
-    """Find a repository's files in the cache, or download what is missing, and open the folder.
+    """Open a repository's copy in the cache, after downloading what it lacks.
 
-    The JSON comes first: a model that is not supported is refused before gigabytes are fetched.
-    Code and pickles are never downloaded. Raises CheckpointError with advice.
+    local_files_only: None takes the cache as it is if it has every file, False asks the hub for the
+    newest, True never asks. Code and pickles are never downloaded. Raises CheckpointError.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    cached_error: CheckpointError | None = None
+    if local_files_only is not False:
+        try:
+            return opener(_cached(repo_id, revision, cache_dir))
+        except CheckpointError as error:
+            if local_files_only:
+                raise
+            cached_error = error
+
+    def snapshot(patterns: list[str], commit: str | None) -> Path:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=commit,
+                cache_dir=cache_dir,
+                token=token,
+                allow_patterns=patterns,
+            )
+        )
+
+    try:
+        with _explained(repo_id, revision):
+            # JSON first: what is not supported is refused before gigabytes are fetched
+            folder = snapshot(_SMALL, revision)
+            weights = [
+                file.relative_to(folder).as_posix()
+                for part in read_layout(folder).parts
+                for file in weight_files(folder, part, variant)
+            ]
+            folder = snapshot(_SMALL + weights, folder.name)  # of the same commit
+            missing = [name for name in weights if not (folder / name).is_file()]
+            names = list_repo_files(repo_id, revision=folder.name, token=token) if missing else []
+    except Unreachable as error:
+        raise CheckpointError(f"{error}; {cached_error}" if cached_error else str(error)) from None
+    if missing:
+        there = [name for name in names if name.startswith(PARTS) and not name.endswith(".json")]
+        raise CheckpointError(
+            f"{repo_id} has no {', '.join(missing)}; it has {', '.join(there)}. fastsd reads "
+            "safetensors only; variant='fp16' asks for files with fp16 in their names"
+        )
+    return opener(folder)
+
+
+def _cached(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    """Return the folder of the commit that the cache has for a revision, complete or not."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(repo_id, INDEX, cache_dir=cache_dir, revision=revision)
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo_id!r} is no folder here and no hub id: {error}") from None
+    if not isinstance(index, str):
+        at = f" at revision {revision!r}" if revision else ""
+        raise CheckpointError(
+            f"{repo_id!r}{at} is no folder here and not in the cache; give a folder, or download "
+            "it with local_files_only=False"
+        )
+    return Path(index).parent
+
+
+class Unreachable(CheckpointError):
+    """The hub did not answer."""
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn huggingface_hub's errors into ours, with advice."""
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -40,50 +109,26 @@ def fetch(
         RevisionNotFoundError,
     )
 
-    def snapshot(patterns: list[str], commit: str | None) -> Path:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=commit,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local,
-                allow_patterns=patterns,
-            )
-        )
-
-    at = f" at revision {revision!r}" if revision else ""
+    # whichever HTTP library this release of huggingface_hub is built on, and OSError
+    http_errors: tuple[type[Any], ...] = (HFValidationError, *HfHubHTTPError.__bases__)
+    at = f"{repo_id!r} at revision {revision!r}" if revision else repr(repo_id)
     try:
-        folder = snapshot(_SMALL, revision)
-        if not local:
-            wanted = [
-                pattern
-                for part in read_layout(folder).parts
-                for pattern in weight_patterns(part, variant)
-            ]
-            folder = snapshot(_SMALL + wanted, folder.name)  # the same commit
+        yield
     except GatedRepoError:
         raise CheckpointError(
-            f"{repo_id} is gated: accept its terms on its page, then log in with `hf auth login` "
+            f"{repo_id!r} is gated: accept its terms on its page, then log in with `hf auth login` "
             "or pass token="
         ) from None
     except RevisionNotFoundError:
-        raise CheckpointError(f"{repo_id} has no revision {revision!r}") from None
+        raise CheckpointError(f"{repo_id!r} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise CheckpointError(
             f"{repo_id!r} is no folder here, and the hub has no such model, or not for you: check "
             "the name, or log in with `hf auth login`"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise CheckpointError(
-            f"{repo_id}{at} is no folder here and not in the cache, and the hub "
-            + (
-                "was not asked (local_files_only)"
-                if local
-                else "cannot be reached (no network, or HF_HUB_OFFLINE is set)"
-            )
-            + "; download it once with a network, or give a folder"
+        raise Unreachable(
+            f"the hub cannot be reached for {at}: no network, or HF_HUB_OFFLINE is set"
         ) from None
-    except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{repo_id}{at} could not be fetched: {error}") from None
-    return opener(folder)
+    except http_errors as error:
+        raise Unreachable(f"{at} could not be fetched: {error}") from None

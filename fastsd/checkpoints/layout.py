@@ -99,6 +99,11 @@ def read_layout(folder: Path) -> Layout:
     with _explained(path := folder / "scheduler" / "scheduler_config.json"):
         schedule = read_schedule(classes["scheduler"], _config(path), lenient=kind.lenient)
     with _explained(folder):
+        if unet.in_channels != vae.latent_channels:
+            raise CheckpointError(
+                f"its UNet takes {unet.in_channels} channels, its VAE gives {vae.latent_channels}: "
+                "models that inpaint or edit a picture are not supported yet"
+            )
         config = ModelConfig(
             family=_family(kind, texts[0]),
             text_encoders=tuple(texts),
@@ -116,34 +121,28 @@ def read_layout(folder: Path) -> Layout:
     )
 
 
-def find_weights(folder: Path, part: str, variant: str | None) -> tuple[Path, ...]:
-    """Return the safetensors files of a part: one, or the shards that its index lists.
+def weight_files(folder: Path, part: str, variant: str | None) -> tuple[Path, ...]:
+    """Return where a part's weights should be: one file, or the shards that its index lists.
 
-    variant: "fp16" picks the files that carry it in their names. Raises CheckpointError, naming
-    what there is, if there are none.
+    variant: "fp16" picks the files that carry it in their names. Raises CheckpointError for an
+    index that makes no sense.
     """
     stem, infix = STEMS[part], f".{variant}" if variant else ""
     where = folder / part
     index = where / f"{stem}.safetensors.index{infix}.json"
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise CheckpointError(f"{index} has no weight_map")
-        return tuple(_shard(index, name) for name in sorted(set(map(str, shards.values()))))
-    file = where / f"{stem}{infix}.safetensors"
-    if not file.is_file():
-        raise CheckpointError(_no_weights(where, file.name, variant))
-    return (file,)
+    if not index.is_file():
+        return (where / f"{stem}{infix}.safetensors",)
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{index} has no weight_map")
+    return tuple(_shard(index, name) for name in sorted(set(map(str, shards.values()))))
 
 
-def weight_patterns(part: str, variant: str | None) -> list[str]:
-    """Return patterns of the file names that `find_weights` may want."""
-    stem, infix = STEMS[part], f".{variant}" if variant else ""
-    return [
-        f"{part}/{stem}{infix}.safetensors",
-        f"{part}/{stem}{infix}-*-of-*.safetensors",
-        f"{part}/{stem}-*-of-*{infix}.safetensors",
-    ]
+def check_present(files: tuple[Path, ...]) -> None:
+    """Raise CheckpointError, naming what there is, if a weights file is missing."""
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(_no_weights(file))
 
 
 def _pipeline_kind(index: dict[str, Any]) -> PipelineKind:
@@ -186,6 +185,12 @@ def _classes(index: dict[str, Any]) -> dict[str, str]:
 
 def _config(path: Path) -> dict[str, Any]:
     config = read_json(path)
+    allowed = COMPONENTS[path.parent.name]
+    kind = config.get("_class_name")
+    if kind is not None and kind not in (allowed or ()):
+        raise CheckpointError(
+            f"its class {kind!r} is not supported, only {', '.join(allowed or ())}"
+        )
     if "auto_map" in config:
         raise CheckpointError("it asks to run code of its own (auto_map); it is never run")
     if config.get("quantization_config"):
@@ -221,10 +226,7 @@ def _shard(index: Path, name: str) -> Path:
     """Return the shard beside its index; a name that leads elsewhere is refused."""
     if not re.fullmatch(r"[\w.-]+\.safetensors", name):
         raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file beside it")
-    file = index.parent / name
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; {index.name} lists it")
-    return file
+    return index.parent / name
 
 
 def _no_index(folder: Path) -> str:
@@ -236,11 +238,12 @@ def _no_index(folder: Path) -> str:
     return message
 
 
-def _no_weights(where: Path, wanted: str, variant: str | None) -> str:
+def _no_weights(file: Path) -> str:
+    where = file.parent
     names = sorted(path.name for path in where.iterdir()) if where.is_dir() else []
     present = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if name.endswith(_PICKLES)]
-    message = f"{where / wanted} is missing"
+    message = f"{file} is missing"
     if present:
         infixes = {name.split(".")[1].split("-")[0] for name in present} - {"safetensors"}
         known = [None, *sorted(infixes)] if any(n.count(".") == 1 for n in present) else infixes
@@ -251,4 +254,4 @@ def _no_weights(where: Path, wanted: str, variant: str | None) -> str:
             f"{message}; there are only pickles ({', '.join(pickles)}), and loading one could run "
             f"any code; {CONVERT}"
         )
-    return message + (f" (variant {variant!r})" if variant else "")
+    return f"{message}; the folder is not complete"

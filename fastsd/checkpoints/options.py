@@ -46,7 +46,10 @@ class Options:
         """Return the value of every option in `reads`; refuse a config that asks for the rest."""
         for name, choice in self.fixed.items():
             choice.check(name, _uniform(config.get(name, choice.default)))
-        return {name: config.get(name, default) for name, default in self.reads.items()}
+        return {
+            name: _checked(name, config.get(name, default), default)
+            for name, default in self.reads.items()
+        }
 
     def write(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config of the `values` that the class reads, and of the fixed ones."""
@@ -56,6 +59,22 @@ class Options:
             if choice.default != -float("inf")  # not JSON
         }
         return fixed | {name: values[name] for name in self.reads if name in values}
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """Return a value of the default's kind, or for numbers a list of one a level; refuse others."""
+    if isinstance(default, bool) and value is None:
+        return False
+    if isinstance(default, bool) or default is None:
+        fits = default is None or isinstance(value, bool)
+    elif isinstance(default, (int, float)):
+        entries = value if isinstance(value, list) else [value]
+        fits = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in entries)
+    else:
+        fits = isinstance(value, type(default))
+    if not fits:
+        raise CheckpointError(f"{name} = {value!r} makes no sense; it is usually {default!r}")
+    return value
 
 
 def _uniform(value: Any) -> Any:

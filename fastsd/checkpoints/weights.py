@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastsd.checkpoints.keys import LEFTOVERS, canonical, guess
 from fastsd.errors import CheckpointError
@@ -128,20 +129,41 @@ def _other_kind(path: Path, start: bytes) -> str:
     return f"{path} is not a safetensors file (it begins {start[:12]!r}); download it again"
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leave out modules' initial values, which the weights replace anyway.
+
+    On the meta device they are not free: normal_ imports torch's compiler, 1.6 s.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load_module(
     part: str,
-    module: nn.Module,
+    build: Callable[[], nn.Module],
     files: Sequence[Path],
     *,
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> nn.Module:
-    """Give `module`, built on the meta device, the tensors of `files`; return it for inference.
+    """Build a module without weights and give it the tensors of `files`, for inference.
 
     Tensors that are already of `dtype` on the CPU stay mapped from the file: nothing is copied.
     Every key is used exactly once; a 1x1 convolution and a linear layer pass for each other.
     Raises CheckpointError naming the keys that do not fit.
     """
+    with torch.device("meta"), _Uninitialised():
+        module = build()
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     plan = match(part, expected, {file: read_header(file) for file in files})
     weights: dict[str, Tensor] = {}

@@ -1,0 +1,407 @@
+"""The command line: what it draws and prints, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+import fastsd
+from fastsd import cli
+from fastsd.errors import OutOfMemory
+from fastsd.images import read_metadata, save_png
+from fastsd.pipeline import Pipeline
+from fastsd.samplers import SAMPLERS
+
+QUICK = ("--steps", "2", "--height", "64", "--width", "64")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err and "\x1b" not in out + err
+        code = exit_.value.code
+        assert isinstance(code, int)
+        return Result(code, out, err)
+
+    return call
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+def test_generate_draws_and_says_how(run: Run, sd1_folder: Path) -> None:
+    result = run(
+        *("generate", "a red apple", "-o", "new/apple.png", "--model", sd1_folder, "--seed", 7),
+        *("--sampler", "euler_a", "--negative-prompt", "fog", "--guidance", 3, *QUICK),
+    )
+    assert (result.code, result.out) == (0, f"{Path('new/apple.png')}\n")
+    metadata = read_metadata("new/apple.png")
+    assert metadata["prompt"] == "a red apple" and metadata["negative_prompt"] == "fog"
+    assert (metadata["seed"], metadata["steps"], metadata["guidance_scale"]) == (7, 2, 3)
+    with Image.open("new/apple.png") as image:
+        assert image.size == (64, 64)
+        assert image.info["parameters"] == (
+            "a red apple\nNegative prompt: fog\n"
+            "Steps: 2, Sampler: Euler a, CFG scale: 3, Seed: 7, Size: 64x64, Model: sd1, RNG: CPU, "
+            f"Version: fastsd {fastsd.__version__}"
+        )
+    expected = Pipeline.from_pretrained(sd1_folder)(
+        "a red apple",
+        negative_prompt="fog",
+        seed=7,
+        sampler="euler_a",
+        guidance_scale=3,
+        num_inference_steps=2,
+        height=64,
+        width=64,
+    )
+    assert pixels("new/apple.png") == expected.images[0].tobytes()
+
+
+def pixels(path: str | Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+@pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+def test_again_draws_the_same_bits(family: str, run: Run, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(family)
+    options = ("--model", model, "--sampler", "DPM++ 2M Karras", *QUICK)
+    assert run("generate", "a cat", "-o", "a.png", *options).code == 0
+    assert run("generate", "--again", "a.png", "-o", "b.png", "--model", model).code == 0
+    assert pixels("a.png") == pixels("b.png")
+    assert read_metadata("a.png") == read_metadata("b.png")
+    with Image.open("b.png") as image:
+        assert "Sampler: DPM++ 2M, Schedule type: Karras, " in image.info["parameters"]
+    changed = ("--seed", 1, "--steps", 3, "a dog")
+    assert run("generate", "--again", "a.png", "-o", "c.png", "--model", model, *changed).code == 0
+    now = {"prompt": "a dog", "seed": 1, "steps": 3}
+    assert read_metadata("c.png") == {**read_metadata("a.png"), **now}
+    assert pixels("a.png") != pixels("c.png")
+
+
+def test_several_pictures_have_their_own_seeds_and_names(run: Run, sd1_folder: Path) -> None:
+    options = ("--model", sd1_folder, *QUICK)
+    result = run("generate", "a cat", "a dog", "--count", 2, "--seed", 5, "-o", "x.png", *options)
+    assert result.out.split() == ["x-1.png", "x-2.png", "x-3.png", "x-4.png"]
+    drawn = [read_metadata(name) for name in result.out.split()]
+    told = [(d["prompt"], d["seed"]) for d in drawn]
+    assert told == [("a cat", 5), ("a cat", 6), ("a dog", 7), ("a dog", 8)]
+    assert [f"seed {seed}: {prompt}" in result.err for prompt, seed in told] == [True] * 4
+    assert run("generate", "a dog", "--seed", 7, "-o", "lone.png", *options).code == 0
+    assert pixels("lone.png") == pixels("x-3.png")
+
+    together = ("--count", 3, "--batch", 2, "--seed", 5, "-o", "out/")
+    result = run("generate", "a cat", *together, *options)
+    assert result.out.split() == [str(Path("out", f"fastsd-{seed}.png")) for seed in (5, 6, 7)]
+    result = run("generate", "a cat", "--count", 2, "--seed", 5, "-o", "out/s{seed}.PNG", *options)
+    assert [Path(name).name for name in result.out.split()] == ["s5.PNG", "s6.PNG"]
+    assert pixels("out/s6.PNG") == pixels("x-2.png")
+
+
+def test_a_random_seed_is_printed_and_stored(run: Run, sd1_folder: Path) -> None:
+    results = [run("generate", "a cat", "--model", sd1_folder, *QUICK) for _ in range(2)]
+    seeds = [re.findall(r"seed (\d+): a cat", result.err) for result in results]
+    assert seeds[0] != seeds[1]
+    for result, (seed,) in zip(results, seeds, strict=True):
+        assert result.out == f"fastsd-{seed}.png\n"
+        assert read_metadata(result.out.strip())["seed"] == int(seed)
+
+
+def test_json_is_all_of_stdout(run: Run, sd1_folder: Path) -> None:
+    options = ("--json", "--count", 2, "-o", "a.png", "--model", sd1_folder, *QUICK)
+    result = run("generate", "一只猫", *options)
+    drawn = json.loads(result.out)
+    assert [picture.pop("path") for picture in drawn] == ["a-1.png", "a-2.png"]
+    assert drawn == [read_metadata("a-1.png"), read_metadata("a-2.png")]
+    assert "%|" not in result.err  # no bar where nobody watches
+
+
+def test_an_existing_file_is_replaced(run: Run, sd1_folder: Path) -> None:
+    for seed in (1, 2):
+        run("generate", "x", "-o", "a.png", "--seed", seed, "--model", sd1_folder, *QUICK)
+    assert read_metadata("a.png")["seed"] == 2
+    assert os.listdir() == ["a.png"]
+
+
+def test_empty_and_long_prompts(
+    run: Run, sd1_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run("generate", "", "-o", "a.png", "--model", sd1_folder, *QUICK).code == 0
+    with caplog.at_level(logging.WARNING):
+        long = "a red apple on a table " * 50
+        assert run("generate", long, "-o", "b.png", "--model", sd1_folder, *QUICK).code == 0
+    assert "this was cut off" in caplog.text
+    result = run("generate", "a" * 100_000, "-o", "c.png", "--model", sd1_folder, *QUICK)
+    assert result.code == 2 and "100000 characters" in result.err
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sampler", "eulr"], "did you mean euler"),
+        (["--steps", "0"], "steps must be"),
+        (["--steps", "x"], "--steps"),
+        (["--width", "65"], "multiple of 8"),
+        (["--height", "-8"], "height must be"),
+        (["--height", "0"], "height must be"),
+        (["--guidance", "nan"], "guidance_scale must be a finite number"),
+        (["--guidance", "inf"], "guidance_scale must be a finite number"),
+        (["--seed", "-1"], "seed must be"),
+        (["--seed", str(2**64)], "seed must be"),
+        (["--count", "0"], "--count"),
+        (["--batch", "0"], "--batch"),
+        (["--precision", "fp8"], "precision 'fp8'"),
+        (["--backend", "magic"], "backend 'magic' is unknown"),
+        (["--device", "abacus"], "device 'abacus' is unknown"),
+        (["--output", "a.jpg"], "ending in .png"),
+        (["--output", "a"], "ending in .png"),
+        (["--stepz", "2"], "--stepz"),
+        (["--again", "missing.png"], "cannot read missing.png"),
+        (["\udcff"], "is not text"),
+        (["--negative-prompt", "a\ud800"], "is not text"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, run: Run, sd1_folder: Path) -> None:
+    result = run("generate", "a cat", "-o", "a.png", "--model", sd1_folder, *QUICK, *arguments)
+    assert result.code == 2 and result.out == ""
+    assert message in result.err and result.err.lower().count("error") == 1
+    assert not os.listdir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Usage: fastsd"),
+        (("generate",), "a prompt is missing"),
+        (("inspect",), "Missing argument"),
+        (("draw",), "draw"),
+    ],
+)
+def test_missing_and_unknown_commands(arguments: tuple[str, ...], message: str, run: Run) -> None:
+    result = run(*arguments)
+    assert result.code == 2 and message in result.out + result.err
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("generate", "a cat", "--model")])
+@pytest.mark.parametrize("model", ["missing", "./missing", "empty", "file.safetensors"])
+def test_a_model_that_is_not_one(model: str, command: tuple[str, ...], run: Run) -> None:
+    Path("empty").mkdir()
+    Path("file.safetensors").write_bytes(b"")
+    result = run(*command, model)
+    assert result.code == 1 and result.out == ""
+    assert result.err.startswith("error: ") and Path(model).name in result.err
+
+
+def test_an_unwritable_place_is_refused_before_drawing(
+    run: Run, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    Path("file").write_text("")
+    result = run("generate", "a cat", "-o", "file/a.png", "--model", sd1_folder)
+    assert result.code == 1 and result.err.startswith("error: cannot make the folder file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "1"}, "its seed is '1'"),
+        ({"steps": [1]}, "its steps is"),
+        ({"timesteps": ["x"]}, "its timesteps is"),
+        ({"lora": "x"}, "does not know"),
+        ({"sigmas": [1.0, None]}, "its sigmas is"),
+        ({"not_recorded": ["latents"]}, "['latents'] of its own"),
+        ({"prompt": None}, "a prompt is missing"),
+    ],
+)
+def test_again_trusts_nothing(change: dict[str, Any], message: str, run: Run) -> None:
+    metadata = {"prompt": "a cat", "seed": 1, "model": "m", "versions": {}, **change}
+    save_png(Image.new("RGB", (8, 8)), "a.png", metadata)
+    result = run("generate", "--again", "a.png")
+    assert result.code == 2 and message in result.err
+
+
+def test_again_of_another_programs_picture(run: Run) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler, Seed: 1, Size: 8x8")
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=chunks)
+    result = run("generate", "--again", "a.png")
+    assert result.code == 2 and "another program" in result.err and "'steps': 20" in result.err
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (OutOfMemory("not enough memory"), 1, "error: not enough memory\n"),
+        (OSError(28, "No space left on device", "x"), 1, "error: x: No space left on device\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_failures_while_drawing(
+    failure: BaseException,
+    code: int,
+    message: str,
+    run: Run,
+    sd1_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(Pipeline, "__call__", fail)
+    result = run("generate", "a cat", "-o", "a.png", "--model", sd1_folder)
+    assert (result.code, result.out, result.err) == (code, "", message)
+    assert not os.listdir()
+
+
+def test_a_bug_shows_its_traceback(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not the user's mistake must not look like one."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(Pipeline, "__call__", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["generate", "a cat", "--model", str(sd1_folder)])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals and signals as POSIX has them")
+def test_a_terminal_sees_a_bar_and_ctrl_c_stops(sd1_folder: Path, tmp_path: Path) -> None:
+    """A real process on a real terminal, interrupted between pictures: 130, whole files only."""
+    import pty
+    import termios
+
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    command = [sys.executable, "-m", "fastsd", "generate", "a cat", "--count", "100000"]
+    process = subprocess.Popen(
+        [*command, "--model", str(sd1_folder), "--seed", "0", *QUICK],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        text=True,
+    )
+    os.close(terminal)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    shown = b""
+    try:
+        while block := os.read(reader, 1 << 16):
+            shown += block
+    except OSError:
+        pass  # how Linux says that the terminal's last writer is gone
+    process.stdout.read()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 130
+    os.close(reader)
+    assert first == "fastsd-0.png\n" and read_metadata(tmp_path / "fastsd-0.png")["seed"] == 0
+    assert b"%|" in shown and b"Traceback" not in shown
+    assert all(path.suffix == ".png" for path in tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX passes bytes as arguments")
+def test_bytes_that_are_not_text(tmp_path: Path) -> None:
+    command = [sys.executable.encode(), b"-m", b"fastsd", b"generate", b"caf\xe9"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == b""
+    assert result.stderr.startswith(b"error: the argument 'caf\\udce9' is not text")
+    assert result.stderr.count(b"\n") == 1
+
+
+# --- samplers, inspect, env, version -------------------------------------------------------------
+
+
+def test_samplers(run: Run) -> None:
+    rows = json.loads(run("samplers", "--json").out)
+    assert [row["name"] for row in rows] == list(SAMPLERS)
+    for row in rows:
+        sampler = SAMPLERS[row["name"]]
+        assert (row["title"], row["order"]) == (sampler.title, sampler.order)
+        assert row["stochastic"] == sampler.stochastic
+    table = run("samplers").out.splitlines()
+    assert len(table) == len(SAMPLERS) + 2
+    for line, (name, sampler) in zip(table[1:], SAMPLERS.items(), strict=False):
+        assert line.split()[0] == name and sampler.title in line
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_inspect(family: str, run: Run, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(f"{family}_folder")
+    facts = json.loads(run("inspect", folder, "--json").out)
+    assert facts["family"] == family
+    text = run("inspect", folder).out
+    assert f"family {family}" in text and f"sampler {facts['sampler']}" in text
+    for name, part in facts["parts"].items():
+        assert part["parameters"] > 0 and set(part["dtypes"]) == {"F32"}
+        assert re.search(rf"^{name} +{part['parameters']:,} ", text, re.MULTILINE)
+
+
+def test_env_can_be_pasted(run: Run) -> None:
+    """It names what matters and nobody: no path, no user, no host."""
+    result = run("env", "--json")
+    facts = json.loads(result.out)
+    assert facts["fastsd"] == fastsd.__version__
+    assert facts["python"] == platform.python_version()
+    assert facts["packages"]["torch"].startswith("2.")
+    assert facts["backends"]["eager"] == "usable" and facts["devices"]["cpu"] == "usable"
+    assert facts["cpu"]["threads"] >= 1
+    text = run("env").out
+    assert "eager: usable" in text
+    for private in (str(Path.home()), str(Path.cwd()), platform.node(), sys.prefix):
+        assert private not in result.out + text
+
+
+def test_env_says_why_a_backend_is_not_usable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fastsd.backends.BACKENDS, "other", "fastsd.backends.no_such:Backend")
+    assert "no_such" in json.loads(run("env", "--json").out)["backends"]["other"]
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == Result(0, f"fastsd {fastsd.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["generate", "samplers", "inspect", "env"])
+def test_help_teaches(command: str, run: Run) -> None:
+    page = run(command, "--help").out
+    assert f"Usage: fastsd {command}" in page and "--json" in page
+    if command == "generate":
+        assert 'fastsd generate "a red apple" -o apple.png' in page
+        for option in (
+            "model negative-prompt steps guidance sampler seed width height count backend"
+            " precision device output again batch"
+        ).split():
+            assert f"--{option} " in page
