@@ -20,4 +20,6 @@ def diffusers_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         ) from None
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(dtype)  # the argument for it changed its name between releases
+    if dtype != torch.float32:  # as loaded; the argument for it changed its name between releases
+        pipeline.to(dtype)
+    return pipeline

@@ -58,11 +58,12 @@ class CLIPConfig:
 class UNetConfig:
     """A latent-diffusion UNet with cross-attention (Rombach et al. 2022).
 
-    One entry a level, from the finest: `widths`, `depths` (transformer blocks after each resnet; 0 means
-    no attention) and `heads`. The up path mirrors the down path with one more resnet a level.
+    One entry a level, from the finest: `widths`, `depths` (transformer blocks after each resnet; 0
+    means no attention) and `heads`. The up path mirrors the down path with one more resnet a level.
     pooled_width: width of the pooled text that SDXL adds to the time embedding, together with
     `size_ids` numbers each embedded in `size_width`; 0 where the family has none.
-    guidance_width: width of the embedded guidance weight of distilled (LCM) checkpoints; 0 for none.
+    guidance_width: width of the embedded guidance weight of distilled (LCM) checkpoints; 0 for
+    none.
     """
 
     in_channels: int = 4
@@ -111,7 +112,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """An AutoencoderKL (Rombach et al. 2022). Latents are (z - shift) * scale of what it encodes."""
+    """An AutoencoderKL (Rombach et al. 2022); latents are (z - shift) * scale of what it gives."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -146,9 +147,10 @@ class VAEConfig:
 class ScheduleConfig:
     """The noise schedule a model was trained on, and how its makers would sample it.
 
-    spacing picks the timesteps; sigma_spacing re-spaces the noise levels between the ends that spacing
-    gave ("schedule" leaves them). final_alpha_one ends DDIM/PNDM at alpha = 1 instead of the schedule's
-    first value. final_sigma: "zero" or "sigma_min", the level the DPM++ and UniPC solvers end on.
+    spacing picks the timesteps; sigma_spacing re-spaces the noise levels between the ends that
+    spacing gave ("schedule" leaves them). final_alpha_one ends DDIM/PNDM at alpha = 1 instead of
+    the schedule's first value. final_sigma: "zero" or "sigma_min", the level the DPM++ and UniPC
+    solvers end on.
     order: the multistep order where the sampler has a choice; None takes the sampler's own.
     original_steps: the teacher's step count that LCM skips through.
     """
@@ -183,8 +185,8 @@ class ScheduleConfig:
 class ModelConfig:
     """A whole checkpoint: its parts and how the prompt reaches the UNet.
 
-    text_layer: which hidden state conditions the UNet: -1 the last, after the final norm; -2 the one
-    before the last layer, without the norm (SDXL). Two text encoders are concatenated in width.
+    text_layer: which hidden state conditions the UNet: -1 the last, after the final norm; -2 the
+    one before the last layer, without the norm (SDXL). Two text encoders are concatenated in width.
     zero_empty_negative: an absent negative prompt becomes zeros (SDXL base), not an encoded "".
     """
 

@@ -1,8 +1,8 @@
 """Every error that fastsd raises on purpose.
 
     FastsdError
-    ├── UsageError          an argument is wrong: unknown, misspelt, out of range (also a ValueError)
-    │   └── UnknownName     an attribute that we do not have (also an AttributeError)
+    ├── UsageError          an argument is wrong: unknown, misspelt, out of range (a ValueError)
+    │   └── UnknownName     an attribute that we do not have (an AttributeError too)
     ├── CheckpointError     a model folder or file cannot be read, or its keys do not fit
     ├── MissingDependency   an optional package is needed; the message names the extra to install
     ├── NumericsError       NaN or infinity in latents or picture

@@ -180,7 +180,7 @@ SCHEDULERS: dict[str, Scheduler] = {
         betas=(0.00085, 0.012),
         beta_schedule="scaled_linear",
     ),
-    "DPMSolverSDEScheduler": Scheduler("dpmpp_sde", _SIGMAS, _SIGMAS_FIXED, betas=(0.00085, 0.012)),
+    "DPMSolverSDEScheduler": Scheduler(None, _SIGMAS, _SIGMAS_FIXED, betas=(0.00085, 0.012)),
     "DEISMultistepScheduler": Scheduler(None, _SIGMAS),
     "KDPM2DiscreteScheduler": Scheduler(None, _SIGMAS, betas=(0.00085, 0.012)),
     "KDPM2AncestralDiscreteScheduler": Scheduler(None, _SIGMAS, betas=(0.00085, 0.012)),

@@ -44,7 +44,8 @@ def shard(path: Path, variant: str = "", count: int = 3) -> list[Path]:
     tensors = load_file(path)
     stem, infix = path.name.removesuffix(".safetensors"), f".{variant}" if variant else ""
     names = sorted(tensors)
-    weight_map, files = {}, []
+    weight_map: dict[str, str] = {}
+    files = []
     for i in range(count):
         file = path.with_name(f"{stem}{infix}-{i + 1:05}-of-{count:05}.safetensors")
         share = {name: tensors[name] for name in names[i::count]}

@@ -194,7 +194,12 @@ def test_configs_without_the_newer_keys(sd1_folder: Path, tmp_path: Path) -> Non
     """As the first SD1 folders were; diffusers' defaults stand for what they lack."""
     path = copied(sd1_folder, tmp_path)
     for name, keys in NEWER_KEYS.items():
-        edit_json(path / name, lambda data, keys=keys: [data.pop(k, None) for k in keys.split()])
+
+        def drop(data: dict[str, object], keys: str = keys) -> None:
+            for key in keys.split():
+                data.pop(key, None)
+
+        edit_json(path / name, drop)
         edit_json(path / name, {"_diffusers_version": "0.6.0"})
     old, new = open_checkpoint(path), open_checkpoint(sd1_folder)
     assert old.config.text_encoders == new.config.text_encoders
