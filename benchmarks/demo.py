@@ -11,12 +11,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from fastsd.quality import psnr
 from PIL import Image
 
 from fastsd import Pipeline
 from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.images import contact_sheet, save_png
+from fastsd.quality import psnr
 
 PROMPTS = ("a red apple", "a smiling face with sunglasses", "a yellow flower", "一只猫")
 STEPS = 20
