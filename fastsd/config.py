@@ -207,6 +207,11 @@ class ModelConfig:
         )
 
     @property
+    def inpaints(self) -> bool:
+        """Whether the UNet takes (latents, mask, masked picture) side by side: 2 C + 1 channels."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels + 1
+
+    @property
     def default_size(self) -> int:
         """Side in pixels of the pictures the model was trained on."""
         return self.unet.sample_size * self.vae.downscale

@@ -229,6 +229,8 @@ class Pipeline:
         Raises UsageError, NumericsError or OutOfMemory.
         """
         _refuse(unknown, type(self).__call__)
+        if self.config.inpaints:
+            raise UsageError("this checkpoint only inpaints: it needs a picture and a mask")
         prompts = Prompts(
             prompt=prompt,
             prompt_2=prompt_2,

@@ -15,7 +15,7 @@ from typing import Any
 from fastsd.checkpoints.configs import read_clip, read_unet, read_vae
 from fastsd.checkpoints.schedulers import SCHEDULERS, read_schedule
 from fastsd.checkpoints.weights import CONVERT
-from fastsd.config import CLIPConfig, ModelConfig
+from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.files import read_json
 
@@ -33,9 +33,11 @@ class PipelineKind:
 PIPELINES = {
     "StableDiffusionPipeline": PipelineKind(lenient=True),
     "StableDiffusionImg2ImgPipeline": PipelineKind(lenient=True),
+    "StableDiffusionInpaintPipeline": PipelineKind(lenient=True),
     "LatentConsistencyModelPipeline": PipelineKind(),
     "StableDiffusionXLPipeline": PipelineKind(sdxl=True),
     "StableDiffusionXLImg2ImgPipeline": PipelineKind(sdxl=True),
+    "StableDiffusionXLInpaintPipeline": PipelineKind(sdxl=True),
 }
 
 # Every component that a folder may name -> its classes that are loaded; None: passed over.
@@ -99,11 +101,7 @@ def read_layout(folder: Path) -> Layout:
     with _explained(path := folder / "scheduler" / "scheduler_config.json"):
         schedule = read_schedule(classes["scheduler"], _config(path), lenient=kind.lenient)
     with _explained(folder):
-        if unet.in_channels != vae.latent_channels:
-            raise CheckpointError(
-                f"its UNet takes {unet.in_channels} channels, its VAE gives {vae.latent_channels}: "
-                "models that inpaint or edit a picture are not supported yet"
-            )
+        check_channels(unet, vae)
         config = ModelConfig(
             family=_family(kind, texts[0]),
             text_encoders=tuple(texts),
@@ -119,6 +117,21 @@ def read_layout(folder: Path) -> Layout:
         tokenizers=tokenizers,
         passed_over=tuple(name for name in classes if COMPONENTS[name] is None),
     )
+
+
+def check_channels(unet: UNetConfig, vae: VAEConfig) -> None:
+    """Refuse a UNet that takes neither latents nor latents, mask and masked picture."""
+    latents, given = vae.latent_channels, unet.in_channels
+    if given == 2 * latents:
+        raise CheckpointError(
+            f"its UNet takes {given} channels, twice its VAE's: InstructPix2Pix, which edits a "
+            "picture by instruction, is not supported"
+        )
+    if given not in (latents, 2 * latents + 1):
+        raise CheckpointError(
+            f"its UNet takes {given} channels and its VAE gives {latents}: neither a model that "
+            f"draws ({latents}) nor one that inpaints ({2 * latents + 1})"
+        )
 
 
 def weight_files(folder: Path, part: str, variant: str | None) -> tuple[Path, ...]:

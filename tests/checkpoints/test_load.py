@@ -16,7 +16,7 @@ from torch import nn
 from fastsd.checkpoints import Checkpoint, describe, open_checkpoint
 from fastsd.checkpoints.keys import canonical
 from fastsd.config import CLIPConfig
-from fastsd.errors import UsageError
+from fastsd.errors import CheckpointError, UsageError
 from tests.checkpoints.rewrite import WEIGHTS, Tensors, copied, edit_json, edit_weights, shard
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
@@ -273,6 +273,25 @@ def test_families(sd1_folder: Path, sd2_folder: Path) -> None:
     # the class's default is True, but only SDXL's pipeline heeds it
     assert not sd1.vae.force_upcast and not sd2.vae.force_upcast
     assert isinstance(sd1.text_encoders[0], CLIPConfig)
+
+
+def test_inpainting_unets(sd1_folder: Path, tmp_path: Path) -> None:
+    """Latents, mask and masked picture side by side; other widths are refused by what they are."""
+    path = copied(sd1_folder, tmp_path)
+    edit_json(path / "model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"})
+    for channels in (9, 8, 7):
+        edit_json(path / "unet" / "config.json", {"in_channels": channels})
+        edit_weights(
+            path / WEIGHTS["unet"],
+            lambda t, n=channels: t | {"conv_in.weight": torch.randn(32, n, 3, 3)},  # type: ignore[misc]
+        )
+        if channels == 9:
+            checkpoint = open_checkpoint(path)
+            assert checkpoint.config.inpaints and checkpoint.load("unet")
+        else:
+            with pytest.raises(CheckpointError, match="InstructPix2Pix" if channels == 8 else "7"):
+                open_checkpoint(path)
+    assert not open_checkpoint(sd1_folder).config.inpaints
 
 
 def test_distilled_guidance(sd1_folder: Path, tmp_path: Path) -> None:
