@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +24,19 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
+@dataclass(frozen=True)
+class Known:
+    """A picture that is known where it is not to be drawn: masked latents.
+
+    latents, noise: (B, C, H, W), the clean picture and the noise that is added to it at each level.
+    mask: (B, 1, H, W) from 0 (keep) to 1 (draw).
+    """
+
+    latents: Tensor
+    noise: Tensor
+    mask: Tensor
+
+
 class SamplingLoop:
     """One run of a table over a batch of latents. Not shared: every call makes its own.
 
@@ -30,6 +44,9 @@ class SamplingLoop:
     dtype.
     guidance: weight w of (1 - w) * unconditional + w * conditional; None where the model answers
     once.
+    rescale: from 0 to 1, how far the guided prediction's spread is brought back to that of the
+    conditional one (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+    known: laid over x after every row, at the level where the next row finds it.
     """
 
     def __init__(
@@ -39,6 +56,8 @@ class SamplingLoop:
         latents: Tensor,
         *,
         guidance: float | None,
+        rescale: float = 0.0,
+        known: Known | None = None,
         capture: Capture = lambda step: step,
     ) -> None:
         device = latents.device
@@ -51,7 +70,9 @@ class SamplingLoop:
         self._noise = torch.zeros_like(self._state[0])
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._guidance = torch.tensor(1.0 if guidance is None else guidance, device=device)
-        # One row of coefficients, rounded once: c_in, clean (2), then A, b, c row by row.
+        self._rescale = torch.tensor(rescale, device=device) if rescale else None
+        self._known = known
+        # One row of coefficients, rounded once: c_in, clean (2), A, b, c row by row, known (2).
         self._coefficients = torch.from_numpy(_pack(table).astype(np.float32)).to(device)
         self._terms = _Terms.of(table)
         self._capture = capture
@@ -97,6 +118,8 @@ class SamplingLoop:
         if self.guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self._guidance * (conditional - unconditional)
+            if self._rescale is not None:
+                prediction = _rescaled(prediction, conditional, self._rescale)
         clean = coefficient[1] * x + coefficient[2] * prediction
         sources = (*self._state, clean, self._noise)
         for slot, terms in enumerate(self._terms.by_slot):
@@ -106,6 +129,10 @@ class SamplingLoop:
                 total = product if total is None else total + product
             assert total is not None
             self._next[slot].copy_(total)
+        if self._known is not None:
+            mask, x = self._known.mask, self._next[0]
+            kept = coefficient[-2] * self._known.latents + coefficient[-1] * self._known.noise
+            x.copy_((1 - mask) * kept + mask * x)
         self._state.copy_(self._next)
         self._row.add_(1)
 
@@ -139,11 +166,21 @@ def _mixing(table: StepTable) -> np.ndarray:
 
 
 def _pack(table: StepTable) -> np.ndarray:
-    """Lay a table's columns side by side: (R, 3 + (1 + S) * (1 + S + 2))."""
+    """Lay a table's columns side by side: (R, 3 + (1 + S) * (1 + S + 2) + 2)."""
     rows = table.rows
     return np.concatenate(
-        [table.c_in[:, None], table.clean, _mixing(table).reshape(rows, -1)], axis=1
+        [table.c_in[:, None], table.clean, _mixing(table).reshape(rows, -1), table.known], axis=1
     )
+
+
+def _rescaled(guided: Tensor, conditional: Tensor, weight: Tensor) -> Tensor:
+    """Bring each picture's spread in `guided` towards its spread in `conditional`.
+
+    One picture at a time: torch sums a batch in another order, and its bits would depend on it.
+    """
+    ratios = [c.std() / g.std() for g, c in zip(guided, conditional, strict=True)]
+    ratio = torch.stack(ratios).reshape(-1, 1, 1, 1)
+    return weight * (ratio * guided) + (1 - weight) * guided
 
 
 def check_finite(x: Tensor, what: str) -> None:

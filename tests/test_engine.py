@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsd.config import ScheduleConfig
-from fastsd.engine import SamplingLoop, explained_memory_errors
+from fastsd.engine import Known, SamplingLoop, explained_memory_errors
 from fastsd.errors import NumericsError, OutOfMemory
 from fastsd.samplers import SAMPLERS, StepTable, build_table
 
@@ -24,7 +24,9 @@ def answer(x: Tensor, row: Tensor) -> Tensor:
     return torch.tanh(0.7 * x + 0.1) + 0.05 * row.to(x.dtype)
 
 
-def numpy_loop(table: StepTable, x: np.ndarray, noises: list[np.ndarray]) -> np.ndarray:
+def numpy_loop(
+    table: StepTable, x: np.ndarray, noises: list[np.ndarray], known: Known | None = None
+) -> np.ndarray:
     """The contract's formula, word for word, in float64."""
     state = np.zeros((1 + table.slots, *x.shape))
     state[0] = x
@@ -38,6 +40,11 @@ def numpy_loop(table: StepTable, x: np.ndarray, noises: list[np.ndarray]) -> np.
             + np.einsum("i,...->i...", table.b[r], D)
             + np.einsum("i,...->i...", table.c[r], noise)
         )
+        if known is not None:
+            alpha, sigma = table.levels[r + 1] if r + 1 < table.rows else (1, 0)
+            kept = (alpha * known.latents + sigma * known.noise).double().numpy()
+            mask = known.mask.double().numpy()
+            state[0] = (1 - mask) * kept + mask * state[0]
     result: np.ndarray = state[0]
     return result
 
@@ -60,6 +67,23 @@ def test_loop_is_the_formula(sampler: str) -> None:
     expected = numpy_loop(table, x.double().numpy(), noises)
     result = run(table, x).double().numpy()
     assert np.linalg.norm(result - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_known_picture_is_laid_over_every_row(sampler: str) -> None:
+    table = build_table(SCHEDULE, 9, sampler=sampler, start=3)
+    x, picture, noise = torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(SHAPE[0], 1, *SHAPE[2:])
+    mask[0, :, 1:3, 2:6], mask[1, :, :, :3], mask[2] = 1, 0.5, 1
+    known = Known(picture, noise, mask)
+    generator = torch.Generator().manual_seed(1)
+    noises = [draw(generator)().double().numpy() for _ in range(int(table.draws.sum()))]
+    expected = numpy_loop(table, x.double().numpy(), noises, known)
+    result = run(table, x, known=known)
+    assert np.linalg.norm(result.double().numpy() - expected) <= 1e-5 * np.linalg.norm(expected)
+    kept = (mask == 0).expand(SHAPE)
+    assert torch.equal(result[kept], picture[kept]), "what is known comes out as it went in"
+    torch.testing.assert_close(result[2], run(table, x)[2], rtol=0, atol=0)
 
 
 def test_capture_replays_the_same_buffers() -> None:
@@ -115,6 +139,30 @@ def test_guidance_is_the_weighted_difference() -> None:
     guided = SamplingLoop(table, twice, x, guidance=3.0).run(lambda: x, lambda row: True)
     plain = SamplingLoop(table, once, x, guidance=None).run(lambda: x, lambda row: True)
     torch.testing.assert_close(guided, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_rescaled_guidance_has_the_conditional_spread() -> None:
+    """At 1 the spread is the conditional one's, at 0.7 the mean of both pictures in that ratio."""
+    table = build_table(SCHEDULE, 1, sampler="euler")
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def twice(x: Tensor, row: Tensor) -> Tensor:
+        return torch.cat([torch.cos(3 * x), answer(x, row)])
+
+    def drawn(batch: slice, rescale: float) -> Tensor:
+        """Return the prediction: one step of Euler is x - sigma * prediction."""
+        loop = SamplingLoop(table, twice, x[batch], guidance=9.0, rescale=rescale)
+        return (x[batch] - loop.run(lambda: x, lambda row: True)) / float(table.levels[0, 1])
+
+    batch = slice(0, len(x))
+    plain, full, most = drawn(batch, 0.0), drawn(batch, 1.0), drawn(batch, 0.7)
+    conditional = answer(table.c_in[0] * x, torch.zeros(1))
+    spread = conditional.std(dim=(1, 2, 3))
+    assert (plain.std(dim=(1, 2, 3)) > 2 * spread).all()
+    torch.testing.assert_close(full.std(dim=(1, 2, 3)), spread, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(most, 0.7 * full + 0.3 * plain, rtol=1e-4, atol=1e-4)
+    for i in range(len(x)):
+        assert torch.equal(drawn(slice(i, i + 1), 0.7)[0], most[i])
 
 
 def test_a_run_ends_where_it_is_told_to() -> None:

@@ -86,6 +86,14 @@ class StepTable:
         """Number of tensors that the state holds beside x."""
         return int(self.b.shape[1]) - 1
 
+    @property
+    def known(self) -> Array:
+        """(R, 2): the level (alpha, sigma) at which a known picture replaces x after each row.
+
+        It is where the next row finds x; after the last row it is the picture itself.
+        """
+        return np.concatenate([self.levels[1:-1], [[1.0, 0.0]]])
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
