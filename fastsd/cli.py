@@ -154,7 +154,8 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="builtin, a folder in the diffusers layout or a hub id. [default: builtin]"
+            help="builtin, a folder in the diffusers layout, a hub id, or random:sd15, random:sd21, "
+            "random:sdxl: random weights, to time. [default: builtin]"
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
@@ -350,7 +351,7 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="builtin, a folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="builtin, a folder, a hub id, or random:sd15.")],
     as_json: Json = False,
 ) -> None:
     """Say what a model holds: family, parts, parameter counts, sizes, dtypes, sampler."""

@@ -15,7 +15,8 @@ from torch import nn
 
 from fastsd.checkpoints import hub
 from fastsd.checkpoints.layout import check_present, read_layout, weight_files
-from fastsd.checkpoints.weights import load_module, read_header
+from fastsd.checkpoints.random_weights import PREFIX, preset, random_module, random_tokenizers
+from fastsd.checkpoints.weights import empty_module, load_module, read_header
 from fastsd.config import ModelConfig
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.models.clip import CLIPText
@@ -29,7 +30,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class PartFiles:
-    """Where a part's weights are: one safetensors file, or its shards."""
+    """Where a part's weights are: one safetensors file, its shards, or none for random weights."""
 
     weights: tuple[Path, ...]
 
@@ -51,6 +52,8 @@ class Checkpoint:
     @cached_property
     def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
         """One for each text encoder. Raises CheckpointError."""
+        if not self.tokenizer_folders:
+            return random_tokenizers(self.config, BUILTIN / "tokenizer")
         return tuple(CLIPTokenizer.from_folder(folder) for folder in self.tokenizer_folders)
 
     def load(
@@ -62,11 +65,14 @@ class Checkpoint:
         """
         if part not in self.parts:
             raise UsageError(f"the checkpoint has no part {part!r}; it has {', '.join(self.parts)}")
-        build, files = self._builders[part], self.parts[part]
+        build, files = self.builders[part], self.parts[part]
+        if not files.weights:
+            return random_module(part, build, dtype=dtype, device=device)
         return load_module(part, build, files.weights, dtype=dtype, device=device)
 
     @property
-    def _builders(self) -> dict[str, Callable[[], nn.Module]]:
+    def builders(self) -> dict[str, Callable[[], nn.Module]]:
+        """What builds each part's module, with initial weights."""
         config = self.config
         return {
             "text_encoder": lambda: CLIPText(config.text_encoders[0]),
@@ -87,6 +93,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open "builtin", a folder in the diffusers layout, or a hub id such as "owner/name".
 
+    "random:sd15", "random:sd21" and "random:sdxl" are true architectures with random weights.
+
     variant: "fp16" reads the files that carry it in their names. The rest is for hub ids: revision
     is a branch, tag or commit; local_files_only=None uses the cache where it has all files, and
     downloads otherwise. Raises CheckpointError or UsageError.
@@ -95,6 +103,8 @@ def open_checkpoint(
         raise UsageError(f"a model is a folder or a hub id, not {model!r}")
     if variant is not None and not re.fullmatch(r"\w+", variant):
         raise UsageError(f"variant {variant!r} must be a word such as 'fp16'")
+    if isinstance(model, str) and model.startswith(PREFIX):
+        return _random(model)
     folder = BUILTIN if model == "builtin" else Path(model)
     if _exists(folder) and folder.is_dir():
         return _open(folder, variant)
@@ -119,6 +129,13 @@ def open_checkpoint(
     )
 
 
+def _random(model: str) -> Checkpoint:
+    config = preset(model)
+    encoders = ("text_encoder", "text_encoder_2")[: len(config.text_encoders)]
+    parts = {part: PartFiles(()) for part in (*encoders, "unet", "vae")}
+    return Checkpoint(Path(model), config, parts, tokenizer_folders=(), passed_over=())
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -140,13 +157,17 @@ def _open(folder: Path, variant: str | None) -> Checkpoint:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a checkpoint is as plain data, from its JSON and its weights' headers alone."""
+    builders = checkpoint.builders
     return {
         "path": str(checkpoint.path),
         "family": checkpoint.config.family,
         "default_size": checkpoint.config.default_size,
         "sampler": checkpoint.config.schedule.sampler,
         "schedule": asdict(checkpoint.config.schedule),
-        "parts": {name: _describe_part(files) for name, files in checkpoint.parts.items()},
+        "parts": {
+            name: _describe_part(files) if files.weights else _describe_random(builders[name])
+            for name, files in checkpoint.parts.items()
+        },
         "passed_over": list(checkpoint.passed_over),
     }
 
@@ -162,4 +183,16 @@ def _describe_part(files: PartFiles) -> dict[str, Any]:
         "parameters": sum(info.count for info in tensors),
         "size_bytes": sum(file.stat().st_size for file in files.weights),
         "dtypes": dict(dtypes),
+    }
+
+
+def _describe_random(build: Callable[[], nn.Module]) -> dict[str, Any]:
+    tensors = empty_module(build).state_dict().values()
+    count = sum(tensor.numel() for tensor in tensors)
+    return {
+        "files": [],
+        "tensors": len(tensors),
+        "parameters": count,
+        "size_bytes": 4 * count,
+        "dtypes": {"F32": count},
     }

@@ -148,6 +148,12 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def empty_module(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a module on the meta device: shapes without numbers, quickly."""
+    with torch.device("meta"), _Uninitialised():
+        return build()
+
+
 def load_module(
     part: str,
     build: Callable[[], nn.Module],
@@ -162,8 +168,7 @@ def load_module(
     Every key is used exactly once; a 1x1 convolution and a linear layer pass for each other.
     Raises CheckpointError naming the keys that do not fit.
     """
-    with torch.device("meta"), _Uninitialised():
-        module = build()
+    module = empty_module(build)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     plan = match(part, expected, {file: read_header(file) for file in files})
     weights: dict[str, Tensor] = {}
