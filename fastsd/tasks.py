@@ -280,10 +280,7 @@ def bind_denoiser(
     kv = backend.part("unet_context")(conditioning.context.to(backend.dtype))
 
     def denoise(x: Tensor, row: Tensor) -> Tensor:
-        x = x.to(backend.dtype)
-        prediction: Tensor = unet(
-            x.repeat(2, 1, 1, 1) if guided else x, rows.index_select(0, row)[0], kv
-        )
+        prediction: Tensor = unet(x.to(backend.dtype), rows.index_select(0, row)[0], kv)
         return prediction
 
     return denoise

@@ -3,10 +3,14 @@
 A part is a callable over torch tensors on the backend's device:
 
     text_encoder, text_encoder_2   (input_ids (B, N) int64) -> CLIPOutput
-    unet_time      (timesteps (S,), pooled, size_ids, guidance) -> rows (S, B or 1, E)   once a
-    schedule unet_context   (encoder_hidden_states (B, N, C)) -> [(K, V)] per cross-attention
-    once a prompt unet           (x (B, C, H, W), row (B or 1, E), kv) -> prediction (B, C, H, W)
-      every step vae_decoder    (z (B, C, h, w)) -> picture (B, 3, H, W) in [-1, 1]
+    unet_time      (timesteps (S,), pooled, size_ids, guidance) -> rows (S, B or 1, E)
+                   once a schedule
+    unet_context   (encoder_hidden_states (B, N, C)) -> [(K, V)], one a cross-attention
+                   once a prompt
+    unet           (x (B, C, H, W), row (B or 1, E), kv) -> prediction (B, C, H, W)
+                   every step; under guidance x has half the batch of kv and of the prediction:
+                   the part repeats it where the two rows first differ
+    vae_decoder    (z (B, C, h, w)) -> picture (B, 3, H, W) in [-1, 1]
     vae_encoder    (picture (B, 3, H, W)) -> moments (B, 2 C, h, w)
 
 Knows nothing of prompts, samplers or the loop.

@@ -52,6 +52,12 @@ def to_pixels(x: Tensor, size: Sequence[int]) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)
 
 
+def widen(x: Tensor, batch: int) -> Tensor:
+    """Repeat x (B, …) to a batch of 2 B where guidance first tells its two rows apart."""
+    # Not Tensor.repeat, which forgets channels-last.
+    return x if x.shape[0] == batch else torch.cat([x, x])
+
+
 @final
 class Attention(nn.Module):
     """Self-attention, or cross-attention where context_width is given.
@@ -77,9 +83,10 @@ class Attention(nn.Module):
         return self._heads(self.to_k(context)), self._heads(self.to_v(context))
 
     def forward(self, x: Tensor, kv: KV | None = None) -> Tensor:
-        """Attend from x (B, N, C) to kv, or to x itself. Returns (B, N, C)."""
+        """Attend from x (B, N, C) to kv, or to x itself. Returns (B, N, C), or kv's 2 B."""
         k, v = kv or self.keys_values(x)
-        out = attention(self._heads(self.to_q(x)), k, v, implementation=self.implementation)
+        q = widen(self._heads(self.to_q(x)), k.shape[0])
+        out = attention(q, k, v, implementation=self.implementation)
         projected: Tensor = self.to_out[0](join_heads(out).to(x.dtype))
         return projected
 
@@ -145,9 +152,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, kv: KV) -> Tensor:
-        """(B, N, C) and the cross-attention's kv -> (B, N, C)."""
+        """(B, N, C) and the cross-attention's kv -> (B, N, C), or (2 B, N, C) if kv has 2 B."""
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), kv)
+        x = widen(x, kv[0].shape[0]) + self.attn2(self.norm2(x), kv)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 
@@ -180,14 +187,14 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, kv: Iterator[KV]) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), taking one of `kv` a block."""
+        """(B, C, H, W) -> (B, C, H, W), or kv's 2 B, taking one of `kv` a block."""
         h = self.norm(x)
         h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, next(kv))
         size = x.shape[-2:]
         h = to_pixels(self.proj_out(h), size) if self.linear else self.proj_out(to_pixels(h, size))
-        return x + h  # x first: the sum takes its memory format
+        return widen(x, h.shape[0]) + h  # x first: the sum takes its memory format
 
 
 @final
@@ -287,7 +294,7 @@ class Level(nn.Module):
         """
         for resnet, attention_ in zip_longest(self.resnets, self.attentions):
             if skips is not None:
-                x = torch.cat([x, skips.pop()], dim=1)
+                x = torch.cat([x, widen(skips.pop(), x.shape[0])], dim=1)
             x = resnet(x, None if rows is None else next(rows))
             if attention_ is not None:
                 x = attention_(x, kv)

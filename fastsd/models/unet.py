@@ -25,6 +25,7 @@ from fastsd.models.layers import (
     TransformerBlock,
     Upsample,
     sinusoid,
+    widen,
 )
 
 
@@ -137,9 +138,13 @@ class UNet(nn.Module):
         """Predict from x (B, C, H, W), a row (B or 1, E) of `time_rows` and `context`'s kv.
 
         H and W may be any, odd included. Returns (B, C_out, H, W).
+        Guidance asks twice of one x: where kv (and row, unless it is 1) have 2 B, so has the
+        result, and what comes before the first cross-attention is computed once for both.
         """
         rows = iter(torch.split(row, self._row_widths, dim=-1))
         pairs = iter(kv)
+        if row.shape[0] != 1:
+            x = widen(x, row.shape[0])
         x = self.conv_in(x)
         skips = [x]
         for level in self.down_blocks:

@@ -135,6 +135,30 @@ def test_the_fast_path_equals_standard(family: str) -> None:
         assert relative_l2(fast, ours.standard(timestep=timestep, **drawn)) <= 1e-6
 
 
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("family", ("sd1", "sdxl", "lcm", "no attention in the middle"))
+def test_guidance_asks_twice_of_one_x(family: str, channels_last: bool) -> None:
+    """x of batch B against kv of 2 B equals x repeated, and conv_in sees each picture once."""
+    ours, _ = pair(family)
+    drawn = inputs(ours.config, (9, 17), batch=6)
+    x = drawn["sample"][:3]
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    guidance = torch.rand(6) if ours.config.guidance_width else None
+    row = ours.time_rows(
+        torch.tensor([413.0]), drawn.get("text_embeds"), drawn.get("time_ids"), guidance
+    )[0]
+    kv = ours.context(drawn["encoder_hidden_states"])
+    twice = ours(torch.cat([x, x]), row, kv)
+    seen: list[int] = []
+    hook = ours.conv_in.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    once = ours(x, row, kv)
+    hook.remove()
+    assert relative_l2(once, twice) <= 1e-6
+    assert not torch.allclose(once[:3], once[3:], rtol=0.01), "the two rows must differ"
+    assert seen == [3 if row.shape[0] == 1 else 6]
+
+
 @pytest.mark.parametrize("family", ("sd1", "sdxl"))
 def test_channels_last_equals_contiguous(family: str) -> None:
     ours, oracle = pair(family)
