@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastsd.errors import (
+        ArtifactError,
         CheckpointError,
+        DamagedArtifact,
         FastsdError,
         MissingDependency,
         NumericsError,
         OutOfMemory,
+        StaleArtifact,
         UnknownName,
+        UntrustedArtifact,
         UsageError,
     )
     from fastsd.pipeline import Output, Pipeline
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtifactError",
     "CheckpointError",
+    "DamagedArtifact",
     "FastsdError",
     "MissingDependency",
     "NumericsError",
@@ -36,7 +42,9 @@ __all__ = [
     "Output",
     "Pipeline",
     "SAMPLERS",
+    "StaleArtifact",
     "UnknownName",
+    "UntrustedArtifact",
     "UsageError",
     "__version__",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `fastsd generate`, `samplers`, `inspect`, `env`.
+"""The command line: `fastsd generate`, `export`, `samplers`, `inspect`, `env`.
 
 Results go to stdout (paths, tables, JSON), everything else to stderr. Exit codes: 0 done, 1 could
 not, 2 wrong usage, 130 interrupted. Heavy imports stand inside the commands: `--help` is quick.
@@ -154,8 +154,8 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="builtin, a folder in the diffusers layout, a hub id, or random:sd15, random:sd21, "
-            "random:sdxl: random weights, to time. [default: builtin]"
+            help="builtin, a folder in the diffusers layout or of an exported engine, a hub id, or "
+            "random:sd15, random:sd21, random:sdxl: random weights, to time. [default: builtin]"
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
@@ -190,7 +190,10 @@ def generate(
         typer.Option(metavar="PNG", help="Take what is not given here from a picture's own data."),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="What runs the model, see `fastsd env`. [default: eager]")
+        str | None,
+        typer.Option(
+            help="What runs the model, see `fastsd env`. [default: eager, or the exported engine's]"
+        ),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32 (exact), fp16 or bf16. [default: fp32]")
@@ -198,6 +201,12 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")
     ] = None,
+    trust_native: Annotated[
+        bool,
+        typer.Option(
+            "--trust-native", help="Run an engine's machine code although you did not export it."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Draw pictures; print the path of each, or with --json all that was told to draw it."""
@@ -231,7 +240,7 @@ def generate(
     make_folder(paths[0].parent)
 
     done = []
-    pictures = _draw(texts, seeds, settings, batch)
+    pictures = _draw(texts, seeds, settings, batch, trust_native=trust_native)
     for path, (image, metadata) in zip(paths, pictures, strict=True):
         save_png(image, path, metadata)
         done.append({"path": str(path), **metadata})
@@ -293,18 +302,137 @@ def _paths(output: str, seeds: Sequence[int]) -> list[Path]:
 
 
 def _draw(
-    texts: Sequence[str], seeds: Sequence[int], settings: Settings, batch: int
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+    batch: int,
+    *,
+    trust_native: bool,
 ) -> Iterator[tuple[Image, dict[str, Any]]]:
     """Load the model and draw a picture for each text and seed, `batch` at once."""
     from fastsd import Pipeline
 
     load = {name: settings[name] for name in ("backend", "precision", "device") if name in settings}
     call = {name: settings[k] for k, (_, name) in RECORDED.items() if name and k in settings}
-    pipe = Pipeline.from_pretrained(settings["model"], sampler=settings.get("sampler"), **load)
+    pipe = Pipeline.from_pretrained(
+        settings["model"], sampler=settings.get("sampler"), trust_native=trust_native, **load
+    )
     for start in range(0, len(texts), batch):
         part = slice(start, start + batch)
         output = pipe(list(texts[part]), seed=list(seeds[part]), **call)
         yield from zip(output.images, output.metadata, strict=True)
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  fastsd export builtin -o emoji-onnx
+  fastsd export ./sd15 -o sd15-fp16 --precision fp16 --size 768x512
+  fastsd export ./sdxl -o sdxl-any --dynamic --layout fast
+  fastsd generate "a red apple" --model emoji-onnx -o apple.png
+
+The folder appears whole or not at all. An interrupted export goes on where it stopped.
+"""
+)
+def export(
+    model: Annotated[str, typer.Argument(help="builtin, a folder, a hub id, or random:sd15.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="The folder to make. [default: one among your own engines, see fastsd cache]",
+            show_default=False,
+        ),
+    ] = None,
+    to: Annotated[
+        str, typer.Option(metavar="TARGET", help="onnx, openvino, tensorrt or aoti.")
+    ] = "onnx",
+    precision: Annotated[
+        str,
+        typer.Option(help="fp32, fp16, bf16, int8 or fp8; not every target has every one."),
+    ] = "fp32",
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="Pixels, multiples of 8. [default: the model's own]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Let size and batch vary when it runs.")
+    ] = False,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="standard: loads in other tools too. fast: computes once a prompt and once a "
+            "schedule what does not depend on the latents."
+        ),
+    ] = "standard",
+    floor: Annotated[
+        float | None,
+        typer.Option(metavar="PSNR", help="Refuse an engine whose worst picture is below, in dB."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts to calibrate and measure with, one a line. [default: the built-in "
+            "model's own]",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an artifact that stands there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a model into an engine for another runtime; print the folder."""
+    from dataclasses import asdict
+
+    from fastsd.checkpoints import open_checkpoint
+    from fastsd.export.build import export as run
+    from fastsd.export.parts import Request
+
+    checkpoint = open_checkpoint(model)
+    side = checkpoint.config.default_size
+    request = Request(
+        target=to,
+        precision=precision,
+        size=_pixels(size) if size else (side, side),
+        batch=batch,
+        dynamic=dynamic,
+        layout=layout,
+        floor=floor,
+        prompts=_read_prompts(prompts) if prompts else (),
+    )
+    name = Path(model).name if Path(model).is_dir() else model
+    artifact = run(checkpoint, name, request, output, force=force, tell=_say)
+    if as_json:
+        print(json.dumps({"path": str(artifact.path), **asdict(artifact.manifest)}, indent=2))
+    else:
+        print(artifact.path)
+
+
+def _pixels(size: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT as (height, width)."""
+    width, by, height = size.lower().partition("x")
+    if not (by and width.isascii() and height.isascii() and width.isdigit() and height.isdigit()):
+        raise UsageError(f"--size must be WIDTHxHEIGHT in pixels, such as 512x768, not {size!r}")
+    return int(height), int(width)
+
+
+def _read_prompts(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"--prompts {path} is not UTF-8 text; give one prompt a line") from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise UsageError(f"--prompts {path} holds no prompt; give one a line")
+    return prompts
 
 
 # --- samplers, inspect, env ----------------------------------------------------------------------
@@ -396,6 +524,7 @@ def _lines(data: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 PACKAGES = (
     *("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "pillow", "typer"),
     *("triton", "xformers", "torchao", "diffusers", "transformers"),
+    *("onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt"),
 )
 
 

@@ -14,25 +14,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsd.errors import CheckpointError, UsageError
+from fastsd.errors import CheckpointError, FastsdError, UsageError
 
 _LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer.json in the wild is some 20 MB
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError if it is missing, too large or not one."""
+def read_json(path: Path, error_type: type[FastsdError] = CheckpointError) -> dict[str, Any]:
+    """Read a JSON object. Raises error_type if it is missing, too large or not one."""
     try:
         if path.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{path} is {path.stat().st_size} bytes: no JSON is that large")
+            raise error_type(f"{path} is {path.stat().st_size} bytes: no JSON is that large")
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        raise error_type(f"{path} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise error_type(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested too deep
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+        raise error_type(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+        raise error_type(f"{path} must hold a JSON object, not a {type(data).__name__}")
     return data
 
 
@@ -48,16 +48,12 @@ def published_folder(path: Path) -> Iterator[Path]:
     Files are synced before the rename, so that `path` is complete whenever it exists. Raises
     UsageError if `path` exists already, unless it is an empty folder.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UsageError(f"{path} exists already; choose another name or move it away")
+    check_free(path, "choose another name or move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield draft
-        for file in draft.rglob("*"):
-            if file.is_file():
-                with file.open("rb+") as opened:
-                    os.fsync(opened.fileno())
+        sync(draft)
         draft.chmod(0o755)  # mkdtemp gives 0700
         if path.exists():
             path.rmdir()  # empty; rename replaces folders on POSIX only
@@ -65,3 +61,17 @@ def published_folder(path: Path) -> Iterator[Path]:
     finally:
         if draft.exists():
             shutil.rmtree(draft)
+
+
+def check_free(path: Path, advice: str) -> None:
+    """Raise UsageError, with what to do, if `path` exists and is not an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(f"{path} exists already; {advice}")
+
+
+def sync(folder: Path) -> None:
+    """Wait until every file below `folder` is on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 import fastsd
 from fastsd import tasks
-from fastsd.backends import PRECISIONS, open_backend
-from fastsd.checkpoints import Checkpoint, open_checkpoint
+from fastsd.artifact import Artifact, is_artifact
+from fastsd.backends import ENGINES, PRECISIONS, Backend, open_artifact, open_backend
+from fastsd.checkpoints import Checkpoint, open_checkpoint, open_description
 from fastsd.engine import Denoiser, SamplingLoop, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import to_pil
@@ -81,20 +82,20 @@ class Pipeline:
         *,
         name: str,
         sampler: str | None = None,
-        backend: str = "eager",
-        precision: str = "fp32",
+        backend: str | None = None,
+        precision: str | None = None,
         device: str | torch.device | None = None,
+        artifact: Artifact | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.artifact = artifact
         self.config = checkpoint.config
         self.name = name
         self.sampler = sampler or checkpoint.config.schedule.sampler
         self._table(1)  # an unknown sampler is refused here, not at the first call
         self._tokenizers = checkpoint.tokenizers
         self._progress: dict[str, Any] = {"disable": None}  # None: a bar only on a terminal
-        self._backend = open_backend(
-            backend, checkpoint, precision=precision, device=_device(device)
-        )
+        self._backend = self._open_backend(backend, precision, _device(device))
 
     @classmethod
     def from_pretrained(
@@ -102,9 +103,10 @@ class Pipeline:
         model: str | Path,
         *,
         sampler: str | None = None,
-        backend: str = "eager",
+        backend: str | None = None,
         precision: str | None = None,
         device: str | torch.device | None = None,
+        trust_native: bool = False,
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool | None = None,
@@ -118,28 +120,37 @@ class Pipeline:
         requires_safety_checker: bool = False,
         **unknown: object,
     ) -> Pipeline:
-        """Load a model: "builtin", a folder in the diffusers layout, or a hub id.
+        """Load a model: "builtin", a folder in the diffusers layout, a hub id, or an exported
+        engine's folder, which brings its backend and precision with it.
 
         sampler: a name or alias from `fastsd samplers`; None takes the checkpoint's own.
-        backend, precision: "eager" and "fp32" are the exact path; fp16 and bf16 are faster on GPUs.
+        backend, precision: None takes "eager" and "fp32", the exact path; fp16 and bf16 are faster
+        on GPUs.
         device: "cpu", "cuda", …; None takes a GPU where there is one.
         dtype (or torch_dtype), use_safetensors, safety_checker=None: as diffusers scripts have
         them.
-        Raises CheckpointError for a model that cannot be read, UsageError for a wrong argument.
+        trust_native: load an exported engine that holds native code although you did not export it.
+        Raises CheckpointError for a model that cannot be read, ArtifactError for an engine that
+        cannot be used, UsageError for a wrong argument.
         """
         _refuse(unknown, cls.from_pretrained)
         if safety_checker or feature_extractor or requires_safety_checker:
             raise UsageError("safety checkers are not supported; pass safety_checker=None")
         if use_safetensors is False:
             raise UsageError("only safetensors are loaded; drop use_safetensors=False")
-        checkpoint = open_checkpoint(
-            model,
-            revision=revision,
-            variant=variant,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-            token=token,
-        )
+        artifact = None
+        if is_artifact(model):
+            artifact = Artifact.open(model, trust_native=trust_native)
+            checkpoint = open_description(artifact.path)
+        else:
+            checkpoint = open_checkpoint(
+                model,
+                revision=revision,
+                variant=variant,
+                local_files_only=local_files_only,
+                cache_dir=cache_dir,
+                token=token,
+            )
         return cls(
             checkpoint,
             name=Path(model).name if Path(model).is_dir() else str(model),
@@ -147,6 +158,7 @@ class Pipeline:
             backend=backend,
             precision=_precision(precision, dtype or torch_dtype),
             device=device,
+            artifact=artifact,
         )
 
     @property
@@ -161,18 +173,37 @@ class Pipeline:
 
     def to(self, *targets: str | torch.device | torch.dtype) -> Pipeline:
         """Move to a device, a dtype or both, and return the pipeline itself. Not during a call."""
-        device, precision = self._backend.device, self._backend.precision
+        name, device = self._backend.name, self._backend.device
+        precision: str | None = self._backend.precision
         for target in targets:
             if isinstance(target, torch.dtype):
                 precision = _precision(None, target)
             else:
                 device = _device(target)
         if (device, precision) != (self._backend.device, self._backend.precision):
+            opened = self._open_backend(name, precision, device)
             self._backend.close()
-            self._backend = open_backend(
-                self._backend.name, self.checkpoint, precision=precision, device=device
-            )
+            self._backend = opened
         return self
+
+    def _open_backend(
+        self, backend: str | None, precision: str | None, device: torch.device
+    ) -> Backend:
+        if self.artifact is None:
+            return open_backend(
+                backend or "eager", self.checkpoint, precision=precision or "fp32", device=device
+            )
+        manifest = self.artifact.manifest
+        for what, given, fixed in (
+            ("backend", backend, ENGINES.get(manifest.target)),
+            ("precision", precision, manifest.precision),
+        ):
+            if given not in (None, fixed):
+                raise UsageError(
+                    f"{what} {given!r} was asked for, and the engine {self.artifact.path} has "
+                    f"{fixed!r}; leave {what} out, or export again"
+                )
+        return open_artifact(self.artifact, self.config, device=device)
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Pass `config` on to tqdm, e.g. disable=True."""
@@ -541,9 +572,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _precision(precision: str | None, dtype: torch.dtype | None) -> str:
+def _precision(precision: str | None, dtype: torch.dtype | None) -> str | None:
     if dtype is None:
-        return precision or "fp32"
+        return precision
     for name, known in PRECISIONS.items():
         if known == dtype and precision in (None, name):
             return name

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastsd.backends.base import PRECISIONS, Backend
+from fastsd.backends.base import PRECISIONS, ArtifactBackend, Backend
 from fastsd.errors import UsageError
 
 if TYPE_CHECKING:
+    from fastsd.artifact import Artifact
     from fastsd.checkpoints import Checkpoint
+    from fastsd.config import ModelConfig
 
-__all__ = ["BACKENDS", "PRECISIONS", "Backend", "open_backend"]
+__all__ = [
+    "BACKENDS",
+    "ENGINES",
+    "PRECISIONS",
+    "ArtifactBackend",
+    "Backend",
+    "engine_class",
+    "open_artifact",
+    "open_backend",
+]
 
 # name -> the class, imported only when asked for: a backend may need a vendor's package.
 BACKENDS = {"eager": "fastsd.backends.eager:EagerBackend"}
+# What an artifact was exported to -> the backend that runs it.
+ENGINES = {"onnx": "ort", "openvino": "ov", "tensorrt": "trt", "aoti": "aoti"}
+BACKENDS |= {
+    "ort": "fastsd.backends.ort:OrtBackend",
+}
 
 
 def open_backend(
@@ -25,8 +41,34 @@ def open_backend(
     """Load `checkpoint` into the backend called `name`."""
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is unknown; it is one of {', '.join(BACKENDS)}")
-    module, attribute = BACKENDS[name].split(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)(
-        checkpoint, precision=precision, device=device
-    )
+    if name in ENGINES.values():
+        target = next(target for target, backend in ENGINES.items() if backend == name)
+        raise UsageError(
+            f"backend {name!r} runs exported engines: make one with "
+            f"`fastsd export MODEL -o DIR --to {target}`, then give DIR as the model"
+        )
+    backend: Backend = _load(name)(checkpoint, precision=precision, device=device)
     return backend
+
+
+def engine_class(target: str) -> type[ArtifactBackend]:
+    """Return the class that runs artifacts of `target`. Raises MissingDependency, UsageError."""
+    name = ENGINES.get(target, target)
+    if name not in BACKENDS:
+        raise UsageError(f"this fastsd cannot run engines of {target!r}, only {', '.join(ENGINES)}")
+    found: type[ArtifactBackend] = _load(name)
+    return found
+
+
+def open_artifact(
+    artifact: Artifact, config: ModelConfig, *, device: torch.device
+) -> ArtifactBackend:
+    """Load an exported engine into its backend. Raises StaleArtifact for another machine's."""
+    kind = engine_class(artifact.manifest.target)
+    artifact.check_machine(kind.machine(device))
+    return kind(artifact, config, device=device)
+
+
+def _load(name: str) -> Any:
+    module, attribute = BACKENDS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

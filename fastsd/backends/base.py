@@ -5,26 +5,33 @@ A part is a callable over torch tensors on the backend's device:
     text_encoder, text_encoder_2   (input_ids (B, N) int64) -> CLIPOutput
     unet_time      (timesteps (S,), pooled, size_ids, guidance) -> rows (S, B or 1, E)
                    once a schedule
-    unet_context   (encoder_hidden_states (B, N, C)) -> [(K, V)], one a cross-attention
-                   once a prompt
+    unet_context   (encoder_hidden_states (B, N, C)) -> kv, passed on as it is; once a prompt
     unet           (x (B, C, H, W), row (B or 1, E), kv) -> prediction (B, C, H, W)
                    every step; under guidance x has half the batch of kv and of the prediction:
                    the part repeats it where the two rows first differ
     vae_decoder    (z (B, C, h, w)) -> picture (B, 3, H, W) in [-1, 1]
     vae_encoder    (picture (B, 3, H, W)) -> moments (B, 2 C, h, w)
 
-Knows nothing of prompts, samplers or the loop.
+A backend that runs a checkpoint is a `Backend`; one that runs an exported engine is an
+`ArtifactBackend`, which maps the contract to the two layouts of graphs, so that a vendor's file
+only runs a graph. Knows nothing of prompts, samplers or the loop.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastsd.artifact import Artifact, PartEntry
+from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
+from fastsd.models.clip import CLIPOutput
+from fastsd.models.layers import sinusoid, widen
 
 Part = Callable[..., Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -66,3 +73,209 @@ def dtype_of(precision: str, supported: tuple[str, ...], backend: str) -> torch.
             f"it has {', '.join(supported)}"
         )
     return PRECISIONS[precision]
+
+
+class ArtifactBackend(Backend):
+    """Runs the graphs of an exported engine.
+
+    Of the `fast` layout the graphs are the contract's own parts. Of the `standard` layout (the
+    names other tools expect) the UNet takes everything every step: its row is then
+    [timestep | pooled | size ids | embedded guidance], its kv the text itself.
+    Graphs of a fixed batch take any number of pictures, so many at a time, the last ones padded.
+    """
+
+    def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
+        self.artifact = artifact
+        self.config = config
+        self.device = device
+        self.precision = artifact.manifest.precision
+        self.entries = artifact.manifest.parts
+        self.dtype = _dtype_of(self.entries["unet"], "sample")
+        standard = artifact.manifest.layout == "standard"
+        self._parts: dict[str, Part] = {
+            **{
+                name: partial(self._encode, name)
+                for name in self.entries
+                if name.startswith("text_encoder")
+            },
+            "unet_time": self._pack_rows if standard else self._time,
+            "unet_context": (lambda context: context) if standard else self._context,
+            "unet": self._unet_standard if standard else self._unet_fast,
+        }
+        if "vae_decoder" in self.entries:
+            self._parts["vae_decoder"] = partial(self._only, "vae_decoder", "latent_sample")
+        if "vae_encoder" in self.entries:
+            self._parts["vae_encoder"] = partial(self._only, "vae_encoder", "sample")
+
+    @classmethod
+    def machine(cls, device: torch.device) -> dict[str, str]:
+        """Return what native code depends on: versions and processor; {} for portable graphs."""
+        return {}
+
+    @abstractmethod
+    def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph once.
+
+        inputs: every input of the part, of the dtypes and fixed sizes in its entry, contiguous, on
+        the backend's device. Returns its outputs by name; they belong to the caller.
+        """
+
+    def part(self, name: str, shapes: Shapes | None = None) -> Part:
+        """Return the part. Sizes that the graph fixed are checked when it runs."""
+        try:
+            return self._parts[name]
+        except KeyError:
+            raise UsageError(
+                f"{self.artifact.path} has no part {name!r}; it has {', '.join(self._parts)}"
+            ) from None
+
+    # --- the contract's parts -------------------------------------------------------------------
+
+    def _encode(self, part: str, input_ids: Tensor) -> CLIPOutput:
+        out = self._run(part, {"input_ids": input_ids})
+        hidden = [out[name] for name in out if name.startswith("hidden_states.")]
+        last = out["last_hidden_state"]
+        embeds = out.get("text_embeds")
+        pooled = out["pooler_output"] if embeds is None else embeds
+        return CLIPOutput(last, tuple(hidden), pooled, embeds)
+
+    def _pack_rows(
+        self,
+        timesteps: Tensor,
+        pooled: Tensor | None,
+        size_ids: Tensor | None,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """Lay side by side what the standard UNet is told at every step: (S, B or 1, E), fp32."""
+        conditions = [
+            *(part for part in (pooled, size_ids) if part is not None),
+            *(
+                [sinusoid(1000 * guidance, self.config.unet.guidance_width, shift=1.0)]
+                if guidance is not None
+                else []
+            ),
+        ]
+        batch = max((len(part) for part in conditions), default=1)
+        steps = len(timesteps)
+        return torch.cat(
+            [
+                timesteps.float()[:, None, None].expand(steps, batch, 1),
+                *(part.float().expand(steps, *part.shape) for part in conditions),
+            ],
+            dim=-1,
+        )
+
+    def _unet_standard(self, x: Tensor, row: Tensor, context: Tensor) -> Tensor:
+        unet = self.config.unet
+        x = widen(x, len(context))
+        row = row.expand(len(x), -1)
+        t, *conditions = torch.split(
+            row, [1, unet.pooled_width, unet.size_ids, unet.guidance_width], dim=-1
+        )
+        names = ("text_embeds", "time_ids", "timestep_cond")
+        inputs = {
+            "sample": x,
+            "timestep": self._timestep(t[0]),
+            "encoder_hidden_states": context,
+            **{n: c for n, c in zip(names, conditions, strict=True) if c.shape[-1]},
+        }
+        return self._run("unet", inputs)["out_sample"]
+
+    def _timestep(self, t: Tensor) -> Tensor:
+        """Give the timestep (1,) the shape the graph wants; whole numbers must lose nothing."""
+        (spec,) = (s for s in self.entries["unet"].inputs if s.name == "timestep")
+        if spec.dtype == "int64" and bool((t != t.round()).any()):
+            raise UsageError(
+                f"{self.artifact.path} takes whole timesteps, and this sampler walks through "
+                f"{float(t):g}; choose one that does not (ddim, euler without Karras), or export "
+                "again with --layout fast"
+            )
+        return t.reshape(spec.shape)  # type: ignore[arg-type]  # () or (1,)
+
+    def _time(
+        self,
+        timesteps: Tensor,
+        pooled: Tensor | None,
+        size_ids: Tensor | None,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        given = {"pooled": pooled, "size_ids": size_ids, "guidance": guidance}
+        conditions = {name: t for name, t in given.items() if t is not None}
+        rows = self._run("unet_time", {"timesteps": timesteps, **conditions}, batch_axis=1)["rows"]
+        return rows
+
+    def _context(self, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
+        return self._run("unet_context", {"encoder_hidden_states": encoder_hidden_states})
+
+    def _unet_fast(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> Tensor:
+        x = widen(x, len(kv["k.0"]))
+        inputs = {"sample": x, "row": row.expand(len(x), -1), **kv}
+        return self._run("unet", inputs)["out_sample"]
+
+    def _only(self, part: str, name: str, x: Tensor) -> Tensor:
+        (out,) = self._run(part, {name: x}).values()
+        return out
+
+    # --- dtypes, sizes, fixed batches -----------------------------------------------------------
+
+    def _run(self, part: str, inputs: dict[str, Tensor], batch_axis: int = 0) -> dict[str, Tensor]:
+        """Run a part on any number of rows. batch_axis: where the outputs have them."""
+        entry = self.entries[part]
+        inputs = {
+            spec.name: inputs[spec.name].to(self.device, getattr(torch, spec.dtype))
+            for spec in entry.inputs
+        }
+        fixed = _fixed_rows(entry)
+        rows = max((len(t) for n, t in inputs.items() if n not in SHARED), default=1)
+        self._check_sizes(part, entry, inputs)
+        if fixed is None or rows == fixed:
+            return self.run(part, {name: t.contiguous() for name, t in inputs.items()})
+        outputs: list[dict[str, Tensor]] = []
+        for start in range(0, rows, fixed):
+            index = torch.arange(start, start + fixed, device=self.device).clamp(max=rows - 1)
+            chunk = {
+                name: (t if name in SHARED else t.index_select(0, index)).contiguous()
+                for name, t in inputs.items()
+            }
+            outputs.append(self.run(part, chunk))
+        return {
+            name: torch.cat([out[name] for out in outputs], batch_axis).narrow(batch_axis, 0, rows)
+            for name in outputs[0]
+        }
+
+    def _check_sizes(self, part: str, entry: PartEntry, inputs: Mapping[str, Tensor]) -> None:
+        """Raise UsageError for a size that the graph fixed to another."""
+        for spec in entry.inputs:
+            given = tuple(inputs[spec.name].shape)
+            first = 0 if spec.name in SHARED else 1  # rows are cut to fit
+            wrong = len(given) != len(spec.shape) or any(
+                isinstance(fixed, int) and fixed != size
+                for fixed, size in zip(spec.shape[first:], given[first:], strict=True)
+            )
+            if wrong:
+                raise UsageError(
+                    f"{part} of {self.artifact.path} takes {spec.name} of shape {spec.shape}, not "
+                    f"{given}; it was exported for pictures of {_size(self.artifact)}: ask for "
+                    "that size, or export again with --size or --dynamic"
+                )
+
+
+# Inputs that have no rows: the same for every picture.
+SHARED = ("timestep", "timesteps")
+
+
+def _fixed_rows(entry: PartEntry) -> int | None:
+    """Return how many rows the part takes at once; None if any."""
+    rows = [spec.shape[0] for spec in entry.inputs if spec.name not in SHARED]
+    return rows[0] if rows and isinstance(rows[0], int) else None
+
+
+def _size(artifact: Artifact) -> str:
+    height, width = artifact.manifest.size
+    return f"{width}x{height} pixels"
+
+
+def _dtype_of(entry: PartEntry, name: str) -> torch.dtype:
+    (spec,) = (spec for spec in entry.inputs if spec.name == name)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype

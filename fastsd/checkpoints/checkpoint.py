@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastsd.checkpoints import hub
-from fastsd.checkpoints.layout import check_present, read_layout, weight_files
+from fastsd.checkpoints.layout import Layout, check_present, read_layout, weight_files
 from fastsd.checkpoints.random_weights import PREFIX, preset, random_module, random_tokenizers
 from fastsd.checkpoints.weights import empty_module, load_module, read_header
 from fastsd.config import ModelConfig
@@ -136,6 +136,14 @@ def _random(model: str) -> Checkpoint:
     return Checkpoint(Path(model), config, parts, tokenizer_folders=(), passed_over=())
 
 
+def open_description(folder: Path) -> Checkpoint:
+    """Open a folder that holds all of a checkpoint but its weights, such as an exported engine's.
+
+    The result has no parts to load. Raises CheckpointError.
+    """
+    return _described(folder, read_layout(folder), {})
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -148,6 +156,10 @@ def _open(folder: Path, variant: str | None) -> Checkpoint:
     parts = {part: PartFiles(weight_files(folder, part, variant)) for part in layout.parts}
     for files in parts.values():
         check_present(files.weights)
+    return _described(folder, layout, parts)
+
+
+def _described(folder: Path, layout: Layout, parts: dict[str, PartFiles]) -> Checkpoint:
     tokenizers = tuple(folder / name for name in layout.tokenizers)
     for tokenizer in tokenizers:
         if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):

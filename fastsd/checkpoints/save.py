@@ -36,14 +36,25 @@ def save_folder(
     modules: text_encoder, text_encoder_2 (SDXL), unet, vae, in any dtype and on any device.
     tokenizers: one for each text encoder. Raises UsageError if `path` exists, or a part lacks.
     """
-    sdxl = config.family == "sdxl"
-    encoders = ("text_encoder", "text_encoder_2")[: len(config.text_encoders)]
+    encoders = _encoders(config)
     parts = (*encoders, "unet", "vae")
     if set(modules) != set(parts) or len(tokenizers) != len(encoders):
         raise UsageError(
             f"a {config.family} folder needs {', '.join(parts)} and {len(encoders)} tokenizers; "
             f"given {', '.join(modules)} and {len(tokenizers)}"
         )
+    with published_folder(Path(path)) as folder:
+        save_description(folder, config, tokenizers)
+        for name in parts:
+            _save_weights(folder / name / f"{STEMS[name]}.safetensors", name, modules[name], dtype)
+
+
+def save_description(
+    folder: Path, config: ModelConfig, tokenizers: Sequence[CLIPTokenizer]
+) -> None:
+    """Write all of a diffusers folder but its weights: index, configs, tokenizers, scheduler."""
+    sdxl = config.family == "sdxl"
+    encoders = _encoders(config)
     schedule = write_schedule(config.schedule)
     configs: dict[str, dict[str, Any]] = {
         name: write_clip(encoder, bos=tokenizer.bos, pad=tokenizer.pad)
@@ -60,28 +71,29 @@ def save_folder(
         index["force_zeros_for_empty_prompt"] = config.zero_empty_negative
     else:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    for name, part in configs.items():
+        index[name] = (
+            ["transformers", part["architectures"][0]]
+            if name in encoders
+            else ["diffusers", part["_class_name"]]
+        )
+        (folder / name).mkdir(exist_ok=True)
+        if name not in encoders:
+            part["_diffusers_version"] = _LAYOUT_VERSION
+        write_json(folder / name / "config.json", part)
+    for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
+        name = encoder.replace("text_encoder", "tokenizer")
+        index[name] = ["transformers", "CLIPTokenizer"]
+        tokenizer.save(folder / name)
+    index["scheduler"] = ["diffusers", schedule["_class_name"]]
+    (folder / "scheduler").mkdir(exist_ok=True)
+    schedule["_diffusers_version"] = _LAYOUT_VERSION
+    write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    write_json(folder / INDEX, dict(sorted(index.items())))
 
-    with published_folder(Path(path)) as folder:
-        for name, part in configs.items():
-            index[name] = (
-                ["transformers", part["architectures"][0]]
-                if name in encoders
-                else ["diffusers", part["_class_name"]]
-            )
-            (folder / name).mkdir()
-            if name not in encoders:
-                part["_diffusers_version"] = _LAYOUT_VERSION
-            write_json(folder / name / "config.json", part)
-            _save_weights(folder / name / f"{STEMS[name]}.safetensors", name, modules[name], dtype)
-        for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
-            name = encoder.replace("text_encoder", "tokenizer")
-            index[name] = ["transformers", "CLIPTokenizer"]
-            tokenizer.save(folder / name)
-        index["scheduler"] = ["diffusers", schedule["_class_name"]]
-        (folder / "scheduler").mkdir()
-        schedule["_diffusers_version"] = _LAYOUT_VERSION
-        write_json(folder / "scheduler" / "scheduler_config.json", schedule)
-        write_json(folder / INDEX, dict(sorted(index.items())))
+
+def _encoders(config: ModelConfig) -> tuple[str, ...]:
+    return ("text_encoder", "text_encoder_2")[: len(config.text_encoders)]
 
 
 def _save_weights(path: Path, part: str, module: nn.Module, dtype: torch.dtype) -> None:

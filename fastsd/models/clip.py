@@ -152,7 +152,10 @@ class CLIPText(nn.Module):
             )
         hidden = self.encoder(self.embeddings(input_ids))
         last = self.final_layer_norm(hidden[-1])
-        pooled = last[torch.arange(len(last), device=last.device), self._end_of_text(input_ids)]
+        rows = torch.arange(
+            last.shape[0], device=last.device
+        )  # len() would fix it in exported graphs
+        pooled = last[rows, self._end_of_text(input_ids)]
         embeds = None if self.text_projection is None else self.text_projection(pooled)
         return CLIPOutput(last, hidden, pooled, embeds)
 

@@ -1,0 +1,148 @@
+"""The order of an export: check, write each part, describe, measure, publish.
+
+Knows the contract of an exporter and no target's library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastsd
+from fastsd.artifact import Artifact, Draft, Manifest, PartEntry, engines_folder, list_files
+from fastsd.checkpoints import Checkpoint, save_description
+from fastsd.errors import UsageError
+from fastsd.export import EXPORTERS
+from fastsd.export.parts import Request, part_names, source_digest
+
+
+class Exporter(ABC):
+    """Writes the parts of one checkpoint for one target. Final subclasses live in to_X.py.
+
+    precisions, layouts: what the target has. native: whether its files hold machine code.
+    packages: whose versions are worth knowing.
+    """
+
+    target: str
+    precisions: tuple[str, ...]
+    layouts: tuple[str, ...] = ("standard", "fast")
+    native: bool = False
+    packages: tuple[str, ...] = ("torch",)
+
+    def __init__(self, checkpoint: Checkpoint, request: Request) -> None:
+        """Refuse, before any work, what the target cannot do or lacks a package for."""
+        for what, given, known in (
+            ("precision", request.precision, self.precisions),
+            ("layout", request.layout, self.layouts),
+        ):
+            if given not in known:
+                raise UsageError(
+                    f"{self.target} has no {what} {given!r}; it has {', '.join(known)}"
+                )
+        self.checkpoint = checkpoint
+        self.request = request
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts to write, in order."""
+        return part_names(self.checkpoint, self.request.layout)
+
+    @abstractmethod
+    def write(self, part: str, folder: Path) -> PartEntry:
+        """Write one part below `folder` and say what it takes and gives."""
+
+    def write_extras(self, folder: Path) -> None:  # noqa: B027  (most targets have none)
+        """Write what other tools look for beside the parts."""
+
+    def machine(self) -> dict[str, str]:
+        """What native code is bound to: the same words as its backend's `machine`."""
+        return {}
+
+    def versions(self) -> dict[str, str]:
+        """The versions that made the files."""
+        return {
+            "fastsd": fastsd.__version__,
+            **{package: metadata.version(package) for package in self.packages},
+        }
+
+
+def export(
+    checkpoint: Checkpoint,
+    name: str,
+    request: Request,
+    path: Path | None = None,
+    *,
+    force: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Artifact:
+    """Write an artifact to `path` (None: among the user's own engines), whole or not at all.
+
+    name: what the model is called. force: replace an artifact that stands there.
+    tell: called with a line about each thing done.
+    Raises UsageError for what cannot be asked, MissingDependency, ArtifactError.
+    """
+    exporter = open_exporter(checkpoint, request)
+    source = source_digest(checkpoint)
+    key = _key(source, request, exporter.versions())
+    path = engines_folder() / f"{name}-{request.target}-{key[:12]}" if path is None else path
+    with Draft(path, key=key, force=force) as draft, torch.no_grad():
+        parts: dict[str, PartEntry] = {}
+        for part in exporter.parts:
+            entry = draft.finished(part)
+            if entry is not None:
+                tell(f"{part}: finished by an interrupted export, kept")
+            else:
+                start = time.perf_counter()
+                entry = exporter.write(part, draft.folder)
+                draft.finish(part, entry)
+                size = sum(
+                    (draft.folder / file).stat().st_size for file in (entry.file, *entry.weights)
+                )
+                tell(f"{part}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s")
+            parts[part] = entry
+        save_description(draft.folder, checkpoint.config, checkpoint.tokenizers)
+        exporter.write_extras(draft.folder)
+        manifest = Manifest(
+            target=request.target,
+            model=name,
+            family=checkpoint.config.family,
+            source=source,
+            precision=request.precision,
+            layout=request.layout,
+            size=request.size,
+            batch=request.batch,
+            dynamic=request.dynamic,
+            native=exporter.native,
+            parts=parts,
+            files=list_files(draft.folder),
+            versions=exporter.versions(),
+            machine=exporter.machine(),
+        )
+        return draft.publish(manifest)
+
+
+def open_exporter(checkpoint: Checkpoint, request: Request) -> Exporter:
+    """Return the exporter of a request. Raises UsageError, MissingDependency."""
+    if request.target not in EXPORTERS:
+        raise UsageError(
+            f"target {request.target!r} is unknown; it is one of {', '.join(EXPORTERS)}"
+        )
+    module, attribute = EXPORTERS[request.target].split(":")
+    exporter: Exporter = getattr(importlib.import_module(module), attribute)(checkpoint, request)
+    return exporter
+
+
+def _key(source: str, request: Request, versions: dict[str, str]) -> str:
+    """Name an export by all that decides its bytes."""
+    facts: dict[str, Any] = {"source": source, "request": asdict(request), "versions": versions}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

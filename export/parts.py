@@ -1,0 +1,364 @@
+"""What is exported: every part of a model as a module with named inputs and outputs.
+
+Two layouts. `standard` has the parts and names that other tools expect (diffusers' ONNX and
+OpenVINO exports, Optimum, openvino-genai). `fast` is our own contract (backends/base.py): what does
+not depend on the latents is made once by parts of its own.
+
+Knows no target's library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from fastsd.artifact import TensorSpec, digest_of
+from fastsd.checkpoints import Checkpoint
+from fastsd.config import ModelConfig
+from fastsd.errors import UsageError
+from fastsd.models.clip import CLIPOutput, CLIPText
+from fastsd.models.unet import UNet
+from fastsd.models.vae import VAE
+
+LAYOUTS = ("standard", "fast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked to be exported.
+
+    size: height and width in pixels. batch: pictures at once. dynamic: size and batch may vary.
+    floor: the PSNR in dB that the receipt's worst picture must reach. prompts: to calibrate and
+    measure with; () takes the model's own.
+    """
+
+    target: str
+    precision: str = "fp32"
+    size: tuple[int, int] = (512, 512)
+    batch: int = 1
+    dynamic: bool = False
+    layout: str = "standard"
+    floor: float | None = None
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UsageError(f"layout {self.layout!r} is unknown; it is {' or '.join(LAYOUTS)}")
+        if self.batch < 1:
+            raise UsageError(f"batch must be 1 or more, not {self.batch}")
+        if any(side < 8 or side % 8 for side in self.size):
+            height, width = self.size
+            raise UsageError(f"size must be multiples of 8 pixels, not {width}x{height}")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GraphPart:
+    """A part ready to be traced.
+
+    module: takes `inputs` in order and returns one tensor, or a tuple, named by `outputs`.
+    inputs: their specs, whose words are the sizes that may vary. example: tensors to trace with.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    example: tuple[Tensor, ...]
+
+
+def part_names(checkpoint: Checkpoint, layout: str) -> tuple[str, ...]:
+    """Return the parts of a model in a layout."""
+    encoders = ("text_encoder", "text_encoder_2")[: len(checkpoint.config.text_encoders)]
+    hoisted = ("unet_time", "unet_context") if layout == "fast" else ()
+    return (*encoders, *hoisted, "unet", "vae_decoder", "vae_encoder")
+
+
+def load_part(checkpoint: Checkpoint, name: str, request: Request, dtype: torch.dtype) -> GraphPart:
+    """Load one part in the request's layout and sizes.
+
+    dtype: of weights and activations. VAEs that overflow in fp16 (`force_upcast`) stay in fp32.
+    """
+    component = {"vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition("_time")[0])
+    component = component.partition("_context")[0]
+    if component == "vae" and dtype == torch.float16 and checkpoint.config.vae.force_upcast:
+        dtype = torch.float32
+    module = checkpoint.load(component, dtype)
+    return _PARTS[name](module, checkpoint.config, request, dtype)
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes of a request: numbers where fixed, words where they may vary."""
+
+    request: Request
+    config: ModelConfig
+
+    @property
+    def rows(self) -> int | str:
+        """Of the UNet: two a picture under guidance, one for distilled models."""
+        per_picture = 1 if self.config.unet.guidance_width else 2
+        return "rows" if self.request.dynamic else per_picture * self.request.batch
+
+    @property
+    def pictures(self) -> int | str:
+        return "pictures" if self.request.dynamic else self.request.batch
+
+    @property
+    def pixels(self) -> tuple[int | str, int | str]:
+        factor = self.config.vae.downscale
+        if self.request.dynamic:
+            return (f"{factor}*latent_height", f"{factor}*latent_width")
+        return self.request.size
+
+    @property
+    def latent(self) -> tuple[int | str, int | str]:
+        factor = self.config.vae.downscale
+        height, width = self.request.size
+        if self.request.dynamic:
+            return ("latent_height", "latent_width")
+        return (height // factor, width // factor)
+
+
+# What sizes that may vary are traced with: unlike each other and any fixed size, never 0 or 1.
+_TRACED = {
+    "rows": 2,
+    "pictures": 2,
+    "steps": 3,
+    "latent_height": 16,
+    "latent_width": 24,
+}
+
+
+def _traced(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    factor, _, name = size.rpartition("*")
+    return int(factor or 1) * _TRACED[name]
+
+
+def _example(spec: TensorSpec, high: int = 1) -> Tensor:
+    shape = [_traced(size) for size in spec.shape]
+    generator = torch.Generator().manual_seed(0)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, high, shape, generator=generator, dtype=dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- the parts' modules --------------------------------------------------------------------------
+
+
+class _Call(nn.Module):
+    """One function of a module, traced as `forward`."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+def _text_part(index: int) -> Callable[..., GraphPart]:
+    def make(
+        module: CLIPText, config: ModelConfig, request: Request, dtype: torch.dtype
+    ) -> GraphPart:
+        text = config.text_encoders[index]
+        name = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
+        rows = "pictures" if request.dynamic else request.batch
+        spec = TensorSpec("input_ids", "int64", (rows, text.max_tokens))
+        outputs: tuple[str, ...] = (
+            ("last_hidden_state", "pooler_output")
+            if text.projection is None
+            else ("text_embeds", "last_hidden_state")
+        )
+        if config.text_layer != -1:
+            outputs += tuple(f"hidden_states.{i}" for i in range(text.layers + 1))
+
+        def encode(input_ids: Tensor) -> tuple[Tensor | None, ...]:
+            out: CLIPOutput = module(input_ids)
+            named = {
+                "last_hidden_state": out.last,
+                "pooler_output": out.pooled,
+                "text_embeds": out.embeds,
+                **{f"hidden_states.{i}": hidden for i, hidden in enumerate(out.hidden)},
+            }
+            return tuple(named[name] for name in outputs)
+
+        example = (_example(spec, text.vocab_size),)
+        return GraphPart(name, _Call(module, encode), (spec,), outputs, example)
+
+    return make
+
+
+def _unet_standard(
+    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
+) -> GraphPart:
+    unet, sizes, name = config.unet, _Sizes(request, config), _name(dtype)
+    tokens = config.text_encoders[0].max_tokens
+    whole = request.target == "openvino"  # openvino-genai gives int64 of shape (1,), nothing else
+    inputs = [
+        TensorSpec("sample", name, (sizes.rows, unet.in_channels, *sizes.latent)),
+        TensorSpec("timestep", "int64", (1,)) if whole else TensorSpec("timestep", "float32", ()),
+        TensorSpec("encoder_hidden_states", name, (sizes.rows, tokens, unet.context_width)),
+    ]
+    if unet.pooled_width:
+        inputs += [
+            TensorSpec("text_embeds", name, (sizes.rows, unet.pooled_width)),
+            TensorSpec("time_ids", "float32", (sizes.rows, unet.size_ids)),
+        ]
+    if unet.guidance_width:
+        inputs.append(TensorSpec("timestep_cond", name, (sizes.rows, unet.guidance_width)))
+    takes = [spec.name for spec in inputs]
+
+    def predict(*given: Tensor) -> Tensor:
+        return module.standard(**dict(zip(takes, given, strict=True)))
+
+    return GraphPart(
+        "unet", _Call(module, predict), tuple(inputs), ("out_sample",), _examples(inputs)
+    )
+
+
+def _examples(inputs: list[TensorSpec]) -> tuple[Tensor, ...]:
+    return tuple(_example(spec, 1000) for spec in inputs)
+
+
+def _unet_fast(
+    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
+) -> GraphPart:
+    unet, sizes, name = config.unet, _Sizes(request, config), _name(dtype)
+    with torch.no_grad():
+        kv = module.context(
+            torch.zeros(1, config.text_encoders[0].max_tokens, unet.context_width, dtype=dtype)
+        )
+        width = module.time_rows(
+            torch.zeros(1),
+            torch.zeros(1, unet.pooled_width) if unet.pooled_width else None,
+            torch.zeros(1, unet.size_ids) if unet.pooled_width else None,
+        ).shape[-1]
+    inputs = [
+        TensorSpec("sample", name, (sizes.rows, unet.in_channels, *sizes.latent)),
+        TensorSpec("row", name, (sizes.rows, width)),
+        *(
+            TensorSpec(label, _name(t.dtype), (sizes.rows, *t.shape[1:]))
+            for label, t in zip(_kv_names(len(kv)), [t for pair in kv for t in pair], strict=True)
+        ),
+    ]
+
+    def predict(sample: Tensor, row: Tensor, *flat: Tensor) -> Tensor:
+        out: Tensor = module(sample, row, list(zip(flat[::2], flat[1::2], strict=True)))
+        return out
+
+    return GraphPart(
+        "unet", _Call(module, predict), tuple(inputs), ("out_sample",), _examples(inputs)
+    )
+
+
+def _kv_names(pairs: int) -> tuple[str, ...]:
+    return tuple(f"{letter}.{i}" for i in range(pairs) for letter in "kv")
+
+
+def _unet(module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype) -> GraphPart:
+    make = _unet_standard if request.layout == "standard" else _unet_fast
+    return make(module, config, request, dtype)
+
+
+def _unet_time(
+    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
+) -> GraphPart:
+    unet, sizes = config.unet, _Sizes(request, config)
+    inputs = [TensorSpec("timesteps", "float32", ("steps",))]
+    if unet.pooled_width:
+        inputs += [
+            TensorSpec("pooled", _name(dtype), (sizes.rows, unet.pooled_width)),
+            TensorSpec("size_ids", "float32", (sizes.rows, unet.size_ids)),
+        ]
+    if unet.guidance_width:
+        inputs.append(TensorSpec("guidance", "float32", (sizes.rows,)))
+    takes = [spec.name for spec in inputs]
+
+    def embed(*given: Tensor) -> Tensor:
+        return module.time_rows(**dict(zip(takes, given, strict=True)))
+
+    return GraphPart("unet_time", _Call(module, embed), tuple(inputs), ("rows",), _examples(inputs))
+
+
+def _unet_context(
+    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
+) -> GraphPart:
+    sizes = _Sizes(request, config)
+    spec = TensorSpec(
+        "encoder_hidden_states",
+        _name(dtype),
+        (sizes.rows, config.text_encoders[0].max_tokens, config.unet.context_width),
+    )
+
+    def project(context: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t for pair in module.context(context) for t in pair)
+
+    pairs = sum(name.endswith("attn2.to_k.weight") for name in module.state_dict())
+    return GraphPart(
+        "unet_context", _Call(module, project), (spec,), _kv_names(pairs), _examples([spec])
+    )
+
+
+def _vae_decoder(
+    module: VAE, config: ModelConfig, request: Request, dtype: torch.dtype
+) -> GraphPart:
+    sizes = _Sizes(request, config)
+    shape = (sizes.pictures, config.vae.latent_channels, *sizes.latent)
+    spec = TensorSpec("latent_sample", _name(dtype), shape)
+    return GraphPart(
+        "vae_decoder", _Call(module, module.decode), (spec,), ("sample",), _examples([spec])
+    )
+
+
+def _vae_encoder(
+    module: VAE, config: ModelConfig, request: Request, dtype: torch.dtype
+) -> GraphPart:
+    sizes = _Sizes(request, config)
+    shape = (sizes.pictures, config.vae.in_channels, *sizes.pixels)
+    spec = TensorSpec("sample", _name(dtype), shape)
+    return GraphPart(
+        "vae_encoder",
+        _Call(module, module.encode),
+        (spec,),
+        ("latent_parameters",),
+        _examples([spec]),
+    )
+
+
+_PARTS: dict[str, Callable[..., GraphPart]] = {
+    "text_encoder": _text_part(0),
+    "text_encoder_2": _text_part(1),
+    "unet": _unet,
+    "unet_time": _unet_time,
+    "unet_context": _unet_context,
+    "vae_decoder": _vae_decoder,
+    "vae_encoder": _vae_encoder,
+}
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 of a checkpoint's weights and configs, wherever it lies."""
+    weights = {
+        part: [digest_of(file) for file in files.weights]
+        for part, files in checkpoint.parts.items()
+    }
+    facts = json.dumps({"weights": weights, "config": asdict(checkpoint.config)}, sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()

@@ -1,0 +1,46 @@
+"""ONNX, by torch's own exporter: the parts as graphs that other tools load too.
+
+Standard layout: `<part>/model.onnx` and a config.json in every part's folder, as diffusers, Optimum
+and their exports name them. Weights over a size go into `<part>/model.onnx.data`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+import torch
+
+from fastsd.artifact import PartEntry
+from fastsd.checkpoints import Checkpoint
+from fastsd.errors import MissingDependency
+from fastsd.export.build import Exporter
+from fastsd.export.parts import Request, load_part
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@final
+class OnnxExporter(Exporter):
+    """ONNX graphs in fp32 or true fp16."""
+
+    target = "onnx"
+    precisions = ("fp32", "fp16")
+    packages = ("torch", "onnx", "onnxscript")
+
+    def __init__(self, checkpoint: Checkpoint, request: Request) -> None:
+        try:
+            from fastsd.export import graph  # noqa: F401
+        except ImportError as error:
+            raise MissingDependency(
+                f"exporting to ONNX needs {error.name}; run pip install 'fastsd[export]'"
+            ) from error
+        super().__init__(checkpoint, request)
+
+    def write(self, part: str, folder: Path) -> PartEntry:
+        """Trace one part and write its graph."""
+        from fastsd.export import graph
+
+        dtype = DTYPES[self.request.precision]
+        traced = load_part(self.checkpoint, part, self.request, dtype)
+        return graph.write(graph.trace(traced), traced, folder)

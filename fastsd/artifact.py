@@ -1,0 +1,413 @@
+"""An exported engine on disk: what it says of itself, how it is checked, how it is published.
+
+An artifact is a folder with a `manifest.json`, the graphs or engines of a model's parts, and the
+JSON of a checkpoint (configs, tokenizers, scheduler), so that it needs nothing else to draw. It
+holds no local path and no pickle. Every file's SHA-256 stands in the manifest, whose own digest
+stands in its last line; `Artifact.open` checks them all.
+
+Graphs and weights are data. A native engine (TensorRT, AOTInductor) is code for this machine: it
+loads only if this user's own exports recorded it (`remember`), or with trust_native.
+
+Knows no target, vendor or model: exporters write artifacts, backends read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self, final
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from fastsd.errors import (
+    ArtifactError,
+    CheckpointError,
+    DamagedArtifact,
+    StaleArtifact,
+    UntrustedArtifact,
+    UsageError,
+)
+from fastsd.files import check_free, read_json, sync, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # raised when a manifest of before means something else
+_BLOCK = 1 << 22  # bytes hashed at once
+
+AGAIN = "export it again with `fastsd export`"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output. dtype: numpy's name. shape: a word stands for a size that may vary."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """One part: its graph or engine, and what goes in and out, in order.
+
+    file: relative to the artifact. weights: files that hold tensors the graph refers to.
+    """
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file must be."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that an artifact says of itself.
+
+    target: what it was exported to (onnx, tensorrt, aoti, openvino), which decides the backend.
+    model, source: the checkpoint's name, and the digest of its weights and configs.
+    size: height, width in pixels; batch: pictures. dynamic: both are only what it was traced with.
+    native: holds machine code. machine: what that code is bound to (versions, processor), else {}.
+    receipt: the measured distance from the exact path; None where it was not measured.
+    """
+
+    target: str
+    model: str
+    family: str
+    source: str
+    precision: str
+    layout: str
+    size: tuple[int, int]
+    batch: int
+    dynamic: bool
+    native: bool
+    parts: Mapping[str, PartEntry]
+    files: Mapping[str, FileEntry]
+    versions: Mapping[str, str]
+    machine: Mapping[str, str] = field(default_factory=dict)
+    receipt: Mapping[str, Any] | None = None
+
+    def to_bytes(self) -> bytes:
+        """Write it down, the digest of everything else last. The only form that is read back."""
+        data = {"format": FORMAT, **asdict(self)}
+        digest = hashlib.sha256(_json(data)).hexdigest()
+        return _json({**data, "digest": digest})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, data: Mapping[str, Any], path: Path) -> Manifest:
+        """Read `raw`, whose JSON is `data`. Raises DamagedArtifact, or StaleArtifact if too new."""
+        if data.get("format") != FORMAT:
+            raise StaleArtifact(
+                f"{path} has format {data.get('format')!r}, this fastsd reads {FORMAT}; {AGAIN}"
+            )
+        values = {name: value for name, value in data.items() if name not in ("format", "digest")}
+        try:
+            values["size"] = tuple(values["size"])
+            values["parts"] = {name: _part(entry) for name, entry in values["parts"].items()}
+            values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
+            manifest = cls(**values)
+            intact = manifest.to_bytes() == raw
+        except (AttributeError, KeyError, TypeError, ValueError):
+            intact = False
+        if not intact:
+            raise DamagedArtifact(f"{path} was changed or cut after it was written; {AGAIN}")
+        for name in manifest.files:
+            inside = PurePosixPath(name)
+            if inside.is_absolute() or ".." in inside.parts or "\\" in name or ":" in name:
+                raise DamagedArtifact(f"{path} names {name!r}, which lies outside its folder")
+        named = {file for part in manifest.parts.values() for file in (part.file, *part.weights)}
+        if lacking := named - set(manifest.files):
+            raise DamagedArtifact(f"{path} lists no digest of {', '.join(sorted(lacking))}")
+        return manifest
+
+
+def _part(entry: Mapping[str, Any]) -> PartEntry:
+    def tensors(specs: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in specs)
+
+    return PartEntry(
+        entry["file"], tensors(entry["inputs"]), tensors(entry["outputs"]), tuple(entry["weights"])
+    )
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+@final
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose files were checked. path: its folder; digest: its manifest's SHA-256."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    @classmethod
+    def open(cls, path: str | Path, *, trust_native: bool = False) -> Artifact:
+        """Read the manifest and check every file against it.
+
+        Raises DamagedArtifact, StaleArtifact for another format, UntrustedArtifact for native code
+        that neither this user's exports recorded nor trust_native vouches for.
+        """
+        folder = Path(path)
+        file = folder / MANIFEST
+        data = read_json(file, DamagedArtifact)
+        raw = file.read_bytes()
+        manifest = Manifest.from_bytes(raw, data, file)
+        digest = hashlib.sha256(raw).hexdigest()
+        if manifest.native and not trust_native and not _remembered(digest).is_file():
+            raise UntrustedArtifact(
+                f"{folder} holds native code ({manifest.target}) that was not exported by you on "
+                "this machine, and running it can do anything that you can; if you trust where it "
+                "comes from, pass --trust-native (trust_native=True), else " + AGAIN
+            )
+        check_files(folder, manifest.files)
+        return cls(folder, manifest, digest)
+
+    def check_machine(self, here: Mapping[str, str]) -> None:
+        """Raise StaleArtifact unless the machine and versions are those it was compiled for."""
+        differences = [
+            f"{name} {value} (here: {here.get(name, 'none')})"
+            for name, value in self.manifest.machine.items()
+            if here.get(name) != value
+        ]
+        if differences:
+            raise StaleArtifact(
+                f"{self.path} was compiled for {', '.join(differences)}; {AGAIN} on this machine"
+            )
+
+    def check_source(self, source: str) -> None:
+        """Raise StaleArtifact unless it was exported from weights and configs of that digest."""
+        if self.manifest.source != source:
+            raise StaleArtifact(
+                f"{self.path} was exported from other weights of {self.manifest.model} "
+                f"({self.manifest.source[:12]}, now {source[:12]}); {AGAIN}"
+            )
+
+
+def is_artifact(path: str | Path) -> bool:
+    """Whether a folder is, or was meant to be, an artifact."""
+    try:
+        return (Path(path) / MANIFEST).is_file()
+    except (OSError, ValueError):  # no path at all
+        return False
+
+
+def check_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """Raise DamagedArtifact unless every file in `folder` is as listed."""
+    for name, entry in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            raise DamagedArtifact(f"{folder} lacks {name}; {AGAIN}") from None
+        if size != entry.size_bytes:
+            raise DamagedArtifact(
+                f"{folder / name} has {size} bytes, not {entry.size_bytes}; {AGAIN}"
+            )
+    names = sorted(files, key=lambda name: -files[name].size_bytes)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the GIL
+        for name, digest in zip(
+            names, pool.map(lambda name: digest_of(folder / name), names), strict=True
+        ):
+            if digest != files[name].sha256:
+                raise DamagedArtifact(
+                    f"{folder / name} was changed after the export (its SHA-256 differs); {AGAIN}"
+                )
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """Hash every file below `folder` but the manifest and dot files, by name."""
+    return {name: FileEntry(digest_of(path), path.stat().st_size) for name, path in _walk(folder)}
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name != Path(MANIFEST) and not name.parts[0].startswith("."):
+            yield name.as_posix(), path
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes. Raises DamagedArtifact if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise DamagedArtifact(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+# --- writing one --------------------------------------------------------------------------------
+
+
+@final
+class Draft:
+    """An artifact being written, in a hidden folder beside the place where it will stand.
+
+        with Draft(path, key="…") as draft:
+            entry = draft.finished("unet") or write(draft.folder)
+            draft.finish("unet", entry)
+            draft.publish(manifest)
+
+    key: says what is being written. If the process is killed, or interrupted by the user, parts
+    that were finished stay, and the next draft of the same path and key goes on from them; one of
+    another key sweeps them away. Any other failure leaves nothing behind.
+    """
+
+    def __init__(self, path: Path, *, key: str, force: bool = False) -> None:
+        self.path = path
+        self.force = force
+        self.folder = path.with_name(f".{path.name}.{key[:16]}.draft")
+        self._aside = path.with_name(f".{path.name}.old")
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+
+    def __enter__(self) -> Self:
+        """Raise UsageError if the path is taken and force is not set, or another export runs."""
+        self._check_path()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UsageError(f"another export to {self.path} is running; wait for it") from None
+        try:
+            self._sweep()
+            self._check_path()
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / ".parts").mkdir(exist_ok=True)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if self.folder.exists() and not (interrupted and any(self.folder.glob(".parts/*.json"))):
+            shutil.rmtree(self.folder)
+        self._release()
+
+    def finished(self, name: str) -> PartEntry | None:
+        """Return a part that an interrupted export finished, if its files are still intact."""
+        record = self.folder / ".parts" / f"{name}.json"
+        try:
+            data = read_json(record)
+            check_files(self.folder, {f: FileEntry(**e) for f, e in data["files"].items()})
+            return _part(data["part"])
+        except (ArtifactError, CheckpointError, KeyError, TypeError):
+            return None
+
+    def finish(self, name: str, entry: PartEntry) -> None:
+        """Record that a part's files are written, once they are on the disk."""
+        sync(self.folder)
+        files = {
+            file: FileEntry(digest_of(self.folder / file), (self.folder / file).stat().st_size)
+            for file in (entry.file, *entry.weights)
+        }
+        record = self.folder / ".parts" / f"{name}.json"
+        draft = record.with_suffix(".tmp")
+        write_json(
+            draft,
+            {"part": asdict(entry), "files": {file: asdict(e) for file, e in files.items()}},
+        )
+        draft.replace(record)
+
+    def publish(self, manifest: Manifest) -> Artifact:
+        """Write the manifest and put the folder in its place, whole; record native code as ours."""
+        shutil.rmtree(self.folder / ".parts")
+        raw = manifest.to_bytes()
+        (self.folder / MANIFEST).write_bytes(raw)
+        sync(self.folder)
+        digest = hashlib.sha256(raw).hexdigest()
+        if manifest.native:
+            remember(digest)
+        self._check_path()
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+        elif self.path.exists():
+            self.path.rename(self._aside)  # if we are killed here, the next export puts it back
+        self.folder.rename(self.path)
+        _remove(self._aside)
+        return Artifact(self.path, manifest, digest)
+
+    def _check_path(self) -> None:
+        if not self.force:
+            check_free(self.path, "choose another folder, or replace it with --force")
+        elif self.path.exists() and not is_artifact(self.path):
+            check_free(self.path, "--force replaces artifacts only, and this is none; move it away")
+
+    def _sweep(self) -> None:
+        """Remove what exports to this path left when they were killed; put back what one took."""
+        if self._aside.exists() and not self.path.exists():
+            self._aside.rename(self.path)
+        _remove(self._aside)
+        for folder in self.path.parent.glob(f".{_literal(self.path.name)}.*.draft"):
+            if folder != self.folder:
+                _remove(folder)
+
+    def _release(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _literal(name: str) -> str:
+    """Escape what `glob` would read as a pattern."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+# --- what this user keeps ------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Return the folder of this user's own engines: $FASTSD_CACHE, or the system's cache folder."""
+    chosen = os.environ.get("FASTSD_CACHE")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_path("fastsd"))
+
+
+def engines_folder() -> Path:
+    """Return where exports without a folder of their own are kept."""
+    return cache_folder() / "engines"
+
+
+def _remembered(digest: str) -> Path:
+    return cache_folder() / "trusted" / digest
+
+
+def remember(digest: str) -> None:
+    """Record that this user built the artifact whose manifest has this digest."""
+    record = _remembered(digest)
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        record.touch(mode=0o600)
+    except OSError as error:
+        raise ArtifactError(
+            f"{record.parent} cannot be written ({error.strerror}), so that the native engine will "
+            "need --trust-native; set FASTSD_CACHE to a folder of your own"
+        ) from None
+
+
+def forget(digest: str) -> None:
+    """Take back `remember`."""
+    _remembered(digest).unlink(missing_ok=True)

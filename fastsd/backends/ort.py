@@ -1,0 +1,100 @@
+"""ONNX graphs, run by ONNX Runtime: on the CPU, or through its CUDA or TensorRT provider.
+
+Tensors are handed over in place, both ways. What the CUDA and TensorRT providers do is unmeasured
+here: no committed row has run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from fastsd.artifact import Artifact
+from fastsd.backends.base import ArtifactBackend
+from fastsd.config import ModelConfig
+from fastsd.errors import ArtifactError, MissingDependency
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise MissingDependency(
+        "running ONNX needs onnxruntime; run pip install 'fastsd[ort]' (or onnxruntime-gpu)"
+    ) from error
+
+
+@final
+class OrtBackend(ArtifactBackend):
+    """Run every part in a session of ONNX Runtime."""
+
+    name = "ort"
+
+    def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
+        super().__init__(artifact, config, device=device)
+        self._sessions = {
+            part: self._open(part, entry.file) for part, entry in self.entries.items()
+        }
+
+    def _open(self, part: str, file: str) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # warnings name nodes of ours that it places on the CPU
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Its threads must not spin on the cores that torch's need between two calls.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            return ort.InferenceSession(
+                self.artifact.path / file, options, providers=self._providers()
+            )
+        except _ORT_ERRORS as error:
+            raise ArtifactError(
+                f"ONNX Runtime {ort.__version__} cannot load {part} of {self.artifact.path}: "
+                f"{error}"
+            ) from None
+
+    def _providers(self) -> list[Any]:
+        if self.device.type == "cpu":
+            return ["CPUExecutionProvider"]
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise MissingDependency(
+                f"this onnxruntime cannot use {self.device}; run pip install onnxruntime-gpu in "
+                "place of onnxruntime, or pass device='cpu'"
+            )
+        return [("CUDAExecutionProvider", {"device_id": self.device.index or 0})]
+
+    def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one session over tensors bound in place."""
+        session = self._sessions[part]
+        binding = session.io_binding()
+        index = self.device.index or 0
+        for name, tensor in inputs.items():
+            binding.bind_input(
+                name,
+                self.device.type,
+                index,
+                _ELEMENTS[tensor.dtype],
+                tuple(tensor.shape),
+                tensor.data_ptr(),
+            )
+        names = [spec.name for spec in self.entries[part].outputs]
+        for name in names:
+            binding.bind_output(name, self.device.type, index)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # its stream is another
+        session.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        return {
+            name: from_dlpack(value._ortvalue.to_dlpack())
+            for name, value in zip(names, values, strict=True)
+        }
+
+
+_ELEMENTS = {
+    torch.float32: 1,  # onnx.TensorProto.FLOAT, and so on
+    torch.int64: 7,
+    torch.float16: 10,
+    torch.bfloat16: 16,
+}
+_ORT_ERRORS = (RuntimeError, ValueError, NotImplementedError)

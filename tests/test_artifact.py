@@ -1,0 +1,246 @@
+"""Artifacts: every damage is seen, none is ever half there, native code is not run unasked."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastsd import artifact
+from fastsd.artifact import MANIFEST, Artifact, Draft, Manifest, PartEntry, TensorSpec, list_files
+from fastsd.errors import DamagedArtifact, StaleArtifact, UntrustedArtifact, UsageError
+
+PART = PartEntry(
+    "unet/model.onnx",
+    (TensorSpec("sample", "float32", ("rows", 4, 8, 8)), TensorSpec("timestep", "float32", ())),
+    (TensorSpec("out_sample", "float32", ("rows", 4, 8, 8)),),
+    ("unet/model.onnx.data",),
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_part(folder: Path, data: bytes = b"weights" * 50) -> PartEntry:
+    (folder / "unet").mkdir(exist_ok=True)
+    (folder / PART.file).write_bytes(b"graph" * 20)
+    (folder / PART.weights[0]).write_bytes(data)
+    return PART
+
+
+def describe(folder: Path, **changes: object) -> Manifest:
+    manifest = Manifest(
+        target="onnx",
+        model="tiny",
+        family="sd1",
+        source="0" * 64,
+        precision="fp32",
+        layout="standard",
+        size=(64, 64),
+        batch=1,
+        dynamic=True,
+        native=False,
+        parts={"unet": PART},
+        files=list_files(folder),
+        versions={"fastsd": "0", "torch": "1.0+cpu"},
+        receipt={"psnr_median_db": 41.25, "worst": "un château"},
+    )
+    return replace(manifest, **changes)  # type: ignore[arg-type]
+
+
+def publish(path: Path, *, force: bool = False, **changes: object) -> Artifact:
+    with Draft(path, key="a" * 64, force=force) as draft:
+        draft.finish("unet", write_part(draft.folder))
+        return draft.publish(describe(draft.folder, **changes))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    written = publish(tmp_path / "deep/er/engine")
+    read = Artifact.open(tmp_path / "deep/er/engine")
+    assert read == written
+    assert read.manifest.parts["unet"] == PART
+    assert read.manifest.size == (64, 64)
+    assert [path.name for path in (tmp_path / "deep/er").iterdir()] == ["engine"]
+
+
+def damaged(path: Path) -> bool:
+    try:
+        Artifact.open(path)
+    except (DamagedArtifact, StaleArtifact):  # a changed format number says another format
+        return True
+    return False
+
+
+def test_every_bit_flip_and_truncation_is_seen(tmp_path: Path) -> None:
+    """200 of each, over all files, the manifest included; then every byte of the manifest."""
+    source = publish(tmp_path / "engine").path
+    draw = random.Random(0)
+    files = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    assert len(files) == 3
+    for round_ in range(400):
+        file = source / draw.choice(files)
+        good = file.read_bytes()
+        if round_ % 2:
+            bad = good[: draw.randrange(len(good))]
+        else:
+            at = draw.randrange(len(good))
+            bad = good[:at] + bytes([good[at] ^ 1 << draw.randrange(8)]) + good[at + 1 :]
+        file.write_bytes(bad)
+        assert damaged(source), (file.name, round_)
+        file.write_bytes(good)
+    manifest = source / MANIFEST
+    good = manifest.read_bytes()
+    for at in range(len(good)):
+        manifest.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        assert damaged(source), good[max(0, at - 20) : at + 20]
+    manifest.write_bytes(good)
+    assert not damaged(source)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    source = publish(tmp_path / "engine").path
+    (source / PART.weights[0]).unlink()
+    with pytest.raises(DamagedArtifact, match="lacks unet/model.onnx.data"):
+        Artifact.open(source)
+    (source / MANIFEST).unlink()
+    with pytest.raises(DamagedArtifact, match="manifest.json is missing"):
+        Artifact.open(source)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other", "unet/../../x", "C:x", "a\\b"])
+def test_no_file_outside_the_folder_is_read(name: str, tmp_path: Path) -> None:
+    source = publish(tmp_path / "engine").path
+    (entry,) = {list_files(source)[PART.file]}
+    hostile = describe(source, files={**list_files(source), name: entry})
+    (source / MANIFEST).write_bytes(hostile.to_bytes())
+    with pytest.raises(DamagedArtifact, match="outside its folder"):
+        Artifact.open(source)
+
+
+def test_a_part_whose_file_has_no_digest_is_refused(tmp_path: Path) -> None:
+    source = publish(tmp_path / "engine").path
+    files = list_files(source)
+    del files[PART.file]
+    (source / MANIFEST).write_bytes(describe(source, files=files).to_bytes())
+    with pytest.raises(DamagedArtifact, match=r"no digest of unet/model\.onnx"):
+        Artifact.open(source)
+
+
+def test_another_format_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = publish(tmp_path / "engine").path
+    monkeypatch.setattr(artifact, "FORMAT", 2)
+    with pytest.raises(StaleArtifact, match="has format 1, this fastsd reads 2; export it again"):
+        Artifact.open(source)
+
+
+def test_native_code_needs_trust_or_our_own_export(tmp_path: Path, own_cache: Path) -> None:
+    path = tmp_path / "engine"
+    digest = publish(path, native=True).digest
+    assert Artifact.open(path).digest == digest, "what this user exported is trusted"
+    shutil.copytree(path, tmp_path / "moved")
+    assert Artifact.open(tmp_path / "moved").digest == digest, "wherever it lies"
+    shutil.rmtree(own_cache)
+    with pytest.raises(UntrustedArtifact, match="--trust-native"):
+        Artifact.open(path)
+    assert Artifact.open(path, trust_native=True).manifest.native
+    (path / PART.file).write_bytes(b"other")
+    with pytest.raises(DamagedArtifact):
+        Artifact.open(path, trust_native=True)
+
+
+def test_another_machine_or_other_weights_are_stale(tmp_path: Path) -> None:
+    opened = publish(tmp_path / "engine", machine={"gpu": "H200", "tensorrt": "11.4"})
+    opened.check_machine({"gpu": "H200", "tensorrt": "11.4", "driver": "1"})
+    with pytest.raises(StaleArtifact, match=r"compiled for tensorrt 11\.4 \(here: 11\.5\)"):
+        opened.check_machine({"gpu": "H200", "tensorrt": "11.5"})
+    with pytest.raises(StaleArtifact, match=r"gpu H200 \(here: none\)"):
+        opened.check_machine({"tensorrt": "11.4"})
+    opened.check_source("0" * 64)
+    with pytest.raises(StaleArtifact, match="other weights of tiny"):
+        opened.check_source("1" * 64)
+
+
+# --- publication ---------------------------------------------------------------------------------
+
+
+def test_what_stands_there_is_kept_unless_forced(tmp_path: Path) -> None:
+    path = tmp_path / "engine"
+    publish(path)
+    with pytest.raises(UsageError, match="exists already; .*--force"):
+        publish(path, model="second")
+    assert Artifact.open(path).manifest.model == "tiny"
+    publish(path, force=True, model="second")
+    assert Artifact.open(path).manifest.model == "second"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["engine"]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.png").write_bytes(b"cat")
+    with pytest.raises(UsageError, match="--force replaces artifacts only"):
+        publish(photos, force=True)
+    assert (photos / "cat.png").read_bytes() == b"cat"
+    (tmp_path / "empty").mkdir()
+    publish(tmp_path / "empty")
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), Draft(tmp_path / "engine", key="a" * 64) as draft:
+        draft.finish("unet", write_part(draft.folder))
+        raise OSError("the disk is full")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_export_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "engine"
+
+    def interrupted(key: str, data: bytes) -> bool:
+        with pytest.raises(KeyboardInterrupt), Draft(path, key=key * 64) as draft:
+            kept = draft.finished("unet") is not None
+            draft.finish("unet", write_part(draft.folder, data))
+            raise KeyboardInterrupt
+        return kept
+
+    assert not interrupted("a", b"first")
+    assert interrupted("a", b"first")
+    (draft,) = tmp_path.iterdir()
+    (draft / PART.weights[0]).write_bytes(b"torn")
+    assert not interrupted("a", b"first"), "a part whose files changed is made again"
+    assert not interrupted("b", b"other"), "another request starts anew"
+    assert [entry.name for entry in tmp_path.iterdir()] == [f".engine.{'b' * 16}.draft"]
+    publish(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["engine"]
+
+
+def test_what_a_kill_between_two_renames_took_is_put_back(tmp_path: Path) -> None:
+    path = tmp_path / "engine"
+    publish(path)
+    path.rename(tmp_path / ".engine.old")
+    with pytest.raises(UsageError, match="exists already"), Draft(path, key="a" * 64):
+        pass
+    assert Artifact.open(path).manifest.model == "tiny"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["engine"]
+
+
+def test_two_exports_to_one_place_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "engine"
+    with Draft(path, key="a" * 64) as first:
+        with pytest.raises(UsageError, match="another export .* is running"):
+            publish(path)
+        first.finish("unet", write_part(first.folder))
+        first.publish(describe(first.folder))
+    assert Artifact.open(path)
+
+
+def test_the_manifest_is_plain_json_without_local_paths(tmp_path: Path) -> None:
+    source = publish(tmp_path / "engine").path
+    text = (source / MANIFEST).read_text("utf-8")
+    assert str(tmp_path) not in text
+    data = json.loads(text)
+    assert data["receipt"]["worst"] == "un château"
+    assert list(data)[0] == "format" and list(data)[-1] == "digest"
