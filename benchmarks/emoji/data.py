@@ -134,10 +134,10 @@ def captions(emoji: Emoji) -> list[tuple[str, float]]:
     """What people may call it, each with its share of the training captions (they sum to 1)."""
     name, chinese = emoji.english, emoji.chinese
     article = "an" if name[0] in "aeiou" else "a"
-    texts = [(name, 0.4), (f"{article} {name}", 0.13), (f"{name} emoji", 0.05), (chinese, 0.22)]
+    texts = [(name, 0.32), (f"{article} {name}", 0.12), (f"{name} emoji", 0.05), (chinese, 0.3)]
     texts += _shared([f"{name}, {word}" for word in emoji.keywords], name, 0.08)
-    texts += _shared([word for word in emoji.keywords], name, 0.07)
-    texts += _shared([f"{chinese}，{word}" for word in emoji.chinese_keywords], chinese, 0.05)
+    texts += _shared([word for word in emoji.keywords], name, 0.05)
+    texts += _shared([f"{chinese}，{word}" for word in emoji.chinese_keywords], chinese, 0.08)
     return texts
 
 

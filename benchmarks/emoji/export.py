@@ -18,23 +18,32 @@ import torch
 from PIL import Image
 
 from fastsd.benchmarks.emoji.data import PICTURE_SIZE, drawable
-from fastsd.benchmarks.emoji.train import CONFIG, Denoiser
+from fastsd.benchmarks.emoji.train import CONFIG
 from fastsd.checkpoints import save_folder
+from fastsd.models.clip import CLIPText
+from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.quality import ATLAS_COLUMNS, ATLAS_SIDE, small
 from fastsd.tokenizers import CLIPTokenizer
 
 
-def load_denoiser(run: Path) -> Denoiser:
-    """Load the text encoder and UNet of a run: the finished ones, or the average so far."""
-    model = Denoiser(CONFIG)
-    finished = run / "denoiser.pt"
+def load_text_encoder(run: Path) -> CLIPText:
+    """Load the text encoder of a run."""
+    text_encoder = CLIPText(CONFIG.text_encoders[0])
+    text_encoder.load_state_dict(torch.load(run / "text.pt", weights_only=True))
+    return text_encoder.eval()
+
+
+def load_unet(run: Path) -> UNet:
+    """Load the UNet of a run: the finished one, or the average so far."""
+    unet = UNet(CONFIG.unet)
+    finished = run / "unet.pt"
     if finished.is_file():
-        model.load_state_dict(torch.load(finished, weights_only=True))
+        unet.load_state_dict(torch.load(finished, weights_only=True))
     else:
-        state = torch.load(run / "denoiser-state.pt", weights_only=True)
-        model.load_state_dict(state["average"])
-    return model.eval()
+        state = torch.load(run / "unet-state.pt", weights_only=True)
+        unet.load_state_dict(state["average"])
+    return unet.eval()
 
 
 def load_vae(run: Path) -> VAE:
@@ -71,9 +80,11 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("fastsd/builtin"))
     arguments = parser.parse_args()
 
-    vae = load_vae(arguments.run)
-    denoiser = load_denoiser(arguments.run)
-    modules = {"text_encoder": denoiser.text_encoder, "unet": denoiser.unet, "vae": vae}
+    modules = {
+        "text_encoder": load_text_encoder(arguments.run),
+        "unet": load_unet(arguments.run),
+        "vae": load_vae(arguments.run),
+    }
     tokenizer = CLIPTokenizer.from_folder(arguments.run / "tokenizer")
     tokenizer.max_tokens = CONFIG.text_encoders[0].max_tokens
     assert CONFIG.default_size == PICTURE_SIZE

@@ -4,10 +4,10 @@ otherwise.
     python -m fastsd.benchmarks.emoji.train --out runs/emoji
 
 Six stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the
-latents of all pictures, the text encoder by itself, the text encoder with the UNet, and the VAE's
-decoder once more. Each training stage lasts a given number of minutes and its learning rate falls
-to nothing over them, so that it always ends well; it saves its state every minute and goes on from
-there. `export.py` writes the result as an ordinary checkpoint.
+latents of all pictures, the text encoder, the UNet, and the VAE's decoder once more. Each training
+stage lasts a given number of minutes and its learning rate falls to nothing over them, so that it
+always ends well; it saves its state every minute and goes on from there. `export.py` writes the
+result as an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CONFIG = ModelConfig(
         CLIPConfig(
             vocab_size=VOCABULARY,
             width=WIDTH,
-            mlp_width=4 * WIDTH,
+            mlp_width=8 * WIDTH,  # the names are kept there
             layers=3,
             heads=4,
             max_tokens=MAX_TOKENS,
@@ -175,6 +175,12 @@ class Reader(nn.Module):
         side = config.unet.sample_size // PATCHES
         self.which = nn.Linear(WIDTH, emojis)
         self.looks = nn.Linear(WIDTH, config.unet.in_channels * side * side)
+        for module in self.modules():  # small, so that a rare word's first few updates count
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.03)
+                nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N) -> a score for every emoji (B, emojis), and the latents' patches (B, P², ·)."""
@@ -189,20 +195,6 @@ def in_patches(latents: Tensor) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-class Denoiser(nn.Module):
-    """The two parts that train together."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.text_encoder = CLIPText(config.text_encoders[0])
-        self.unet = UNet(config.unet)
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """(B, C, H, W), (B,), (B, N) -> the prediction (B, C, H, W)."""
-        prediction: Tensor = self.unet.standard(x, t, self.text_encoder(ids).last)
-        return prediction
-
-
 def train_vae(
     pictures: Tensor, weights: Tensor, path: Path, *, minutes: float, device: torch.device
 ) -> VAE:
@@ -215,24 +207,28 @@ def train_vae(
     """
     torch.manual_seed(0)
     vae = VAE(CONFIG.vae).to(device)
-    stage = Stage(vae, path, minutes=minutes, peak=2e-3, decay=0.0)
+    colours = nn.Conv2d(LATENT_CHANNELS, 3, 1).to(device)  # a reader that only training needs
+    both = nn.ModuleDict({"vae": vae, "colours": colours})
+    stage = Stage(both, path, minutes=minutes, peak=2e-3, decay=0.0)
     generator = torch.Generator().manual_seed(stage.step)
+    cell = pictures.shape[-1] // CONFIG.unet.sample_size
 
     def losses() -> Tensor:
         side = 64 if stage.share < 0.9 else pictures.shape[-1]
         rows = torch.multinomial(
             weights, 16 if side == 64 else 4, replacement=True, generator=generator
         )
-        x = _recoloured(_crops(pictures[rows], side, generator), generator).to(device)
+        x = _crops(pictures[rows], side, generator).to(device)
         mean, log_variance = vae.encode(x).chunk(2, dim=1)
         log_variance = log_variance.clamp(-20, 10)
         noise = torch.randn(mean.shape, device=device)
         y = vae.decode(mean + noise * (0.5 * log_variance).exp())
         kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return _picture_distance(y, x) + 1e-5 * kl
+        told = F.mse_loss(colours(mean), F.avg_pool2d(opponent(x), cell))
+        return _picture_distance(y, x) + told + 1e-5 * kl
 
     stage.run(losses)
-    vae.load_state_dict(stage.average)
+    both.load_state_dict(stage.average)
     return vae.eval().requires_grad_(False)
 
 
@@ -279,14 +275,20 @@ def _crops(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
     )
 
 
-def _recoloured(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    orders = torch.rand((len(pictures), 3), generator=generator).argsort(dim=1)
-    return pictures.gather(1, orders[:, :, None, None].expand_as(pictures))
+def opponent(x: Tensor) -> Tensor:
+    """RGB (B, 3, H, W) to lightness, red against blue and green against both, each weighed.
+
+    Most emoji are yellow or red: in plain RGB green against red is 3 % of the variance, and a
+    VAE trained for minutes leaves it out.
+    """
+    weights = x.new_tensor([[0.33, 0.33, 0.33], [0.8, 0.0, -0.8], [-1.0, 2.0, -1.0]])
+    return torch.einsum("oc,bchw->bohw", weights, x)
 
 
 def _picture_distance(y: Tensor, x: Tensor) -> Tensor:
-    """Absolute difference of pixels, of neighbours' differences and of areas; areas' squared."""
-    distance = F.l1_loss(y, x) + 2 * F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
+    """Absolute difference of pixels, their gradients and areas, in opponent colours."""
+    y, x = opponent(y), opponent(x)
+    distance = F.l1_loss(y, x)
     distance = distance + 0.5 * F.l1_loss(y.diff(dim=-1), x.diff(dim=-1))
     distance = distance + 0.5 * F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
     for side in (2, 4, 8):  # colours of areas
@@ -318,7 +320,10 @@ def normalise_(vae: VAE, pictures: Tensor) -> Tensor:
 
 
 class Examples:
-    """Draws (which emoji, token ids): a picture by its weight, one of its captions by its share."""
+    """Draws (which emoji, which caption): a picture by its weight, a caption by its share.
+
+    ids: (captions, N), every caption's tokens; the last row is the empty caption's.
+    """
 
     def __init__(
         self,
@@ -335,16 +340,16 @@ class Examples:
                 texts.append(text)
                 owners.append(i)
                 shares.append(weight * share)
-        self._ids = torch.from_numpy(encode([*texts, ""]))
+        self.ids = torch.from_numpy(encode([*texts, ""]))
         self._owners = torch.tensor(owners)
         self._shares = torch.tensor(shares)
         self._generator = generator
 
     def draw(self, count: int, *, dropout: float) -> tuple[Tensor, Tensor]:
-        """(count,) and (count, N); a share `dropout` of the captions is empty, for guidance."""
+        """(count,) each; a share `dropout` of the captions is empty, for guidance."""
         rows = torch.multinomial(self._shares, count, replacement=True, generator=self._generator)
         dropped = torch.rand(count, generator=self._generator) < dropout
-        return self._owners[rows], self._ids[torch.where(dropped, len(self._ids) - 1, rows)]
+        return self._owners[rows], torch.where(dropped, len(self.ids) - 1, rows)
 
 
 def train_reader(
@@ -355,23 +360,34 @@ def train_reader(
     minutes: float,
     device: torch.device,
     generator: torch.Generator,
-) -> Reader:
-    """Learn to tell from a caption which emoji it names, and how that one looks."""
+) -> CLIPText:
+    """Learn to tell from a caption which emoji it names, and how that one looks.
+
+    Returns the text encoder; the heads are left behind.
+    """
     torch.manual_seed(0)
     reader = Reader(CONFIG, len(latents)).to(device)
-    stage = Stage(reader, path, minutes=minutes, peak=2e-3, decay=0.01)
+    stage = Stage(reader, path, minutes=minutes, peak=2.5e-3, decay=0.01)
     generator.manual_seed(1 + stage.step)
+    patches = in_patches(latents)
 
     def losses() -> Tensor:
-        which, ids = examples.draw(256, dropout=0.0)
+        which, rows = examples.draw(256, dropout=CAPTION_DROPOUT)
         with _quick(device):
-            scores, looks = reader(ids.to(device))
-        distance = F.mse_loss(looks.float(), in_patches(latents[which]).to(device))
-        return distance + 0.1 * F.cross_entropy(scores.float(), which.to(device))
+            scores, looks = reader(examples.ids[rows].to(device))
+        distance = F.mse_loss(looks.float(), patches[which].to(device))
+        return distance + 0.05 * F.cross_entropy(scores.float(), which.to(device))
 
     stage.run(losses)
     reader.load_state_dict(stage.average)
-    return reader
+    return reader.text_encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def read(text_encoder: CLIPText, ids: Tensor, device: torch.device) -> Tensor:
+    """What the text encoder says of every caption, (captions, N, D) in fp16, on the CPU."""
+    parts = [text_encoder(part.to(device)).last.half().cpu() for part in torch.split(ids, 512)]
+    return torch.cat(parts)
 
 
 @contextmanager
@@ -382,44 +398,46 @@ def _quick(device: torch.device) -> Iterator[None]:
         yield
 
 
-def train_denoiser(
+def train_unet(
     examples: Examples,
     latents: Tensor,
-    text_encoder: CLIPText,
+    states: Tensor,
     path: Path,
     *,
     minutes: float,
     batch: int,
     device: torch.device,
     generator: torch.Generator,
-) -> Denoiser:
-    """Learn v = alpha * noise - sigma * x0 (Salimans and Ho 2022).
+) -> UNet:
+    """Learn v = alpha * noise - sigma * x0 (Salimans and Ho 2022), the text encoder being done.
 
-    All timesteps weigh the same. (Min-SNR weights, made for large data, leave next to nothing to
-    the noisiest steps, where a small model learns what a caption looks like.)
+    states: (captions, N, D), what it says of each. All timesteps weigh the same, and those of a
+    batch are spread evenly. (Min-SNR weights, made for large data, leave next to nothing to the
+    noisiest steps, where a small model learns what a caption looks like.)
     """
     torch.manual_seed(0)
-    model = Denoiser(CONFIG).to(device)
-    model.text_encoder.load_state_dict(text_encoder.state_dict())
-    stage = Stage(model, path, minutes=minutes, peak=1.5e-3, decay=0.01)
+    unet = UNet(CONFIG.unet).to(device)
+    stage = Stage(unet, path, minutes=minutes, peak=1.5e-3, decay=0.01)
     generator.manual_seed(1 + stage.step)
     alpha_bar = torch.from_numpy(alpha_bars(CONFIG.schedule)).float()
+    steps = CONFIG.schedule.train_steps
 
     def losses() -> Tensor:
-        which, ids = examples.draw(batch, dropout=CAPTION_DROPOUT)
+        which, rows = examples.draw(batch, dropout=CAPTION_DROPOUT)
         x0 = latents[which]
-        t = torch.randint(CONFIG.schedule.train_steps, (batch,), generator=generator)
+        spread = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        t = (spread * steps).long()
         noise = torch.randn(x0.shape, generator=generator)
         a = alpha_bar[t][:, None, None, None]
         x = a.sqrt() * x0 + (1 - a).sqrt() * noise
         v = a.sqrt() * noise - (1 - a).sqrt() * x0
         with _quick(device):
-            prediction = model(x.to(device), t.to(device), ids.to(device))
+            prediction = unet.standard(x.to(device), t.to(device), states[rows].to(device).float())
         return F.mse_loss(prediction.float(), v.to(device))
 
     stage.run(losses)
-    model.load_state_dict(stage.average)
-    return model.eval().requires_grad_(False)
+    unet.load_state_dict(stage.average)
+    return unet.eval().requires_grad_(False)
 
 
 def _pictures(raw: np.ndarray) -> Tensor:
@@ -438,8 +456,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the run")
     parser.add_argument("--vae-minutes", type=float, default=15)
-    parser.add_argument("--text-minutes", type=float, default=6, help="for the text encoder alone")
-    parser.add_argument("--minutes", type=float, default=70, help="for text encoder and UNet")
+    parser.add_argument("--text-minutes", type=float, default=20, help="for the text encoder")
+    parser.add_argument("--minutes", type=float, default=70, help="for the UNet")
     parser.add_argument("--decoder-minutes", type=float, default=10, help="at the end")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -470,25 +488,30 @@ def main() -> None:
 
     generator = torch.Generator()
     examples = Examples(emojis, lambda texts: tokenizer(texts, MAX_TOKENS).ids, generator)
-    reader = train_reader(
-        examples,
-        latents,
-        out / "reader-state.pt",
-        minutes=arguments.text_minutes,
-        device=device,
-        generator=generator,
-    )
-    model = train_denoiser(
-        examples,
-        latents,
-        reader.text_encoder,
-        out / "denoiser-state.pt",
-        minutes=arguments.minutes,
-        batch=arguments.batch,
-        device=device,
-        generator=generator,
-    )
-    save(model.state_dict(), out / "denoiser.pt")
+    text_encoder = CLIPText(CONFIG.text_encoders[0])
+    if not (out / "text.pt").is_file():
+        trained = train_reader(
+            examples,
+            latents,
+            out / "reader-state.pt",
+            minutes=arguments.text_minutes,
+            device=device,
+            generator=generator,
+        )
+        save(trained.state_dict(), out / "text.pt")
+    text_encoder.load_state_dict(torch.load(out / "text.pt", weights_only=True))
+    if not (out / "unet.pt").is_file():
+        unet = train_unet(
+            examples,
+            latents,
+            read(text_encoder.to(device), examples.ids, device),
+            out / "unet-state.pt",
+            minutes=arguments.minutes,
+            batch=arguments.batch,
+            device=device,
+            generator=generator,
+        )
+        save(unet.state_dict(), out / "unet.pt")
 
     vae = VAE(CONFIG.vae)
     vae.load_state_dict(torch.load(out / "latents.pt", weights_only=True)["vae"])
