@@ -119,10 +119,13 @@ def _font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT), size=GLYPH_SIZE)
 
 
-def drawable() -> tuple[list[Emoji], np.ndarray]:
-    """Draw every emoji the font has: (those emoji, pictures (N, 128, 128, 3) uint8)."""
+def drawable(first: int | None = None) -> tuple[list[Emoji], np.ndarray]:
+    """Draw every emoji the font has: (those emoji, pictures (N, 128, 128, 3) uint8).
+
+    first: only so many of the captioned emoji.
+    """
     known, pictures = [], []
-    for emoji in emojis():
+    for emoji in emojis()[:first]:
         picture = draw(emoji.character)
         if picture is not None:
             known.append(emoji)

@@ -460,6 +460,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=70, help="for the UNet")
     parser.add_argument("--decoder-minutes", type=float, default=10, help="at the end")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--first", type=int, help="learn only so many emoji: a trial run")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -467,10 +468,10 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
-    emojis, raw = drawable()
+    emojis, raw = drawable(arguments.first)
     pictures = _pictures(raw)
     if not (out / "tokenizer" / "vocab.json").is_file():
-        vocabulary.learn(_caption_lines(emojis), VOCABULARY, out / "tokenizer")
+        vocabulary.learn(_caption_lines(drawable()[0]), VOCABULARY, out / "tokenizer")
     tokenizer = CLIPTokenizer.from_folder(out / "tokenizer")
 
     weights = torch.tensor([TONE_WEIGHT if emoji.tone else 1.0 for emoji in emojis])
@@ -513,6 +514,8 @@ def main() -> None:
         )
         save(unet.state_dict(), out / "unet.pt")
 
+    if (out / "vae.pt").is_file():
+        return
     vae = VAE(CONFIG.vae)
     vae.load_state_dict(torch.load(out / "latents.pt", weights_only=True)["vae"])
     refine_decoder(
