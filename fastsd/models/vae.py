@@ -111,6 +111,36 @@ class Decoder(nn.Module):
         return out
 
 
+def scale_activations_(model: Encoder | Decoder, factor: float) -> None:
+    """Make all that lies between norms `factor` times as large, and leave the result as it is.
+
+    SDXL's decoder goes beyond fp16's 65504 between its norms. Each of them divides by the spread of
+    what it is given, so that may have any size, if eps (a variance) goes with it. What comes from a
+    norm is scaled by weight and bias of the layer that it goes through; what has been scaled before
+    needs the bias only. With a power of two no bit of an fp32 result changes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.eps *= factor * factor
+        elif isinstance(module, Resnet):
+            _scale_(module.conv1, factor)
+            _scale_(module.conv2, factor)
+            if module.conv_shortcut is not None:
+                _scale_(module.conv_shortcut, factor, weight=False)
+        elif isinstance(module, PixelAttention):
+            _scale_(module.to_out[0], factor)
+        elif isinstance(module, (Downsample, Upsample)):
+            _scale_(module.conv, factor, weight=False)
+    _scale_(model.conv_in, factor)
+
+
+def _scale_(layer: nn.Module, factor: float, *, weight: bool = True) -> None:
+    """Replace the layer's parameters: others may hold the same tensors."""
+    for name in ("weight", "bias") if weight else ("bias",):
+        scaled = getattr(layer, name).detach() * factor
+        setattr(layer, name, nn.Parameter(scaled, requires_grad=False))
+
+
 @final
 class VAE(nn.Module):
     """Encoder and decoder, with the 1x1 convolutions between them where the checkpoint has them."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsd.config import SD15, VAEConfig
-from fastsd.models.vae import VAE
+from fastsd.models.vae import VAE, scale_activations_
 from tests.models import oracles
 from tests.models.oracles import BAR, relative_l2
 
@@ -94,6 +94,41 @@ def test_a_meta_device_module_owns_nothing_but_its_weights() -> None:
     loaded.load_state_dict(oracle.state_dict(), strict=True, assign=True)
     z = draw(4, (8, 8))
     assert torch.equal(loaded.decode(z), ours.decode(z))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scaled_activations_change_no_bit(variant: str) -> None:
+    ours, oracle = pair(variant)
+    scaled = VAE(ours.config).eval().requires_grad_(False)
+    scaled.load_state_dict(oracle.state_dict())
+    before = scaled.decoder.conv_in.weight
+    scale_activations_(scaled.decoder, 2.0**-5)
+    scale_activations_(scaled.encoder, 2.0**-5)
+    assert scaled.decoder.conv_in.weight is not before, "tensors may be shared: replace them"
+    z, x = draw(ours.config.latent_channels, (9, 17)), draw(3, (36, 68))
+    assert torch.equal(scaled.decode(z), ours.decode(z))
+    assert torch.equal(scaled.encode(x), ours.encode(x))
+
+
+def test_scaled_activations_stay_within_fp16() -> None:
+    """A decoder whose residuals go beyond 65504, as SDXL's do: fp16 fails, scaled fp16 is exact."""
+    _, oracle = pair("sd")
+    large = VAE(SMALL).eval().requires_grad_(False)
+    large.load_state_dict(oracle.state_dict())
+    scale_activations_(large.decoder, 2.0**18)
+    z = draw(4, (8, 8))
+    expected = large.decode(z)
+    half = VAE(SMALL).eval().requires_grad_(False)
+    half.load_state_dict(large.state_dict())
+    for ours, theirs in zip(half.modules(), large.modules(), strict=True):
+        if isinstance(ours, torch.nn.GroupNorm) and isinstance(theirs, torch.nn.GroupNorm):
+            ours.eps = theirs.eps
+    half = half.to(torch.float16)
+    assert not torch.isfinite(half.decode(z.half())).all()
+    scale_activations_(half.decoder, 2.0**-5)
+    out = half.decode(z.half())
+    assert torch.isfinite(out).all()
+    assert relative_l2(out.float(), expected) <= 0.01
 
 
 @pytest.mark.slow
