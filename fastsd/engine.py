@@ -1,27 +1,52 @@
 """The sampling loop: one step over static buffers, replayed once a row of a StepTable.
 
 Owns the state (latents and the sampler's slots), the row counter and the guidance sum. A step reads
-everything that changes (row, noise, guidance weight) from buffers, so that one captured step serves
-every sampler, seed, strength and step count. Knows no prompt, no file and no vendor.
+everything that changes from buffers: row, noise, guidance weight, the embedded schedule, keys and
+values. So one captured step serves every prompt, sampler, seed, strength and step count of one
+shape, and `Loops` keeps captured ones. Knows no prompt, no file and no vendor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastsd.errors import NumericsError, OutOfMemory
+from fastsd.kernels.sampler_step import sampler_step_
 from fastsd.samplers import StepTable
 
-# (x (B, C, H, W), row (1,) int64) -> the prediction, (B, C, H, W); under guidance (2 B, C, H, W),
-# the unconditional half first.
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
+log = logging.getLogger("fastsd")
+
+Step = Callable[[], None]
+# (x (B, C, H, W), the row's entry, the fixed tensors) -> the prediction, (B, C, H, W); under
+# guidance (2 B, C, H, W), the unconditional half first. Equal ones must compute the same.
+Predict = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
+
+# A captured step has room for any sampler and for this many rows; more rows capture it anew.
+CAPTURED_SLOTS = 4
+CAPTURED_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A model bound to a prompt and a schedule: all that does not depend on x, computed once.
+
+    predict: must read nothing that changes but its arguments. rows: (R, …), what it is told at each
+    row; x is given to it in their dtype. fixed: what it is told at every row: keys, values, ….
+    """
+
+    predict: Predict
+    rows: Tensor
+    fixed: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,140 +61,353 @@ class Known:
     noise: Tensor
     mask: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.latents, self.noise, self.mask
 
-class SamplingLoop:
-    """One run of a table over a batch of latents. Not shared: every call makes its own.
 
-    latents: (B, C, H, W) at the level of the table's first row; kept in fp32 whatever the model's
-    dtype.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one run of a table is given.
+
+    latents: (B, C, H, W) at the level of the table's first row.
     guidance: weight w of (1 - w) * unconditional + w * conditional; None where the model answers
     once.
     rescale: from 0 to 1, how far the guided prediction's spread is brought back to that of the
     conditional one (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     known: laid over x after every row, at the level where the next row finds it.
+    finish: makes what is wanted of the final latents, such as a picture; a part of the graph where
+    the whole loop is one.
     """
 
-    def __init__(
-        self,
-        table: StepTable,
-        denoise: Denoiser,
-        latents: Tensor,
-        *,
-        guidance: float | None,
-        rescale: float = 0.0,
-        known: Known | None = None,
-        capture: Capture = lambda step: step,
-    ) -> None:
-        device = latents.device
-        self.table = table
-        self.denoise = denoise
-        self.guided = guidance is not None
-        self._state = torch.zeros((1 + table.slots, *latents.shape), device=device)
-        self._state[0] = latents
-        self._next = torch.zeros_like(self._state)
-        self._noise = torch.zeros_like(self._state[0])
-        self._row = torch.zeros(1, dtype=torch.int64, device=device)
-        self._guidance = torch.tensor(1.0 if guidance is None else guidance, device=device)
-        self._rescale = torch.tensor(rescale, device=device) if rescale else None
-        self._known = known
-        # One row of coefficients, rounded once: c_in, clean (2), A, b, c row by row, known (2).
-        self._coefficients = torch.from_numpy(_pack(table).astype(np.float32)).to(device)
-        self._terms = _Terms.of(table)
-        self._capture = capture
+    table: StepTable
+    denoiser: Denoiser
+    latents: Tensor
+    guidance: float | None
+    rescale: float = 0.0
+    known: Known | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance is not None
+
+    @property
+    def structure(self) -> Hashable:
+        """All that a captured step cannot change: runs that agree in it may share one."""
+        return (
+            self.denoiser.predict,
+            self.finish,
+            self.guided,
+            self.rescale > 0,
+            _layout(self.latents),
+            _layout(self.denoiser.rows[0]),
+            tuple(map(_layout, self.denoiser.fixed)),
+            self.known is not None,
+        )
+
+
+class SamplingLoop:
+    """Buffers for the runs of one structure, and the step over them.
+
+    slots, rows: how many of each there is room for. Not for two threads at once.
+    """
+
+    def __init__(self, run: Run, *, slots: int, rows: int) -> None:
+        latents, entries = run.latents, run.denoiser.rows
+        self.rows = rows
+        self._structure = run.structure
+        # x, the slots, D, the noise: fp32 whatever the model's dtype
+        self._sources = latents.new_zeros((1 + slots + 2, *latents.shape), dtype=torch.float32)
+        self._row = torch.zeros(1, dtype=torch.int64, device=latents.device)
+        self._guidance = latents.new_ones((), dtype=torch.float32)
+        self._rescale = latents.new_zeros((), dtype=torch.float32)
+        self._coefficients = latents.new_zeros((rows, _columns(slots)), dtype=torch.float32)
+        # What the model is told in place of a run's own tensors, which come and go.
+        self._denoiser = Denoiser(
+            run.denoiser.predict,
+            entries.new_zeros((rows, *entries.shape[1:])),
+            tuple(map(torch.zeros_like, run.denoiser.fixed)),
+        )
+        self._known = run.known and Known(*map(torch.zeros_like, run.known.tensors))
+        self._finish = run.finish
+        self._finished = self.latents
+        self._replay: Step = self._step
+        self._replay_all: Step | None = None
+        self._noises: Tensor | None = None  # of every row, where the whole loop is one graph
 
     @property
     def latents(self) -> Tensor:
         """The latents as they stand, (B, C, H, W) fp32; write to them only between rows."""
-        return self._state[0]
+        return self._sources[0]
 
-    def set_guidance(self, guidance: float | None) -> None:
-        """Change the guidance weight from the next row on."""
-        self.guided = guidance is not None
-        if guidance is not None:
-            self._guidance.fill_(guidance)
+    @property
+    def size_bytes(self) -> int:
+        """What the buffers take."""
+        known = self._known.tensors if self._known else ()
+        buffers = (self._sources, self._coefficients, self._denoiser.rows, *known)
+        noises = () if self._noises is None else (self._noises,)
+        return sum(t.nbytes for t in (*buffers, *noises, *self._denoiser.fixed))
+
+    def load(self, run: Run) -> None:
+        """Take over a run of the same structure; what the last one left is forgotten."""
+        assert run.structure == self._structure and run.table.rows <= self.rows
+        self._table = run.table
+        self._guided, self._rescaled = run.guided, run.rescale > 0
+        self._now, self._step_now = self._denoiser, self._replay
+        self._sources.zero_()
+        self._sources[0] = run.latents
+        self._row.zero_()
+        self._rescale.fill_(run.rescale)
+        # Rounded once: c_in, clean (2), A | b | c row by row, known (2).
+        packed = torch.from_numpy(_pack(run.table, len(self._sources) - 3).astype(np.float32))
+        self._coefficients[: len(packed)] = packed.to(self._coefficients.device)
+        if self._known is not None and run.known is not None:
+            _copy(self._known.tensors, run.known.tensors)
+        self._take(run.denoiser, run.guidance)
+
+    def rebind(self, denoiser: Denoiser, guidance: float | None) -> None:
+        """Go on with another prompt or guidance weight from the next row on.
+
+        Where they do not fit the buffers, the rest of the run is stepped as it is, uncaptured.
+        """
+        if (guidance is not None) == self._guided and _alike(denoiser, self._now):
+            self._take(denoiser, guidance)
+            return
+        self._now, self._step_now = denoiser, self._step
+        self._guided = guidance is not None
+        self._guidance.fill_(1.0 if guidance is None else guidance)
+
+    def capture(self, capture: Callable[[Step], Step], *, whole: bool = False) -> None:
+        """Replay what `capture` makes of a step, or of all rows and the finish as a whole.
+
+        Capturing may run the step several times: load a run before it and after it.
+        """
+        if not whole:
+            self._replay = capture(self._step)
+            return
+        self._noises = self._sources.new_zeros((self._table.rows, *self.latents.shape))
+        self._replay_all = capture(self._walk)
 
     def run(self, noise: Callable[[], Tensor], on_row: Callable[[int], bool]) -> Tensor:
-        """Run every row and return the final latents, (B, C, H, W) fp32.
+        """Run every row and return the final latents, (B, C, H, W) fp32, or the finished picture.
 
         noise: draws (B, C, H, W) standard normal numbers; called only at the table's drawing rows.
         on_row: called after each row with its index; answering False ends the run there.
-        Raises NumericsError if the result is not finite.
+        The result is the loop's own buffer: copy what is to outlive the next run.
+        Raises NumericsError if the latents are not finite.
         """
-        step = self._capture(self._step)
-        for row in range(self.table.rows):
-            if self.table.draws[row]:
-                self._noise.copy_(noise())
-            step()
-            if not on_row(row):
-                break
+        if self._replay_all is not None and self._noises is not None:
+            for row in np.flatnonzero(self._table.draws).tolist():
+                self._noises[row] = noise()
+            self._replay_all()
+            on_row(self._table.rows - 1)
+        else:
+            for row in range(self._table.rows):
+                if self._table.draws[row]:
+                    self._sources[-1] = noise()
+                self._step_now()
+                if not on_row(row):
+                    break
+            self._end()
         check_finite(self.latents, "the latents")
-        return self.latents
+        return self._finished
+
+    def _walk(self) -> None:
+        """Run all rows over noise that is drawn already, and finish."""
+        assert self._noises is not None
+        self._row.zero_()
+        for noise in self._noises:
+            self._sources[-1].copy_(noise)
+            self._step()
+        self._end()
+
+    def _end(self) -> None:
+        self._finished = self.latents if self._finish is None else self._finish(self.latents)
 
     def _step(self) -> None:
-        """[x, s1..s4]' = A . [x, s1..s4] + b * D + c * noise, with D the clean picture predicted at
-        x.
-
-        Products and sums are separate operations, each rounded alone: an element's value then
-        cannot depend on where it stands in the batch.
-        """
+        """One model evaluation and one row of the table; then the counter stands on the next."""
+        model = self._now
         coefficient = self._coefficients.index_select(0, self._row)[0]
-        x = self._state[0]
-        prediction = self.denoise(x * coefficient[0], self._row).to(x.dtype)
-        if self.guided:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + self._guidance * (conditional - unconditional)
-            if self._rescale is not None:
-                prediction = _rescaled(prediction, conditional, self._rescale)
-        clean = coefficient[1] * x + coefficient[2] * prediction
-        sources = (*self._state, clean, self._noise)
-        for slot, terms in enumerate(self._terms.by_slot):
-            total = torch.zeros_like(x) if not terms else None
-            for source, column in terms:
-                product = coefficient[column] * sources[source]
-                total = product if total is None else total + product
-            assert total is not None
-            self._next[slot].copy_(total)
+        x = (self._sources[0] * coefficient[0]).to(model.rows.dtype)
+        prediction = model.predict(x, model.rows.index_select(0, self._row)[0], model.fixed)
+        guidance = self._guidance if self._guided else None
+        if guidance is not None and self._rescaled:
+            unconditional, conditional = prediction.to(self._sources.dtype).chunk(2)
+            prediction = unconditional + guidance * (conditional - unconditional)
+            prediction = _rescaled(prediction, conditional, self._rescale)
+            guidance = None
+        sampler_step_(self._sources, prediction, self._coefficients, self._row, guidance)
         if self._known is not None:
-            mask, x = self._known.mask, self._next[0]
+            mask, x = self._known.mask, self._sources[0]
             kept = coefficient[-2] * self._known.latents + coefficient[-1] * self._known.noise
             x.copy_((1 - mask) * kept + mask * x)
-        self._state.copy_(self._next)
         self._row.add_(1)
 
-
-class _Terms:
-    """Which entries of A, b and c any row uses, so that a step skips the ones that are always
-    zero."""
-
-    def __init__(self, by_slot: list[list[tuple[int, int]]]) -> None:
-        self.by_slot = by_slot  # for each slot: (index of the source, column of the coefficient)
-
-    @classmethod
-    def of(cls, table: StepTable) -> _Terms:
-        width = 1 + table.slots  # the state; after it come D and the noise
-        used = (_mixing(table) != 0).any(axis=0)
-        return cls(
-            [
-                [
-                    (source, 3 + slot * (width + 2) + source)
-                    for source in range(width + 2)
-                    if used[slot, source]
-                ]
-                for slot in range(width)
-            ]
-        )
+    def _take(self, denoiser: Denoiser, guidance: float | None) -> None:
+        self._guidance.fill_(1.0 if guidance is None else guidance)
+        self._denoiser.rows[: len(denoiser.rows)] = denoiser.rows
+        _copy(self._denoiser.fixed, denoiser.fixed)
 
 
-def _mixing(table: StepTable) -> np.ndarray:
-    """Stack A | b | c: (R, 1 + S, 1 + S + 2)."""
-    return np.concatenate([table.A, table.b[:, :, None], table.c[:, :, None]], axis=2)
+class Capturer(Protocol):
+    """What `Loops` needs of a backend."""
+
+    @property
+    def captures(self) -> bool: ...
+
+    def capture(self, step: Step) -> Step: ...
+
+    def memory_bytes(self) -> int: ...
 
 
-def _pack(table: StepTable) -> np.ndarray:
-    """Lay a table's columns side by side: (R, 3 + (1 + S) * (1 + S + 2) + 2)."""
-    rows = table.rows
+class Loops:
+    """The loops of one backend: a fresh one a run, or where steps are captured, kept ones.
+
+    Kept loops are replaced by loops for the same structure only when a table has more rows than
+    there is room for; beyond `limit_bytes` the least recently used are dropped. whole: capture all
+    rows and the finish as one, for every row count anew, where a run has a finish.
+    """
+
+    def __init__(
+        self, backend: Capturer, *, limit_bytes: int = 8 << 30, whole: bool = False
+    ) -> None:
+        self.captures = 0  # how many times a step was captured
+        self.backend = backend
+        self._limit_bytes = limit_bytes
+        self._whole = whole
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+
+    @contextmanager
+    def take(self, run: Run) -> Iterator[SamplingLoop]:
+        """Lend a loop that is loaded with `run`; where one is kept, other threads wait for it.
+
+        From inside a callback of the same structure a fresh, uncaptured one is lent.
+        """
+        kept = self._find(run) if self.backend.captures else None
+        if kept is None or kept.owner == threading.get_ident():
+            loop = SamplingLoop(run, slots=run.table.slots, rows=run.table.rows)
+            if kept is None:
+                loop.capture(self.backend.capture)
+            loop.load(run)
+            yield loop
+            return
+        with kept.lock:
+            kept.owner = threading.get_ident()
+            try:
+                if kept.loop is None or kept.loop.rows < run.table.rows:
+                    kept.loop = None  # its memory goes before the next one's comes
+                    kept.loop, kept.size_bytes = self._build(run)
+                    self._evict(kept)
+                kept.loop.load(run)
+                yield kept.loop
+            finally:
+                kept.owner = None
+
+    def explain(self) -> list[str]:
+        """Say what is captured, how large it is, and why what is not is not."""
+        if not self.backend.captures:
+            return ["steps run as they are: this backend captures none here"]
+        with self._lock:
+            lines = [f"{kept.what}: {kept.size_bytes / 2**20:.0f} MiB" for kept in self._all()]
+        return [*lines, *([] if self._failure is None else [self._failure])]
+
+    def clear(self) -> None:
+        """Drop every kept loop that is not in use."""
+        with self._lock:
+            self._kept.clear()
+
+    def _all(self) -> list[_Kept]:
+        return list(self._kept.values())
+
+    def _find(self, run: Run) -> _Kept:
+        whole = self._is_whole(run)
+        key = (run.structure, run.table.rows if whole else None)
+        with self._lock:
+            if key not in self._kept:
+                shape = "x".join(map(str, run.latents.shape))
+                guided = "guided" if run.guided else "unguided"
+                span = f"{run.table.rows} rows and the finish" if whole else "one step"
+                self._kept[key] = _Kept(f"latents {shape}, {guided}, {span}")
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+    def _is_whole(self, run: Run) -> bool:
+        return self._whole and run.finish is not None
+
+    def _build(self, run: Run) -> tuple[SamplingLoop, int]:
+        """Make a loop and capture its step; where that fails, say so and leave it uncaptured."""
+        before = self.backend.memory_bytes()
+        slots = max(CAPTURED_SLOTS, run.table.slots)
+        rows = CAPTURED_ROWS
+        while rows < run.table.rows:
+            rows *= 2
+        loop = SamplingLoop(run, slots=slots, rows=rows)
+        loop.load(run)
+        try:
+            loop.capture(self.backend.capture, whole=self._is_whole(run))
+            self.captures += 1
+        except RuntimeError as error:  # what torch raises for all that CUDA refuses
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if self._failure is None:
+                log.warning("steps run uncaptured, which is slower: capture failed (%s)", reason)
+            self._failure = f"capture failed: {reason}"
+            loop = SamplingLoop(run, slots=slots, rows=rows)
+        return loop, max(loop.size_bytes, self.backend.memory_bytes() - before)
+
+    def _evict(self, newest: _Kept) -> None:
+        with self._lock:
+            for key, kept in list(self._kept.items()):  # the least recently used first
+                if sum(k.size_bytes for k in self._all()) <= self._limit_bytes:
+                    break
+                if kept is not newest and kept.owner is None:
+                    del self._kept[key]
+
+
+class _Kept:
+    """A place for one structure's loop, and the lock that guards it."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.lock = threading.Lock()
+        self.owner: int | None = None  # the thread that holds the lock
+        self.loop: SamplingLoop | None = None
+        self.size_bytes = 0
+
+
+def _layout(x: Tensor) -> Hashable:
+    return tuple(x.shape), x.dtype, x.device
+
+
+def _alike(a: Denoiser, b: Denoiser) -> bool:
+    return (
+        a.predict == b.predict
+        and _layout(a.rows[0]) == _layout(b.rows[0])
+        and [*map(_layout, a.fixed)] == [*map(_layout, b.fixed)]
+    )
+
+
+def _copy(ours: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> None:
+    for a, b in zip(ours, given, strict=True):
+        a.copy_(b)
+
+
+def _columns(slots: int) -> int:
+    """How many numbers a row has: c_in, clean (2), A | b | c, known (2)."""
+    return 3 + (1 + slots) * (1 + slots + 2) + 2
+
+
+def _pack(table: StepTable, slots: int) -> np.ndarray:
+    """Lay a table's columns side by side, for a state of `slots` slots: (R, columns)."""
+    R, used, K = table.rows, 1 + table.slots, 1 + slots
+    mixing = np.zeros((R, K, K + 2))
+    mixing[:, :used, :used] = table.A
+    mixing[:, :used, K] = table.b
+    mixing[:, :used, K + 1] = table.c
     return np.concatenate(
-        [table.c_in[:, None], table.clean, _mixing(table).reshape(rows, -1), table.known], axis=1
+        [table.c_in[:, None], table.clean, mixing.reshape(R, -1), table.known], axis=1
     )
 
 

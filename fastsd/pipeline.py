@@ -25,7 +25,7 @@ from fastsd import tasks
 from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends import ENGINES, PRECISIONS, Backend, open_artifact, open_backend
 from fastsd.checkpoints import Checkpoint, open_checkpoint, open_description
-from fastsd.engine import Denoiser, SamplingLoop, check_finite, explained_memory_errors
+from fastsd.engine import Denoiser, Loops, Run, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import to_pil
 from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
@@ -96,6 +96,7 @@ class Pipeline:
         self._tokenizers = checkpoint.tokenizers
         self._progress: dict[str, Any] = {"disable": None}  # None: a bar only on a terminal
         self._backend = self._open_backend(backend, precision, _device(device))
+        self._loops = Loops(self._backend)
 
     @classmethod
     def from_pretrained(
@@ -208,6 +209,42 @@ class Pipeline:
     def set_progress_bar_config(self, **config: Any) -> None:
         """Pass `config` on to tqdm, e.g. disable=True."""
         self._progress = {**self._progress, **config}
+
+    def _loops_of(self, backend: Backend) -> Loops:
+        if self._loops.backend is not backend:  # another device or precision since
+            self._loops = Loops(backend)
+        return self._loops
+
+    def prepare(
+        self,
+        *,
+        batch: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        guidance: bool = True,
+        num_inference_steps: int = 1,
+    ) -> Pipeline:
+        """Warm up and capture, so that the first picture comes as fast as the rest.
+
+        batch: pictures at once. height, width: pixels; None takes the model's own size. guidance:
+        with it or without; the two are captured apart, as are sizes and batches. Everything else
+        (prompt, seed, sampler, steps, the weight of guidance) may change without a new capture;
+        num_inference_steps matters only where the whole loop is captured. Returns the pipeline.
+        """
+        _check_count("batch", batch)
+        self(
+            [""] * batch,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=None if guidance else 1.0,
+            seed=0,
+        )
+        return self
+
+    def explain(self) -> list[str]:
+        """Say how the parts run and what is captured, a line a fact."""
+        return self._loops_of(self._backend).explain()
 
     @torch.no_grad()
     def __call__(
@@ -454,15 +491,17 @@ class Call:
     ) -> Any:
         """Sample and decode; return the pictures in the form of `output_type`."""
         noise = Noise(generators, self._latent_shape, self._backend.device)
-        self._loop = SamplingLoop(
-            self._table,
-            self._denoiser(),
-            self._first_latents(latents, noise) * self._table.init_scale,
+        run = Run(
+            table=self._table,
+            latents=self._first_latents(latents, noise) * self._table.init_scale,
+            denoiser=self._denoiser(),
             guidance=self._guidance,
-            capture=self._backend.capture,
         )
-        with tqdm(total=self._table.rows, **self._pipeline._progress) as bar:
-            final = self._loop.run(noise, lambda row: self._end_row(row, bar))
+        with (
+            self._pipeline._loops_of(self._backend).take(run) as self._loop,
+            tqdm(total=self._table.rows, **self._pipeline._progress) as bar,
+        ):
+            final = self._loop.run(noise, lambda row: self._end_row(row, bar)).clone()
         if output_type == "latent":
             return final
         pictures = tasks.decode(
@@ -527,7 +566,7 @@ class Call:
 
     def _end_row(self, row: int, bar: Any) -> bool:
         """Advance the bar, ask the callback, take over what it changed; False ends the run."""
-        bar.update()
+        bar.update(row + 1 - bar.n)
         if self._callback is None:
             return True
         half = len(self._conditioning) // 2
@@ -554,8 +593,7 @@ class Call:
         self._conditioning = replace(
             self._conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
         )
-        self._loop.denoise = self._denoiser()
-        self._loop.set_guidance(self._guidance)
+        self._loop.rebind(self._denoiser(), self._guidance)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

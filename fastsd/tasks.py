@@ -8,13 +8,15 @@ file, no vendor and no sampler's name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastsd.backends import Backend
+from fastsd.backends.base import Part
 from fastsd.config import ModelConfig
 from fastsd.engine import Denoiser
 from fastsd.errors import UsageError
@@ -233,6 +235,38 @@ def encode(
     return Conditioning(torch.cat(contexts, dim=-1), pooled if config.unet.pooled_width else None)
 
 
+@dataclass(frozen=True)
+class Predict:
+    """The UNet as the loop calls it. fixed: the tensors of what `unet_context` made, then `extra`.
+
+    form: how they make up kv.
+    extra: channels that an inpainting UNet reads beside x are the last of `fixed`, (B, E, h, w).
+    one_at_a_time: run each picture by itself (one guidance pair), so that its bits do not depend on
+    the batch.
+    """
+
+    unet: Part
+    dtype: torch.dtype
+    form: TreeSpec = field(hash=False)
+    extra: bool = False
+    one_at_a_time: bool = False
+
+    def __call__(self, x: Tensor, row: Tensor, fixed: Sequence[Tensor]) -> Tensor:
+        """x: (B, C, h, w), row: (B, 2 B or 1, E). Returns (B, C, h, w), or kv's 2 B."""
+        if self.one_at_a_time and len(x) > 1:
+            single, batch = replace(self, one_at_a_time=False), len(x)
+            return _regroup(
+                single(x[i : i + 1], row[i::batch], tuple(t[i::batch] for t in fixed))
+                for i in range(batch)
+            )
+        if self.extra:
+            *fixed, extra = fixed
+            x = torch.cat([x, extra.to(x.dtype)], dim=1)
+        kv = tree_unflatten(fixed, self.form)
+        prediction: Tensor = self.unet(x.to(self.dtype), row, kv)
+        return prediction
+
+
 def bind_denoiser(
     backend: Backend,
     config: ModelConfig,
@@ -241,15 +275,14 @@ def bind_denoiser(
     *,
     guided: bool,
     guidance: float,
+    extra: Tensor | None = None,
     one_at_a_time: bool = False,
 ) -> Denoiser:
     """Bind the UNet to a prompt and a schedule: all that does not depend on x is computed here,
     once.
 
     timesteps: (S,), one a row of the table. guidance: what distilled UNets are told; others ignore
-    it.
-    one_at_a_time: run each picture by itself (one guidance pair), so that its bits do not depend on
-    the batch.
+    it. extra, one_at_a_time: as `Predict` has them.
     """
     batch = len(conditioning) // (2 if guided else 1)
     if one_at_a_time and batch > 1:
@@ -264,9 +297,16 @@ def bind_denoiser(
             )
             for i in range(batch)
         ]
-        return lambda x, row: _regroup([f(x[i : i + 1], row) for i, f in enumerate(singles)])
+        rows = torch.stack([single.rows for single in singles], dim=2).flatten(1, 2)
+        fixed = tuple(
+            torch.stack(tensors, dim=1).flatten(0, 1)
+            for tensors in zip(*(single.fixed for single in singles), strict=True)
+        )
+        first = singles[0].predict
+        assert isinstance(first, Predict)
+        predict = replace(first, extra=extra is not None, one_at_a_time=True)
+        return Denoiser(predict, rows, fixed if extra is None else (*fixed, extra))
 
-    unet = backend.part("unet")
     guidance_input = None
     if config.unet.guidance_width:  # as LCM (Luo et al. 2023) embeds it: w - 1
         guidance_input = torch.full((len(conditioning),), guidance - 1.0, device=backend.device)
@@ -278,15 +318,12 @@ def bind_denoiser(
         guidance_input,
     )
     kv = backend.part("unet_context")(conditioning.context.to(backend.dtype))
-
-    def denoise(x: Tensor, row: Tensor) -> Tensor:
-        prediction: Tensor = unet(x.to(backend.dtype), rows.index_select(0, row)[0], kv)
-        return prediction
-
-    return denoise
+    leaves, form = tree_flatten(kv)
+    predict = Predict(backend.part("unet"), backend.dtype, form, extra is not None)
+    return Denoiser(predict, rows, (*leaves, *([] if extra is None else [extra])))
 
 
-def _regroup(predictions: list[Tensor]) -> Tensor:
+def _regroup(predictions: Iterable[Tensor]) -> Tensor:
     """Stack single predictions into a batch: first all unconditional rows, then the others."""
     halves = zip(*(torch.split(prediction, 1) for prediction in predictions), strict=True)
     return torch.cat([row for half in halves for row in half])

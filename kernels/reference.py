@@ -17,3 +17,30 @@ def attention(
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
     return (scores.softmax(dim=-1) @ v.float()).to(q.dtype)
+
+
+def sampler_step_(
+    sources: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    guidance: Tensor | None = None,
+) -> None:
+    """Step as `kernels.sampler_step.sampler_step_` does.
+
+    Products and sums are separate operations, each rounded alone: an element's value then cannot
+    depend on where it stands in the batch.
+    """
+    state = sources[:-2]
+    slots = len(state)
+    numbers = coefficients.index_select(0, row)[0]
+    mixing = numbers[3 : 3 + slots * (slots + 2)].view(slots, slots + 2, 1, 1, 1, 1)
+    m = prediction.to(sources.dtype)
+    if guidance is not None:
+        unconditional, conditional = m.chunk(2)
+        m = unconditional + guidance * (conditional - unconditional)
+    sources[-2].copy_(numbers[1] * state[0] + numbers[2] * m)
+    total = mixing[:, 0] * sources[0]
+    for i in range(1, len(sources)):
+        total += mixing[:, i] * sources[i]
+    state.copy_(total)

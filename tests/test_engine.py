@@ -4,6 +4,7 @@ buffers."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor
 
 from fastsd.config import ScheduleConfig
-from fastsd.engine import Known, SamplingLoop, explained_memory_errors
+from fastsd.engine import (
+    Denoiser,
+    Known,
+    Predict,
+    Run,
+    SamplingLoop,
+    explained_memory_errors,
+)
 from fastsd.errors import NumericsError, OutOfMemory
 from fastsd.samplers import SAMPLERS, StepTable, build_table
 
@@ -19,8 +27,8 @@ SCHEDULE = ScheduleConfig()
 SHAPE = (3, 4, 5, 7)
 
 
-def answer(x: Tensor, row: Tensor) -> Tensor:
-    """A smooth, elementwise stand-in for the UNet."""
+def answer(x: Tensor, row: Tensor, _: tuple[Tensor, ...] = ()) -> Tensor:
+    """A smooth, elementwise stand-in for the UNet; a row's entry is its index."""
     return torch.tanh(0.7 * x + 0.1) + 0.05 * row.to(x.dtype)
 
 
@@ -53,8 +61,29 @@ def draw(generator: torch.Generator) -> Callable[[], Tensor]:
     return lambda: torch.randn(SHAPE, generator=generator)
 
 
-def run(table: StepTable, x: Tensor, **options: object) -> Tensor:
-    loop = SamplingLoop(table, answer, x, guidance=None, **options)  # type: ignore[arg-type]
+def loop_of(
+    table: StepTable,
+    x: Tensor,
+    predict: Predict = answer,
+    *,
+    slots: int | None = None,
+    rows: int | None = None,
+    capture: Callable[[Callable[[], None]], Callable[[], None]] = lambda step: step,
+    **given: Any,
+) -> SamplingLoop:
+    """Load a loop with a run from x; slots, rows: the room it has, the table's own by default."""
+    denoiser = Denoiser(predict, torch.arange(table.rows, dtype=torch.float32))
+    given = dict(guidance=None) | given
+    run = Run(table=table, denoiser=denoiser, latents=x, **given)
+    loop = SamplingLoop(run, slots=slots or table.slots, rows=rows or table.rows)
+    loop.load(run)
+    loop.capture(capture)
+    loop.load(run)
+    return loop
+
+
+def run(table: StepTable, x: Tensor, **options: Any) -> Tensor:
+    loop = loop_of(table, x, **options)
     return loop.run(draw(torch.Generator().manual_seed(1)), lambda row: True)
 
 
@@ -103,11 +132,24 @@ def test_capture_replays_the_same_buffers() -> None:
 
     table = build_table(SCHEDULE, 9, sampler="dpmpp_2m")
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    loop = SamplingLoop(table, answer, x, guidance=None, capture=capture)
+    loop = loop_of(table, x, capture=capture)
     before = loop.latents.data_ptr()
     result = loop.run(draw(torch.Generator()), lambda row: True)
     assert len(captured) == 1 and replays == table.rows
     assert result.data_ptr() == before
+    assert torch.equal(result, run(table, x))
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_room_to_spare_changes_no_bit(sampler: str) -> None:
+    """A loop with room for every sampler, used before by another one, runs as one made to fit."""
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    loop = loop_of(build_table(SCHEDULE, 11, sampler="pndm"), 5 * x, slots=4, rows=32)
+    loop.run(lambda: 3 * x, lambda row: True)
+    table = build_table(SCHEDULE, 7, sampler=sampler)
+    denoiser = Denoiser(answer, torch.arange(table.rows, dtype=torch.float32))
+    loop.load(Run(table=table, denoiser=denoiser, latents=x, guidance=None))
+    result = loop.run(draw(torch.Generator().manual_seed(1)), lambda row: True)
     assert torch.equal(result, run(table, x))
 
 
@@ -118,8 +160,7 @@ def test_an_element_does_not_depend_on_its_batch(sampler: str) -> None:
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
 
     def sample(rows: slice) -> Tensor:
-        loop = SamplingLoop(table, answer, x[rows], guidance=None)
-        return loop.run(lambda: noise[rows], lambda row: True)
+        return loop_of(table, x[rows]).run(lambda: noise[rows], lambda row: True)
 
     together = sample(slice(0, 3))
     for i in range(3):
@@ -130,14 +171,14 @@ def test_guidance_is_the_weighted_difference() -> None:
     table = build_table(SCHEDULE, 4, sampler="euler")
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
-    def twice(x: Tensor, row: Tensor) -> Tensor:
+    def twice(x: Tensor, row: Tensor, _: Any) -> Tensor:
         return torch.cat([0.5 * answer(x, row), answer(x, row)])
 
-    def once(x: Tensor, row: Tensor) -> Tensor:
+    def once(x: Tensor, row: Tensor, _: Any) -> Tensor:
         return 0.5 * answer(x, row) + 3.0 * (answer(x, row) - 0.5 * answer(x, row))
 
-    guided = SamplingLoop(table, twice, x, guidance=3.0).run(lambda: x, lambda row: True)
-    plain = SamplingLoop(table, once, x, guidance=None).run(lambda: x, lambda row: True)
+    guided = loop_of(table, x, twice, guidance=3.0).run(lambda: x, lambda row: True)
+    plain = loop_of(table, x, once).run(lambda: x, lambda row: True)
     torch.testing.assert_close(guided, plain, rtol=1e-6, atol=1e-6)
 
 
@@ -146,12 +187,12 @@ def test_rescaled_guidance_has_the_conditional_spread() -> None:
     table = build_table(SCHEDULE, 1, sampler="euler")
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
-    def twice(x: Tensor, row: Tensor) -> Tensor:
+    def twice(x: Tensor, row: Tensor, _: Any) -> Tensor:
         return torch.cat([torch.cos(3 * x), answer(x, row)])
 
     def drawn(batch: slice, rescale: float) -> Tensor:
         """Return the prediction: one step of Euler is x - sigma * prediction."""
-        loop = SamplingLoop(table, twice, x[batch], guidance=9.0, rescale=rescale)
+        loop = loop_of(table, x[batch], twice, guidance=9.0, rescale=rescale)
         return (x[batch] - loop.run(lambda: x, lambda row: True)) / float(table.levels[0, 1])
 
     batch = slice(0, len(x))
@@ -173,15 +214,13 @@ def test_a_run_ends_where_it_is_told_to() -> None:
         rows.append(row)
         return row < 2
 
-    SamplingLoop(table, answer, torch.zeros(SHAPE), guidance=None).run(
-        lambda: torch.zeros(1), on_row
-    )
+    loop_of(table, torch.zeros(SHAPE)).run(lambda: torch.zeros(1), on_row)
     assert rows == [0, 1, 2]
 
 
 def test_nan_is_an_error_not_a_picture() -> None:
     table = build_table(SCHEDULE, 3, sampler="euler")
-    loop = SamplingLoop(table, lambda x, row: x * float("nan"), torch.ones(SHAPE), guidance=None)
+    loop = loop_of(table, torch.ones(SHAPE), lambda x, row, _: x * float("nan"))
     with pytest.raises(NumericsError, match="latents.*fp32"):
         loop.run(lambda: torch.zeros(1), lambda row: True)
 

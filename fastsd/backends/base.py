@@ -57,9 +57,22 @@ class Backend(ABC):
         Raises UsageError if the checkpoint has no such part.
         """
 
+    @property
+    def captures(self) -> bool:
+        """Whether `capture` makes what outlives a call and is worth keeping."""
+        return False
+
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Return a callable that repeats `step` on the same buffers; by default `step` itself."""
+        """Return a callable that repeats `step` on the same buffers; by default `step` itself.
+
+        Where `captures`, it replays what `step` did when it was captured: the same work on the
+        same addresses, whatever Python would do by now. Raises RuntimeError if it cannot.
+        """
         return step
+
+    def memory_bytes(self) -> int:
+        """How much of the device's memory is taken; 0 where that is not known."""
+        return 0
 
     def close(self) -> None:  # noqa: B027  (not abstract: most backends hold nothing to release)
         """Release what garbage collection would not."""

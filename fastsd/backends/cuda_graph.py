@@ -1,0 +1,34 @@
+"""A step as a CUDA graph: its kernels are launched as one, by address, without Python.
+
+At batch 1 the launches of a UNet's some thousand kernels take as long as the kernels themselves.
+Knows nothing of what a step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+WARM_UPS = 3  # libraries choose algorithms and take workspace in the first runs
+
+
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Run `step` a few times, record it, and return what replays the record.
+
+    The record keeps its intermediate results in memory of its own; it is freed with what is
+    returned. Raises RuntimeError (torch's) for a step that waits for the device or reads the host.
+    """
+    with torch.no_grad(), torch.cuda.device(device):
+        current = torch.cuda.current_stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                step()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do meanwhile, such as allocating, is none of this one's
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    return graph.replay

@@ -1,0 +1,32 @@
+"""One row of a StepTable over the sampler's state: guidance, the clean picture, the new state.
+
+Knows no sampler: every number comes from the row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastsd.kernels import reference
+
+
+def sampler_step_(
+    sources: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    guidance: Tensor | None = None,
+) -> None:
+    """Replace x and the slots by what row `row` makes of them and of the model's prediction.
+
+    m = prediction, or under guidance u + w (c - u) of its two halves
+    D = p x + q m
+    [x, s1..sS]' = A [x, s1..sS] + b D + c noise
+
+    sources: (1 + S + 2, B, C, H, W) fp32, contiguous, in place: x, the slots, a place for D, the
+    noise. prediction: (B, C, H, W), any float dtype, contiguous or channels-last; with guidance
+    (2 B, C, H, W), unconditional first. coefficients: (R, W) fp32; a row holds c_in, p, q, then
+    A | b | c row by row, (1 + S, 1 + S + 2) numbers; what follows is not read. row: (1,) int64.
+    guidance: (), fp32, the weight w.
+    """
+    reference.sampler_step_(sources, prediction, coefficients, row, guidance)

@@ -1,0 +1,302 @@
+"""Captured steps: replays draw the pictures that uncaptured steps draw, and nothing captures anew.
+
+The capture is tests/replay.py's, on the CPU; backends/graph.py does the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastsd import SAMPLERS, Pipeline, engine
+from fastsd.backends.eager import EagerBackend
+from fastsd.engine import Loops
+from tests import replay
+
+Draw = Callable[..., np.ndarray]
+
+
+def open_quietly(folder: Path) -> Pipeline:
+    pipeline = Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def plain(sd1_folder: Path) -> Pipeline:
+    return open_quietly(sd1_folder)
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EagerBackend, "captures", True)
+    monkeypatch.setattr(EagerBackend, "capture", lambda self, step: replay.capture(step))
+
+
+@pytest.fixture
+def captured(sd1_folder: Path, capturing: None) -> Pipeline:
+    return open_quietly(sd1_folder)
+
+
+def draw(pipeline: Pipeline, prompt: Any = "a red apple", **settings: Any) -> np.ndarray:
+    given: dict[str, Any] = dict(num_inference_steps=3, seed=0, output_type="np") | settings
+    pictures: np.ndarray = pipeline(prompt, **given).images
+    return pictures
+
+
+# --- the stand-in itself: what it lets through would be wrong on a GPU ----------------------------
+
+
+def test_a_replay_repeats_the_work_on_the_same_memory() -> None:
+    x, y = torch.zeros(3), torch.zeros(3)
+
+    def step() -> None:
+        y.copy_(x.view(3, 1).expand(3, 2).sum(1) * 2)
+        x.add_(1)
+
+    again = replay.capture(step)
+    x.fill_(5)
+    again()
+    again()
+    assert y.tolist() == [24] * 3 and x.tolist() == [7] * 3
+
+
+def test_a_replay_runs_no_python() -> None:
+    x, number, given = torch.zeros(1), [1.0], [torch.ones(1)]
+
+    def step() -> None:
+        x.copy_(given[0] * number[0])
+
+    again = replay.capture(step)
+    number[0], given[0] = 5.0, torch.full((1,), 7.0)
+    again()
+    assert x.item() == 1.0, "neither the new number nor the new tensor may be seen"
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x.add_(x[0].item()),
+        lambda x: x.add_(torch.tensor([1.0, 2.0, 3.0])),
+        lambda x: x.copy_(torch.randn(3)),
+    ],
+    ids=("waits for the device", "reads the host", "draws"),
+)
+def test_what_a_graph_cannot_hold_is_refused(step: Callable[[Tensor], None]) -> None:
+    x = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="permitted|repeat"):
+        replay.capture(lambda: step(x))
+
+
+# --- the pictures are the same, and one capture serves them all -----------------------------------
+
+
+def test_nothing_that_a_request_changes_captures_anew(plain: Pipeline, captured: Pipeline) -> None:
+    requests: list[dict[str, Any]] = [
+        dict(),
+        dict(prompt="a blue house"),
+        dict(seed=7),
+        dict(guidance_scale=2.5),
+        dict(negative_prompt="fog"),
+        dict(num_inference_steps=9),
+        dict(num_inference_steps=1),
+        dict(sampler="euler", sigmas=[9.0, 3.0, 0.5, 0.0]),
+        *(dict(sampler=name, num_inference_steps=5) for name in SAMPLERS),
+    ]
+    for request in requests:
+        np.testing.assert_array_equal(draw(captured, **request), draw(plain, **request))
+    assert captured._loops.captures == 1
+    np.testing.assert_array_equal(
+        draw(captured, guidance_scale=1.0), draw(plain, guidance_scale=1.0)
+    )
+    assert captured._loops.captures == 2, "guidance on and off are two graphs"
+    draw(captured)
+    assert captured._loops.captures == 2
+
+
+@pytest.mark.parametrize("family", ["sd2_folder", "sdxl_folder"])
+def test_every_family(family: str, capturing: None, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    captured, plain = open_quietly(folder), open_quietly(folder)
+    plain._loops = Loops(_Uncaptured(), limit_bytes=0)
+    for prompt, seed in (("a red apple", 0), ("a house by the sea", 4)):
+        ours = draw(captured, prompt, seed=seed)
+        np.testing.assert_array_equal(ours, draw(plain, prompt, seed=seed))
+    assert captured._loops.captures == 1
+
+
+class _Uncaptured:
+    captures = False
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step
+
+    def memory_bytes(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_batches(plain: Pipeline, captured: Pipeline, invariant: bool) -> None:
+    for prompts in (["a cat", "a dog", "an apple"], ["a dog", "a house", "a cat"]):
+        settings: dict[str, Any] = dict(seed=[3, 1, 2], batch_invariant=invariant)
+        np.testing.assert_array_equal(
+            draw(captured, prompts, **settings), draw(plain, prompts, **settings)
+        )
+    assert captured._loops.captures == 1
+
+
+def test_prepared_is_captured(captured: Pipeline) -> None:
+    captured.prepare(batch=2, height=72, width=136)
+    captured.prepare(batch=2, height=72, width=136, guidance=False)
+    assert captured._loops.captures == 2
+    draw(captured, ["a cat", "a dog"], height=72, width=136, num_inference_steps=7)
+    draw(captured, ["a cat", "a dog"], height=72, width=136, guidance_scale=1.0)
+    assert captured._loops.captures == 2
+    assert len(captured.explain()) == 2 and "guided, one step" in captured.explain()[0]
+
+
+def test_weights_are_replaced_in_place(sd1_folder: Path, captured: Pipeline) -> None:
+    """As a LoRA does it: the buffers stay, so a captured step sees the new weights."""
+    draw(captured)
+    changed = open_quietly(sd1_folder)
+    for pipeline in (captured, changed):
+        backend = pipeline._backend
+        assert isinstance(backend, EagerBackend)
+        generator = torch.Generator().manual_seed(0)
+        for weight in backend.part("unet").parameters():  # type: ignore[attr-defined]
+            weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.02)
+    changed._loops = Loops(_Uncaptured())
+    np.testing.assert_array_equal(draw(captured), draw(changed))
+    assert captured._loops.captures == 1
+
+
+# --- room and memory ------------------------------------------------------------------------------
+
+
+def test_more_rows_than_there_is_room_for_capture_once(
+    plain: Pipeline, captured: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CAPTURED_ROWS", 4)
+    for steps, captures in ((2, 1), (10, 2), (14, 2), (3, 2), (20, 3)):
+        request: dict[str, Any] = dict(num_inference_steps=steps, sampler="euler")
+        np.testing.assert_array_equal(draw(captured, **request), draw(plain, **request))
+        assert captured._loops.captures == captures
+
+
+def test_the_least_recently_used_goes_first(captured: Pipeline) -> None:
+    sizes = (64, 72, 80)
+    for side in sizes:
+        draw(captured, height=side, width=side)
+    held = sum(kept.size_bytes for kept in captured._loops._kept.values())
+    assert held > 0
+    captured._loops = Loops(captured._backend, limit_bytes=int(held * 0.9))
+    for side in (64, 72, 64, 80):  # 72 is the oldest when 80 needs its place
+        draw(captured, height=side, width=side)
+    assert captured._loops.captures == 3
+    draw(captured, height=64, width=64)
+    assert captured._loops.captures == 3
+    draw(captured, height=72, width=72)
+    assert captured._loops.captures == 4
+
+
+def test_a_failed_capture_is_said_once_and_draws_all_the_same(
+    plain: Pipeline,
+    captured: Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(self: EagerBackend, step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(EagerBackend, "capture", refuse)
+    with caplog.at_level(logging.WARNING, "fastsd"):
+        for prompt in ("a cat", "a dog"):
+            for guidance in (1.0, 7.5):
+                ours = draw(captured, prompt, guidance_scale=guidance)
+                np.testing.assert_array_equal(ours, draw(plain, prompt, guidance_scale=guidance))
+    assert [r.getMessage().count("capture failed") for r in caplog.records] == [1]
+    assert "not permitted" in captured.explain()[-1]
+
+
+# --- callbacks and threads ------------------------------------------------------------------------
+
+
+def stop_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    if step == 1:
+        tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        pipe._guidance_scale = 0.0
+    return tensors
+
+
+def change_all(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    if step == 1:
+        pipe._guidance_scale = 3.0
+        return {"latents": tensors["latents"] * 0.97, "prompt_embeds": tensors["prompt_embeds"] * 2}
+    return {}
+
+
+@pytest.mark.parametrize("callback", [stop_guidance, change_all])
+def test_callbacks(callback: Any, plain: Pipeline, captured: Pipeline) -> None:
+    settings: dict[str, Any] = dict(
+        num_inference_steps=5,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )
+    for _ in range(2):
+        np.testing.assert_array_equal(draw(captured, **settings), draw(plain, **settings))
+        np.testing.assert_array_equal(draw(captured), draw(plain))
+    assert captured._loops.captures == 1
+
+
+def test_a_callback_may_draw_with_the_same_pipeline(plain: Pipeline, captured: Pipeline) -> None:
+    inner: list[np.ndarray] = []
+
+    def preview(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        inner.append(draw(captured, "a dog", seed=9))
+        return {}
+
+    ours = draw(captured, callback_on_step_end=preview)
+    np.testing.assert_array_equal(ours, draw(plain))
+    for picture in inner:
+        np.testing.assert_array_equal(picture, draw(plain, "a dog", seed=9))
+
+
+def test_eight_threads_share_the_captured_steps(plain: Pipeline, captured: Pipeline) -> None:
+    def request(i: int) -> dict[str, Any]:
+        return dict(
+            prompt=f"picture {i}",
+            seed=i,
+            height=64 + 8 * (i % 2),
+            width=64,
+            num_inference_steps=2 + i % 3,
+            sampler=["pndm", "euler_a", "unipc", "ddim"][i % 4],
+        )
+
+    alone = [draw(plain, **request(i)) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2):
+            together = pool.map(lambda i: draw(captured, **request(i)), range(8))
+            for ours, expected in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(ours, expected)
+    assert captured._loops.captures == 2
+
+
+def test_an_error_leaves_the_loop_usable(plain: Pipeline, captured: Pipeline) -> None:
+    class Cancelled(Exception):
+        pass
+
+    def cancel(*_: Any) -> Iterator[None]:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        draw(captured, callback_on_step_end=cancel)
+    np.testing.assert_array_equal(draw(captured), draw(plain))
