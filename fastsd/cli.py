@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEFAULT_NAME = "fastsd-{seed}.png"
+DEFAULT_FEATHER = 8
+# The digest of a picture that another was drawn from -> the setting and the option that give it.
+DIGESTS = {"image_sha256": ("image", "--image"), "mask_sha256": ("mask_image", "--mask")}
 # What a picture records of its drawing: the type it must have, and what a Pipeline calls it.
 _NUMBER = (int, float)
 RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
@@ -45,6 +48,13 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     },
     **{name: (list, name) for name in ("timesteps", "sigmas", "original_size", "target_size")},
     "crops_coords_top_left": (list, "crops_coords_top_left"),
+    **{name: (_NUMBER, name) for name in ("strength", "guidance_rescale", "denoising_end")},
+    **{name: (int, name) for name in ("mask_feather", "clip_skip")},
+    "outpaint": (list, "outpaint"),
+    "prompt_syntax": (str, "prompt_syntax"),
+    # Not in the picture, but known again: the SHA-256 of what has to be given with --again.
+    **{name: (str, None) for name in DIGESTS},
+    "embeddings": (dict, None),
 }
 # What it says besides, for people and other tools.
 REMARKS = {"versions", "sampler_title", "schedule_type", "not_recorded"}
@@ -133,6 +143,13 @@ Settings = Mapping[str, Any]
   fastsd generate "a castle" --model ./sd15 --steps 25 --sampler "DPM++ 2M Karras"
   fastsd generate --again apple.png -o same-apple.png
   fastsd generate --again apple.png --steps 50 -o finer-apple.png
+  fastsd generate "a (green:1.3) apple" --image apple.png --strength 0.6
+  fastsd generate "a worm" --image apple.png --mask mask.png -o worm.png
+  fastsd generate "an orchard" --image apple.png --outpaint 64,0,64,0
+  fastsd generate "an apple" --image apple.png --strength 0.4 --count 4 -o variations/
+
+A picture alone is changed as a whole, and another seed gives another variation of it; with --mask
+its white part is drawn anew; with --outpaint it is drawn on around its sides.
 
 Each PNG holds its prompt and settings, in the line that other tools read and as JSON for --again.
 """
@@ -181,6 +198,58 @@ def generate(
     height: Annotated[
         int | None, typer.Option(help="In pixels, a multiple of 8. [default: the model's own]")
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Start from this picture (PNG, JPEG or WEBP)."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of --image to change, from 0 to 1. [default: 0.8, SDXL 0.3; with a "
+            "mask 1, SDXL 0.9999]"
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw where this is white; of the size of --image."),
+    ] = None,
+    feather: Annotated[
+        int | None,
+        typer.Option(
+            help="Fade into --image over so many pixels around the mask; those farther off stay "
+            f"as they are, to the bit. [default: {DEFAULT_FEATHER}]"
+        ),
+    ] = None,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LEFT,TOP,RIGHT,BOTTOM", help="Draw on around --image: pixels on each side."
+        ),
+    ] = None,
+    prompt_syntax: Annotated[
+        str | None,
+        typer.Option(
+            help="weighted: (word:1.3), [word], BREAK, any length, \\( for a bracket. plain: to "
+            "the letter, cut at 77 tokens. [default: weighted]"
+        ),
+    ] = None,
+    embedding: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A textual-inversion embedding (.safetensors); the prompt calls it by the name "
+            "in the file, or the file's own. May be given several times.",
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="Layers of the text encoder to leave out. [default: 0]")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None,
+        typer.Option(
+            help="From 0 to 1: tame the contrast that strong guidance makes. [default: 0]"
+        ),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 1,
     batch: Annotated[
         int, typer.Option(min=1, help="Pictures drawn at once: faster on a GPU, takes memory.")
@@ -219,6 +288,15 @@ def generate(
         "negative_prompt": negative_prompt,
         "steps": steps,
         "guidance_scale": guidance,
+        "guidance_rescale": guidance_rescale,
+        "image": image,
+        "strength": strength,
+        "mask_image": mask,
+        "mask_feather": feather,
+        "outpaint": None if outpaint is None else _borders(outpaint),
+        "prompt_syntax": prompt_syntax,
+        "embedding": embedding,
+        "clip_skip": clip_skip,
         "sampler": sampler,
         "seed": seed,
         "width": width,
@@ -228,21 +306,35 @@ def generate(
         "device": device,
     }
     settings: dict[str, Any] = {"model": "builtin", "steps": 20, "seed": secrets.randbelow(2**32)}
-    settings |= _recorded(again) if again else {}
+    if again:
+        settings |= _recorded(again)
+    else:
+        settings["prompt_syntax"] = "weighted"
+        settings["mask_feather"] = DEFAULT_FEATHER if mask or outpaint else None
     settings |= {name: value for name, value in given.items() if value is not None}
     if not settings.get("prompts"):
         raise UsageError('a prompt is missing; give one, e.g. fastsd generate "a red apple"')
     if settings.get("sampler") is not None:
         resolve(settings["sampler"])  # here too, so that a wrong name does not wait for torch
+    if mask:
+        settings.pop("outpaint", None)
+    for digest, (name, option) in DIGESTS.items():
+        made = name == "mask_image" and "outpaint" in settings
+        if digest in settings and name not in settings and not made:
+            raise UsageError(f"{again} was drawn from another picture; give it with {option}")
     texts = [text for text in settings["prompts"] for _ in range(count)]
     seeds = [settings["seed"] + i for i in range(len(texts))]
     paths = _paths(output, seeds)
     make_folder(paths[0].parent)
 
-    done = []
+    done: list[dict[str, Any]] = []
     pictures = _draw(texts, seeds, settings, batch, trust_native=trust_native)
-    for path, (image, metadata) in zip(paths, pictures, strict=True):
-        save_png(image, path, metadata)
+    for path, (picture, metadata) in zip(paths, pictures, strict=True):
+        save_png(picture, path, metadata)
+        for name in (*DIGESTS, "embeddings"):
+            if not done and settings.get(name) not in (None, metadata.get(name)):
+                what = name.removesuffix("_sha256").removesuffix("s")
+                _say(f"note: {again} was drawn with another {what}")
         done.append({"path": str(path), **metadata})
         if not as_json:
             print(path, flush=True)
@@ -274,12 +366,31 @@ def _recorded(picture: Path) -> dict[str, Any]:
                 "know; draw it with a newer one"
             )
         kind = RECORDED[name][0]
-        numbers = not isinstance(value, list) or all(isinstance(v, _NUMBER) for v in value)
-        if not isinstance(value, kind) or not numbers:
+        parts: Sequence[Any] = value if isinstance(value, list) else ()
+        words: Mapping[str, Any] = value if isinstance(value, dict) else {}
+        if (
+            not isinstance(value, kind)
+            or not all(isinstance(part, _NUMBER) for part in parts)
+            or not all(isinstance(word, str) for word in words.values())
+        ):
             raise UsageError(f"{picture} says that its {name} is {value!r}: its data was changed")
     if "prompt" in settings:
         settings["prompts"] = [settings.pop("prompt")]
+    if "outpaint" in settings:  # from which the size follows
+        settings = {k: v for k, v in settings.items() if k not in ("height", "width")}
+        settings["outpaint"] = [int(side) for side in settings["outpaint"]]
     return settings
+
+
+def _borders(text: str) -> list[int]:
+    """Read LEFT,TOP,RIGHT,BOTTOM."""
+    try:
+        return [int(side) for side in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--outpaint {text!r} must be the pixels to add on the left, top, right and bottom, "
+            "e.g. --outpaint 64,0,64,0"
+        ) from None
 
 
 def _paths(output: str, seeds: Sequence[int]) -> list[Path]:
@@ -311,12 +422,22 @@ def _draw(
 ) -> Iterator[tuple[Image, dict[str, Any]]]:
     """Load the model and draw a picture for each text and seed, `batch` at once."""
     from fastsd import Pipeline
+    from fastsd.images import read_image
 
     load = {name: settings[name] for name in ("backend", "precision", "device") if name in settings}
     call = {name: settings[k] for k, (_, name) in RECORDED.items() if name and k in settings}
+    for name, _ in DIGESTS.values():  # before the model: a wrong name must not wait for it
+        if settings.get(name) is not None:
+            call[name] = read_image(settings[name])
     pipe = Pipeline.from_pretrained(
         settings["model"], sampler=settings.get("sampler"), trust_native=trust_native, **load
     )
+    for path in settings.get("embedding", ()):
+        pipe.load_textual_inversion(path)
+    told = "\n".join([*texts, settings.get("negative_prompt", "")]).lower()
+    for word in settings.get("embeddings", {}):
+        if word not in pipe.embeddings and word.lower() in told:
+            raise UsageError(f"the prompt has the learned word {word!r}; give its --embedding")
     for start in range(0, len(texts), batch):
         part = slice(start, start + batch)
         output = pipe(list(texts[part]), seed=list(seeds[part]), **call)

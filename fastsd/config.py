@@ -207,6 +207,11 @@ class ModelConfig:
         )
 
     @property
+    def text_parts(self) -> tuple[str, ...]:
+        """The names of the text encoders' parts, in the order of `text_encoders`."""
+        return ("text_encoder", "text_encoder_2")[: len(self.text_encoders)]
+
+    @property
     def inpaints(self) -> bool:
         """Whether the UNet takes (latents, mask, masked picture) side by side: 2 C + 1 channels."""
         return self.unet.in_channels == 2 * self.vae.latent_channels + 1

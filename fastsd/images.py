@@ -68,6 +68,154 @@ def from_pil(pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(array.astype(np.float32) / 255).permute(0, 3, 1, 2).contiguous()
 
 
+# --- what users give a Pipeline -------------------------------------------------------------------
+
+MODES = ("1", "L", "P", "RGB")  # and those with transparency, if nothing is transparent
+CHANNELS = {3: "RGB", 1: "L"}  # how many a picture has, and a mask -> PIL's name
+
+
+def to_tensor(
+    given: Any, *, what: str = "image", channels: int = 3, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Check what a user gave as pictures; return (P, channels, H, W), float32 in [0, 1].
+
+    given: one or a list of PIL pictures; numpy (H, W, C), (B, H, W, C) or, for masks, without C;
+    torch (C, H, W), (B, C, H, W) or, for masks, without C. Arrays are float in [0, 1] or uint8.
+    size: (H, W); PIL pictures are resized to it as in diffusers, arrays must have it.
+    Raises UsageError that names `what`.
+    """
+    import torch
+
+    batch = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not batch:
+        raise UsageError(f"{what} is an empty list; give at least one picture")
+    tensors = [_one_to_tensor(picture, what, channels, size) for picture in batch]
+    sizes = {(tensor.shape[-1], tensor.shape[-2]) for tensor in tensors}
+    if len(sizes) != 1:
+        raise UsageError(f"{what} holds pictures of several sizes, {sorted(sizes)}; resize them")
+    pictures = torch.cat(tensors)
+    if size is not None and tuple(pictures.shape[-2:]) != size:
+        raise UsageError(
+            f"{what} has {pictures.shape[-1]}x{pictures.shape[-2]} pixels, expected "
+            f"{size[1]}x{size[0]}; resize it, or give a PIL picture, which is resized for you"
+        )
+    return pictures
+
+
+def _one_to_tensor(picture: Any, what: str, channels: int, size: tuple[int, int] | None) -> Tensor:
+    import torch
+
+    if isinstance(picture, Image.Image):
+        return _pil_to_tensor(picture, what, channels, size)
+    if not isinstance(picture, (np.ndarray, torch.Tensor)):
+        raise UsageError(
+            f"{what} must be a PIL picture, a numpy array or a torch tensor, "
+            f"not {type(picture).__name__}; read files with fastsd.images.read_image"
+        )
+    kind = str(picture.dtype).removeprefix("torch.")
+    if kind != "uint8" and "float" not in kind:
+        raise UsageError(f"{what} holds {kind}; give floats from 0 to 1, or uint8")
+    if isinstance(picture, np.ndarray):
+        tensor, axis, order = torch.from_numpy(np.array(picture)), -1, f"H, W, {channels}"
+    else:
+        tensor, axis, order = picture.detach().cpu(), -3, f"{channels}, H, W"
+    if channels == 1 and (tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[axis] != 1)):
+        tensor = tensor.unsqueeze(axis)
+    if tensor.ndim not in (3, 4) or tensor.shape[axis] != channels or not tensor.numel():
+        shape = tuple(picture.shape)
+        raise UsageError(f"{what} has shape {shape}, expected ({order}) or (B, {order})")
+    tensor = tensor.movedim(axis, -3).float()
+    if kind == "uint8":
+        tensor = tensor / 255
+    low, high = float(tensor.min()), float(tensor.max())
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise UsageError(
+            f"{what} holds values from {low:g} to {high:g}, expected 0 to 1, with no NaN; "
+            "scale or clamp it"
+        )
+    return tensor.reshape(-1, channels, *tensor.shape[-2:])
+
+
+def _pil_to_tensor(
+    picture: Image.Image, what: str, channels: int, size: tuple[int, int] | None
+) -> Tensor:
+    import torch
+
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        alpha = picture.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise UsageError(
+                f"{what} has transparent pixels, and nothing says what is behind them; paste it "
+                "on a background, or give its transparency as mask_image"
+            )
+    elif picture.mode not in MODES:
+        raise UsageError(
+            f"{what} has mode {picture.mode!r}, expected one of {', '.join(MODES)}; "
+            "convert it: image.convert('RGB')"
+        )
+    if 0 in picture.size:
+        raise UsageError(f"{what} has {picture.width}x{picture.height} pixels; it is empty")
+    picture = picture.convert(CHANNELS[channels])
+    if size is not None and picture.size != size[::-1]:
+        picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
+    array = np.asarray(picture, np.float32).reshape(picture.height, picture.width, channels)
+    return torch.from_numpy(array / 255).permute(2, 0, 1)[None].contiguous()
+
+
+def digest(picture: Tensor) -> str:
+    """Return the SHA-256 of a picture (C, H, W) in [0, 1] as 8-bit values, and of its shape."""
+    import hashlib
+
+    values = (picture.detach().cpu() * 255).round().byte().permute(1, 2, 0).numpy()
+    return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
+
+
+def widen(pictures: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Make room around pictures: the canvas (B, C, H', W') and a mask (1, 1, H', W') of the new.
+
+    borders: pixels to add on the left, top, right and bottom. New pixels repeat the nearest old
+    one, so that an encoder sees no edge where the picture ends.
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    sides = list(borders)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not (len(sides) == 4 and whole and min(sides) >= 0 and max(sides) > 0):
+        raise UsageError(
+            f"outpaint takes the pixels to add on the left, top, right and bottom, whole numbers "
+            f"of 0 or more and not all 0, not {borders!r}"
+        )
+    left, top, right, bottom = sides
+    frame = (left, right, top, bottom)
+    canvas = pad(pictures, frame, mode="replicate")
+    mask = pad(torch.zeros(1, 1, *pictures.shape[-2:]), frame, value=1.0)
+    return canvas, mask
+
+
+def feathered(mask: Tensor, pixels: int) -> Tensor:
+    """Let a mask (B, 1, H, W) of 0 and 1 fall off outside its edge, to 0 beyond `pixels`.
+
+    1 in the mask, falling evenly with the distance to it (the longer of dx and dy), and exactly 0
+    farther than `pixels` away.
+    """
+    from torch.nn.functional import avg_pool2d, max_pool2d, pad
+
+    if pixels < 1:
+        return mask
+    # A dilated mask, blurred by a box: their widths add up to the feather's. One axis at a time.
+    blur = pixels // 2
+    grown = pixels - blur
+    for axis in (0, 1):
+        width, sides = [1, 1], [0, 0]
+        width[axis], sides[axis] = 2 * grown + 1, grown
+        mask = max_pool2d(mask, width, stride=1, padding=sides)
+    mask = pad(mask, (blur,) * 4, mode="replicate")
+    for width in ([2 * blur + 1, 1], [1, 2 * blur + 1]):
+        mask = avg_pool2d(mask, width, stride=1)
+    return mask
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,12 +24,29 @@ import fastsd
 from fastsd import tasks
 from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends import ENGINES, PRECISIONS, Backend, open_artifact, open_backend
-from fastsd.checkpoints import Checkpoint, open_checkpoint, open_description
+from fastsd.checkpoints import (
+    Checkpoint,
+    Embedding,
+    open_checkpoint,
+    open_description,
+    read_embedding,
+)
 from fastsd.engine import Denoiser, Loops, Run, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import to_pil
+from fastsd.prompts import SYNTAXES
 from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
-from fastsd.tasks import Conditioning, Noise, Prompts, Sizes, Texts
+from fastsd.tasks import (
+    Conditioning,
+    Noise,
+    Prompts,
+    Sizes,
+    Source,
+    Start,
+    TextEncoder,
+    Texts,
+)
+from fastsd.tokenizers import CLIPTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -40,7 +57,6 @@ _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call
 INSTEAD = {
     "callback": "use callback_on_step_end",
     "callback_steps": "use callback_on_step_end, which is called after every step",
-    "clip_skip": "it is not supported yet; drop it",
     "custom_pipeline": "code from a checkpoint is never run; drop it",
     "device_map": "choose the device with device=",
     "enable_attention_slicing": _MEMORY_EFFICIENT,
@@ -69,11 +85,46 @@ class Output:
     nsfw_content_detected: None = None
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What texts are read with: a tokenizer and learned vectors (V, D) for each text encoder.
+
+    Never changed in place: a call keeps the one that it began with.
+    """
+
+    tokenizers: tuple[CLIPTokenizer, ...]
+    learned: tuple[Tensor, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, embeddings: Sequence[Embedding] = ()) -> Vocabulary:
+        """Add `embeddings` to the words that a checkpoint knows."""
+        if not embeddings:
+            return cls(checkpoint.tokenizers)
+        counts = {embedding.token: embedding.count for embedding in embeddings}
+        return cls(
+            tuple(
+                tokenizer.with_learned(counts, first=encoder.vocab_size)
+                for tokenizer, encoder in zip(
+                    checkpoint.tokenizers, checkpoint.config.text_encoders, strict=True
+                )
+            ),
+            tuple(map(torch.cat, zip(*(e.vectors for e in embeddings), strict=True))),
+            tuple(embeddings),
+        )
+
+    def named_in(self, texts: Sequence[str | None]) -> dict[str, str]:
+        """Return token -> SHA-256 of the learned words that `texts` hold."""
+        joined = "\n".join(text for text in texts if text).lower()
+        return {e.token: e.sha256 for e in self.embeddings if e.token.lower() in joined}
+
+
 class Pipeline:
-    """Stable Diffusion, text to image, on one backend.
+    """Stable Diffusion on one backend: text to image, image to image, inpainting, outpainting.
 
     pipe = Pipeline.from_pretrained("builtin")
-    pipe("a red apple", num_inference_steps=20, guidance_scale=7.5, seed=0).images[0]
+    apple = pipe("a red apple", num_inference_steps=20, guidance_scale=7.5, seed=0).images[0]
+    pipe("a green apple", image=apple, strength=0.6, seed=1).images[0]
     """
 
     def __init__(
@@ -93,7 +144,7 @@ class Pipeline:
         self.name = name
         self.sampler = sampler or checkpoint.config.schedule.sampler
         self._table(1)  # an unknown sampler is refused here, not at the first call
-        self._tokenizers = checkpoint.tokenizers
+        self._vocabulary = Vocabulary.of(checkpoint)
         self._progress: dict[str, Any] = {"disable": None}  # None: a bar only on a terminal
         self._backend = self._open_backend(backend, precision, _device(device))
         self._loops = Loops(self._backend)
@@ -246,20 +297,66 @@ class Pipeline:
         """Say how the parts run and what is captured, a line a fact."""
         return self._loops_of(self._backend).explain()
 
+    def load_textual_inversion(
+        self, source: str | Path | Mapping[str, Tensor], token: str | None = None, **unknown: object
+    ) -> None:
+        """Teach the prompts a learned word: a safetensors file, or its tensors by name.
+
+        token: how prompts call it; None takes the name in the file, or the file's own.
+        Raises CheckpointError for a file that is none or fits another model; UsageError for a
+        token that is taken.
+        """
+        _refuse(unknown, self.load_textual_inversion)
+        widths = [encoder.width for encoder in self.config.text_encoders]
+        embedding = read_embedding(source, widths, token)
+        taken = [e.token for e in self._vocabulary.embeddings]
+        if embedding.token in taken:
+            raise UsageError(
+                f"a learned word {embedding.token!r} is loaded already; give another token, or "
+                "call unload_textual_inversion first"
+            )
+        self._vocabulary = Vocabulary.of(self.checkpoint, [*self._vocabulary.embeddings, embedding])
+
+    @property
+    def embeddings(self) -> dict[str, str]:
+        """The learned words that prompts may use -> the SHA-256 of their vectors."""
+        return {e.token: e.sha256 for e in self._vocabulary.embeddings}
+
+    def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
+        """Forget learned words; None forgets all."""
+        loaded = self._vocabulary.embeddings
+        forget = [e.token for e in loaded] if tokens is None else tokens
+        forget = [forget] if isinstance(forget, str) else list(forget)
+        for token in forget:
+            _check_choice("learned word", token, [e.token for e in loaded])
+        self._vocabulary = Vocabulary.of(
+            self.checkpoint, [e for e in loaded if e.token not in forget]
+        )
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: Texts | None = None,
         prompt_2: Texts | None = None,
         *,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        mask_feather: int | None = None,
+        outpaint: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         negative_prompt: Texts | None = None,
         negative_prompt_2: Texts | None = None,
+        prompt_syntax: str = "plain",
+        clip_skip: int | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -282,14 +379,27 @@ class Pipeline:
     ) -> Any:
         """Draw pictures for `prompt`, a string or a list, and return an Output.
 
-        Arguments mean what they mean in diffusers. Beyond those:
+        The task is what is given: a prompt alone; with image, image to image; with mask_image too,
+        inpainting; with outpaint, outpainting. Variations of a picture are image to image with
+        several seeds. Arguments mean what they mean in diffusers. Beyond those:
+
+        image: one picture, or one for each prompt: PIL, numpy or torch, in [0, 1]; or latents.
+        mask_image: of image's size; white is drawn, black is kept.
+        strength: the part of the steps that are walked; None takes 0.8, SDXL 0.3; with a mask 1.0,
+        SDXL 0.9999, all as in diffusers.
+        mask_feather: None returns the picture as decoded, which is near the given one outside the
+        mask; a number of pixels returns the given one, bit for bit, but for a feathered edge of
+        that width around the mask. outpaint: pixels to add on the left, top, right and bottom.
 
         seed: picture i draws from its own generator seeded seed + i (of a list, seed[i]), so that
         it is the same picture alone or in any batch; None, with no generator either, takes one from
         torch's global generator. sampler: overrides the pipeline's for this call.
+        prompt_syntax: "plain" reads prompts as diffusers does, to the letter and cut at 77 tokens;
+        "weighted" as AUTOMATIC1111's web UI does: (word:1.3), [word], BREAK, any length.
         batch_invariant: run one picture at a time inside, for the same bits whatever the batch.
         guidance_scale: None takes 7.5, or 5.0 for SDXL; 1 or less draws without guidance.
-        height, width: pixels, multiples of the VAE's factor (8); None takes the model's own size.
+        height, width: pixels, multiples of the VAE's factor (8); None takes the image's size, or
+        the model's own. Pictures are resized to them.
         latents: (B, C, height / 8, width / 8), standard normal numbers to start from.
         callback_on_step_end(pipe, step, timestep, tensors): may return changed tensors, and may set
         pipe._interrupt = True (stop here) or pipe._guidance_scale; an exception ends the call.
@@ -297,8 +407,6 @@ class Pipeline:
         Raises UsageError, NumericsError or OutOfMemory.
         """
         _refuse(unknown, type(self).__call__)
-        if self.config.inpaints:
-            raise UsageError("this checkpoint only inpaints: it needs a picture and a mask")
         prompts = Prompts(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -310,18 +418,35 @@ class Pipeline:
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
         )
         count = _check_count("num_images_per_prompt", num_images_per_prompt)
-        guidance = self._default_guidance if guidance_scale is None else guidance_scale
+        source = self._source(prompts, image, mask_image, outpaint, (height, width), mask_feather)
+        guidance = self._default_guidance(source) if guidance_scale is None else guidance_scale
         _check_number("guidance_scale", guidance)
+        _check_fraction("guidance_rescale", guidance_rescale)
         _check_number("eta", eta)
         _check_choice("output_type", output_type, OUTPUT_TYPES)
+        _check_choice("prompt_syntax", prompt_syntax, SYNTAXES)
+        vocabulary = self._vocabulary
+        encoder = TextEncoder(
+            backend=self._backend,
+            config=self.config,
+            tokenizers=vocabulary.tokenizers,
+            learned=vocabulary.learned,
+            syntax=prompt_syntax,
+            clip_skip=0 if clip_skip is None else clip_skip,
+            one_at_a_time=batch_invariant,
+        )
         for name in callback_on_step_end_tensor_inputs:
             _check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
-        size = self._size(height, width)
-        chosen = timesteps is not None or sigmas is not None
+        size = self._size(height, width) if source is None else source.size(self.config)
+        steps = _count_steps(num_inference_steps, timesteps, sigmas)
+        strength = self._strength(strength, source, denoising_start)
         table = self._table(
-            None if chosen else num_inference_steps,
+            None if timesteps is not None or sigmas is not None else num_inference_steps,
             sampler=sampler,
             eta=eta,
+            start=_skipped(steps, strength),
+            denoising_start=denoising_start,
+            denoising_end=denoising_end,
             timesteps=timesteps,
             sigmas=sigmas,
         )
@@ -332,10 +457,16 @@ class Pipeline:
                 self,
                 table,
                 prompts,
+                encoder,
                 count=count,
                 size=size,
                 sizes=Sizes(original=original_size, crop=crops_coords_top_left, target=target_size),
                 guidance=float(guidance),
+                rescale=float(guidance_rescale),
+                source=source,
+                feather=mask_feather,
+                from_noise=source is not None and source.mask is not None and strength == 1,
+                noised=denoising_start is not None,
                 callback=callback_on_step_end,
                 callback_tensors=tuple(callback_on_step_end_tensor_inputs),
                 one_at_a_time=batch_invariant,
@@ -346,15 +477,24 @@ class Pipeline:
         own_objects = {
             "generator": generator,
             "latents": latents,
+            "image": image if source is not None and source.latent else None,
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
             "callback_on_step_end": callback_on_step_end,
         }
         settings = {
-            "steps": int(table.steps[-1]) + 1,
+            "steps": steps,
             "sampler": sampler or self.sampler,
             **self._sampler_titles(sampler or self.sampler),
             "guidance_scale": float(guidance),
+            "guidance_rescale": float(guidance_rescale) or None,
+            "prompt_syntax": prompt_syntax,
+            "clip_skip": clip_skip,
+            "strength": strength,
+            "mask_feather": mask_feather,
+            "outpaint": _numbers(outpaint),
+            "denoising_start": denoising_start,
+            "denoising_end": denoising_end,
             "eta": float(eta),
             "height": int(size[0]),
             "width": int(size[1]),
@@ -366,13 +506,87 @@ class Pipeline:
             "batch_invariant": batch_invariant,
             "not_recorded": [name for name, value in own_objects.items() if value is not None],
         }
-        return Output(images, self._metadata(prompts, count, seeds, settings))
+        return Output(images, self._metadata(prompts, count, seeds, settings, source, vocabulary))
 
-    @property
-    def _default_guidance(self) -> float:
-        return 5.0 if self.config.family == "sdxl" else 7.5
+    def _default_guidance(self, source: Source | None) -> float:
+        inpaints = source is not None and source.mask is not None
+        return 5.0 if self.config.family == "sdxl" and not inpaints else 7.5
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def _source(
+        self,
+        prompts: Prompts,
+        image: Any,
+        mask_image: Any,
+        outpaint: Sequence[int] | None,
+        size: tuple[int | None, int | None],
+        feather: int | None,
+    ) -> Source | None:
+        """Check the picture to start from, and that it fits the rest; None for text to image."""
+        if image is None:
+            needless = {"mask_image": mask_image, "outpaint": outpaint, "mask_feather": feather}
+            for name, value in needless.items():
+                if value is not None:
+                    raise UsageError(f"{name} is for drawing on a picture; give it as image")
+            if self.config.inpaints:
+                raise UsageError(
+                    f"{self.name} is a model that inpaints; give image and mask_image, or outpaint"
+                )
+            return None
+        self._size(*size)
+        source = Source.given(
+            self.config,
+            image,
+            mask_image,
+            outpaint=outpaint,
+            size=size,
+            exact=feather is not None,
+        )
+        if len(source.pictures) not in (1, prompts.batch):
+            raise UsageError(
+                f"{len(source.pictures)} pictures were given for {prompts.batch} prompts; "
+                "give one, or one each"
+            )
+        if self.config.inpaints and (source.mask is None or source.latent):
+            raise UsageError(
+                f"{self.name} is a model that inpaints; give mask_image too, or outpaint, and "
+                "image as a picture, not latents"
+            )
+        if feather is not None:
+            if isinstance(feather, bool) or not isinstance(feather, Integral) or feather < 0:
+                raise UsageError(
+                    f"mask_feather must be a whole number of pixels, 0 or more, not {feather!r}"
+                )
+            if source.mask is None or source.latent:
+                raise UsageError(
+                    "mask_feather keeps a picture's own pixels outside a mask; give mask_image "
+                    "or outpaint, and image as a picture, not latents"
+                )
+        return source
+
+    def _strength(
+        self, strength: float | None, source: Source | None, denoising_start: float | None
+    ) -> float | None:
+        if denoising_start is not None and (
+            source is None or not source.latent or source.mask is not None
+        ):
+            raise UsageError(
+                "denoising_start goes on from latents that another model left; give them as "
+                "image, without a mask: image=base(…, output_type='latent').images"
+            )
+        if source is None or denoising_start is not None:
+            if strength is not None:
+                raise UsageError(
+                    "strength says how much of image to change; "
+                    + ("give image" if source is None else "denoising_start says it here; drop it")
+                )
+            return None
+        if strength is None:
+            masked, xl = source.mask is not None, self.config.family.startswith("sdxl")
+            return {(0, 0): 0.8, (0, 1): 0.3, (1, 0): 1.0, (1, 1): 0.9999}[masked, xl]
+        _check_fraction("strength", strength)
+        return float(strength)
+
+    def _size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         factor = self.config.vae.downscale
         default = self.config.default_size
         size = (default if height is None else height, default if width is None else width)
@@ -405,6 +619,8 @@ class Pipeline:
         count: int,
         seeds: list[int] | None,
         settings: dict[str, Any],
+        source: Source | None,
+        vocabulary: Vocabulary,
     ) -> list[dict[str, Any]]:
         """One dict a picture; seed is None where the caller's own generators drew the noise.
 
@@ -415,6 +631,8 @@ class Pipeline:
                 **prompts.row(i // count),
                 "seed": seeds[i] if seeds else None,
                 **settings,
+                "embeddings": vocabulary.named_in([*prompts.row(i // count).values()]) or None,
+                **({} if source is None else source.digests(i, prompts.batch * count)),
                 "model": self.name,
                 "backend": self._backend.name,
                 "precision": self._backend.precision,
@@ -444,11 +662,17 @@ class Call:
         pipeline: Pipeline,
         table: StepTable,
         prompts: Prompts,
+        encoder: TextEncoder,
         *,
         count: int,
         size: tuple[int, int],
         sizes: Sizes,
         guidance: float,
+        rescale: float,
+        source: Source | None,
+        feather: int | None,
+        from_noise: bool,
+        noised: bool,
         callback: Callback | None,
         callback_tensors: tuple[str, ...],
         one_at_a_time: bool,
@@ -458,12 +682,17 @@ class Call:
         self._config = pipeline.config
         self._table = table
         self._size = size
+        self._rescale = rescale
+        self._source = source
+        self._feather = feather
+        self._from_noise = from_noise
+        self._noised = noised
         self._callback = callback
         self._callback_tensors = callback_tensors
         self._one_at_a_time = one_at_a_time
         self._interrupt = False
         self._guidance_scale = guidance
-        self._conditioning = self._encode(prompts, count, sizes)
+        self._conditioning = self._encode(prompts, encoder, count, sizes)
 
     @property
     def guidance_scale(self) -> float:
@@ -491,11 +720,14 @@ class Call:
     ) -> Any:
         """Sample and decode; return the pictures in the form of `output_type`."""
         noise = Noise(generators, self._latent_shape, self._backend.device)
+        self._start = self._prepare(noise, latents)
         run = Run(
             table=self._table,
-            latents=self._first_latents(latents, noise) * self._table.init_scale,
+            latents=self._start.latents,
             denoiser=self._denoiser(),
             guidance=self._guidance,
+            rescale=self._rescale,
+            known=self._start.known,
         )
         with (
             self._pipeline._loops_of(self._backend).take(run) as self._loop,
@@ -509,6 +741,8 @@ class Call:
         )
         check_finite(pictures, "the picture")
         pictures = (pictures / 2 + 0.5).clamp(0, 1)
+        if self._source is not None and self._feather is not None:
+            pictures = self._source.keep(pictures, self._feather)
         if output_type == "pt":
             return pictures
         if output_type == "np":
@@ -526,15 +760,11 @@ class Call:
         height, width = (side // factor for side in self._size)
         return batch, self._config.vae.latent_channels, height, width
 
-    def _encode(self, prompts: Prompts, count: int, sizes: Sizes) -> Conditioning:
+    def _encode(
+        self, prompts: Prompts, encoder: TextEncoder, count: int, sizes: Sizes
+    ) -> Conditioning:
         conditioning = prompts.conditioning(
-            lambda texts: tasks.encode(
-                self._backend,
-                self._config,
-                self._pipeline._tokenizers,
-                texts,
-                one_at_a_time=self._one_at_a_time,
-            ),
+            encoder,
             guided=self.do_classifier_free_guidance,
             zero_empty=self._config.zero_empty_negative,
         ).map(lambda t: t.repeat_interleave(count, dim=0))
@@ -551,18 +781,29 @@ class Call:
             self._conditioning,
             guided=self.do_classifier_free_guidance,
             guidance=self._guidance_scale,
+            extra=self._start.extra,
             one_at_a_time=self._one_at_a_time,
         )
 
-    def _first_latents(self, latents: Tensor | None, noise: Noise) -> Tensor:
-        if latents is None:
-            return noise()
-        if tuple(latents.shape) != self._latent_shape:
-            raise UsageError(
-                f"latents have shape {tuple(latents.shape)}, expected {self._latent_shape} "
-                "(pictures, channels, height / 8, width / 8)"
-            )
-        return latents.to(self._backend.device, torch.float32)
+    def _prepare(self, noise: Noise, latents: Tensor | None) -> Start:
+        if latents is not None:
+            if tuple(latents.shape) != self._latent_shape:
+                raise UsageError(
+                    f"latents have shape {tuple(latents.shape)}, expected {self._latent_shape} "
+                    "(pictures, channels, height / 8, width / 8)"
+                )
+            latents = latents.to(self._backend.device, torch.float32)
+        return tasks.prepare(
+            self._backend,
+            self._config,
+            self._table,
+            noise,
+            self._source,
+            latents=latents,
+            from_noise=self._from_noise,
+            noised=self._noised,
+            one_at_a_time=self._one_at_a_time,
+        )
 
     def _end_row(self, row: int, bar: Any) -> bool:
         """Advance the bar, ask the callback, take over what it changed; False ends the run."""
@@ -673,6 +914,33 @@ def _check_count(what: str, given: int) -> int:
     if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
         raise UsageError(f"{what} must be a whole number of 1 or more, not {given!r}")
     return int(given)
+
+
+def _count_steps(
+    steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+) -> int:
+    """Return how many steps a whole run would have, before any are left out."""
+    if timesteps is not None:
+        return len(timesteps)
+    return _check_count("num_inference_steps", steps) if sigmas is None else len(sigmas) - 1
+
+
+def _skipped(steps: int, strength: float | None) -> int:
+    """Return how many of the first steps image to image leaves out, as diffusers counts them."""
+    if strength is None:
+        return 0
+    kept = int(steps * strength)
+    if kept < 1:
+        raise UsageError(
+            f"strength {strength} of {steps} steps is less than one; raise either of them"
+        )
+    return steps - kept
+
+
+def _check_fraction(what: str, given: float) -> None:
+    _check_number(what, given)
+    if not 0 <= given <= 1:
+        raise UsageError(f"{what} must be from 0 to 1, not {given!r}")
 
 
 def _check_number(what: str, given: float) -> None:

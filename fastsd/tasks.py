@@ -1,6 +1,7 @@
-"""What a task prepares for the one loop: conditioning, noise, a denoiser; and the decoding after
-it.
+"""What a task prepares for the one loop: conditioning, latents, mask, denoiser; and the decoding.
 
+A task is what is given: nothing (text to image), a picture (image to image), a picture and a mask
+(inpainting; outpainting masks what it adds). A variation is image to image under another seed.
 Knows the parts' contract (backends/base.py) and the families' conventions for prompts; knows no
 file, no vendor and no sampler's name.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +21,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fastsd.backends import Backend
 from fastsd.backends.base import Part
 from fastsd.config import ModelConfig
-from fastsd.engine import Denoiser
+from fastsd.engine import Denoiser, Known
 from fastsd.errors import UsageError
+from fastsd.images import digest, feathered, to_tensor, widen
+from fastsd.prompts import Chunk, parse, split
+from fastsd.samplers import StepTable
 from fastsd.tokenizers import CLIPTokenizer
 
 log = logging.getLogger("fastsd")
@@ -121,43 +127,47 @@ class Prompts:
         }
         return {name: texts[row % len(texts)] if texts else None for name, texts in given.items()}
 
-    def conditioning(
-        self, encode: Callable[[Sequence[Texts]], Conditioning], *, guided: bool, zero_empty: bool
-    ) -> Conditioning:
+    def conditioning(self, encoder: TextEncoder, *, guided: bool, zero_empty: bool) -> Conditioning:
         """Encode the texts: (B, …), or under guidance (2 B, …) with the unconditional half first.
 
-        zero_empty: an absent negative prompt is zeros, not an encoded "".
+        Both halves get as many chunks. zero_empty: an absent negative prompt is zeros, not an
+        encoded "".
         """
+        encoders = len(encoder.tokenizers)
+        texts = [self.texts, _listed(self.prompt_2) or self.texts][-encoders:]
+        negatives = self._negatives()[-encoders:]
+        zeros = self.negative_prompt is None and zero_empty
+        chunks = encoder.held(self.prompt_embeds, self.negative_prompt_embeds)
         if self.prompt_embeds is None:
-            positive = encode([self.texts, _listed(self.prompt_2) or self.texts])
-        else:
+            chunks = max(chunks, encoder.chunks(texts))
+        if guided and self.negative_prompt_embeds is None and not zeros:
+            chunks = max(chunks, encoder.chunks(negatives))
+
+        if self.prompt_embeds is not None:
             positive = Conditioning(self.prompt_embeds, self.pooled_prompt_embeds)
+        else:
+            positive = encoder(texts, chunks)
         if not guided:
             return positive
-        return self._negative(encode, positive, zero_empty).join(positive)
-
-    def _negative(
-        self,
-        encode: Callable[[Sequence[Texts]], Conditioning],
-        positive: Conditioning,
-        zero_empty: bool,
-    ) -> Conditioning:
         if self.negative_prompt_embeds is not None:
             negative = Conditioning(self.negative_prompt_embeds, self.negative_pooled_prompt_embeds)
-        elif self.negative_prompt is None and zero_empty:
-            return positive.map(torch.zeros_like)
+        elif zeros:
+            negative = positive.map(torch.zeros_like)
         else:
-            texts = _spread(_listed(self.negative_prompt) or [""], self.batch, "negative_prompt")
-            texts_2 = _spread(
-                _listed(self.negative_prompt_2) or texts, self.batch, "negative_prompt_2"
-            )
-            negative = encode([texts, texts_2])
+            # diffusers reads a negative prompt from the usual layer, whatever clip_skip says
+            negative = replace(encoder, clip_skip=0)(negatives, chunks)
         if negative.context.shape != positive.context.shape:
             raise UsageError(
                 f"the negative embedding has shape {tuple(negative.context.shape)}, the positive "
                 f"one {tuple(positive.context.shape)}; they must be alike"
             )
-        return negative
+        return negative.join(positive)
+
+    def _negatives(self) -> list[list[str]]:
+        """The negative texts of each encoder, one a row."""
+        texts = _spread(_listed(self.negative_prompt) or [""], self.batch, "negative_prompt")
+        second = _listed(self.negative_prompt_2) or texts
+        return [texts, _spread(second, self.batch, "negative_prompt_2")]
 
 
 def _listed(texts: Texts | None) -> list[str]:
@@ -194,45 +204,129 @@ def _check_texts(texts: Sequence[str]) -> None:
             )
 
 
-def encode(
-    backend: Backend,
-    config: ModelConfig,
-    tokenizers: Sequence[CLIPTokenizer],
-    texts: Sequence[Texts],
-    *,
-    one_at_a_time: bool = False,
-) -> Conditioning:
-    """Encode one list of texts for each text encoder; their contexts stand side by side in width.
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """Reads the texts of a call with every text encoder of a model.
 
-    A text beyond the encoder's tokens is cut, and what was cut off is logged.
+    learned: for each encoder, the vectors (V, D) of its tokenizer's learned words, or None.
+    syntax: "plain" reads a text as it stands and cuts it at the encoder's length, as diffusers
+    does; "weighted" reads `fastsd.prompts`: weights, and chunks of 75 tokens side by side.
+    clip_skip: layers to leave out at the end, beyond those that the family leaves out.
+    one_at_a_time: encode each text by itself, so that its bits do not depend on the others.
     """
-    if one_at_a_time:
-        singles = [
-            encode(backend, config, tokenizers, [[text] for text in row])
-            for row in zip(*texts, strict=True)
-        ]
-        joined = singles[0]
-        for single in singles[1:]:
-            joined = joined.join(single)
-        return joined
 
-    contexts, pooled = [], None
-    for index, text_config in enumerate(config.text_encoders):
-        tokens = tokenizers[index](list(texts[index]), text_config.max_tokens)
-        for overflow in tokens.overflow:
-            if overflow:
-                log.warning(
-                    "the prompt is longer than %d tokens; this was cut off: %s",
-                    text_config.max_tokens - 2,
-                    overflow,
-                )
-        part = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
-        output = backend.part(part)(torch.from_numpy(tokens.ids).to(backend.device))
-        contexts.append(
-            output.last if config.text_layer == -1 else output.hidden[config.text_layer]
+    backend: Backend
+    config: ModelConfig
+    tokenizers: Sequence[CLIPTokenizer]
+    learned: Sequence[Tensor | None] = ()
+    syntax: str = "plain"
+    clip_skip: int = 0
+    one_at_a_time: bool = False
+
+    def __post_init__(self) -> None:
+        layers = min(encoder.layers for encoder in self.config.text_encoders)
+        most = layers + 1 + self.config.text_layer
+        whole = isinstance(self.clip_skip, int) and not isinstance(self.clip_skip, bool)
+        if not (whole and 0 <= self.clip_skip <= most):
+            raise UsageError(
+                f"clip_skip must be a whole number from 0 to {most} for this model's text encoder, "
+                f"not {self.clip_skip!r}"
+            )
+
+    def held(self, *embeds: Tensor | None) -> int:
+        """Return how many chunks the longest of the given contexts (B, N, C) holds."""
+        length = self.config.text_encoders[0].max_tokens
+        plain = self.syntax == "plain"
+        return max(1 if plain or e is None else e.shape[1] // length for e in embeds)
+
+    def chunks(self, texts: Sequence[Sequence[str]]) -> int:
+        """Return how many chunks the longest of the texts needs; a list for each encoder."""
+        if self.syntax == "plain":
+            return 1
+        return max(
+            len(self._split(text, tokenizer))
+            for tokenizer, column in zip(self.tokenizers, texts, strict=True)
+            for text in column
         )
-        pooled = output.embeds
-    return Conditioning(torch.cat(contexts, dim=-1), pooled if config.unet.pooled_width else None)
+
+    def __call__(self, texts: Sequence[Sequence[str]], chunks: int = 1) -> Conditioning:
+        """Encode one list of B texts for each encoder, to (B, chunks * N, C).
+
+        The encoders' contexts stand side by side in width. The pooled text is the first chunk's.
+        """
+        if self.one_at_a_time:
+            singles = [
+                self._encode([[text] for text in row], chunks) for row in zip(*texts, strict=True)
+            ]
+            return reduce(Conditioning.join, singles)
+        return self._encode(texts, chunks)
+
+    def _encode(self, texts: Sequence[Sequence[str]], chunks: int) -> Conditioning:
+        contexts, pooled = [], None
+        for index, (tokenizer, column) in enumerate(zip(self.tokenizers, texts, strict=True)):
+            ids, weights = self._read(index, tokenizer, column, chunks)
+            part = self.config.text_parts[index]
+            vectors = self.learned[index] if self.learned else None
+            extra = () if vectors is None else (vectors.to(self.backend.device),)
+            output = self.backend.part(part)(ids.to(self.backend.device), *extra)
+            context = _weigh(self._layer(part, output), weights)
+            contexts.append(context.reshape(len(column), -1, context.shape[-1]))
+            pooled = None if output.embeds is None else output.embeds[::chunks]
+        context = torch.cat(contexts, dim=-1)
+        return Conditioning(context, pooled if self.config.unet.pooled_width else None)
+
+    def _layer(self, part: str, output: Any) -> Tensor:
+        """Choose the hidden state that the UNet reads, (B, N, D)."""
+        layer = self.config.text_layer
+        hidden: Tensor = output.hidden[layer - self.clip_skip]
+        if layer != -1:
+            return hidden
+        last: Tensor = output.last
+        return self.backend.part(f"{part}_norm")(hidden) if self.clip_skip else last
+
+    def _read(
+        self, index: int, tokenizer: CLIPTokenizer, texts: Sequence[str], chunks: int
+    ) -> tuple[Tensor, list[Sequence[float]]]:
+        """Return ids (B * chunks, N) and the weights of each row's words, empty where all are 1."""
+        length = self.config.text_encoders[index].max_tokens
+        if self.syntax == "plain":
+            tokens = tokenizer(texts, length)
+            for overflow in tokens.overflow:
+                if overflow:
+                    log.warning(
+                        "the prompt is longer than %d tokens; this was cut off: %s "
+                        "(prompt_syntax='weighted' reads all of it)",
+                        length - 2,
+                        overflow,
+                    )
+            return torch.from_numpy(tokens.ids), [()] * len(texts)
+        rows: list[Chunk] = []
+        for text in texts:
+            found = self._split(text, tokenizer)
+            rows += [*found, *[Chunk()] * (chunks - len(found))]
+        ids = torch.from_numpy(tokenizer.frame([row.ids for row in rows], length))
+        return ids, [row.weights if set(row.weights) - {1.0} else () for row in rows]
+
+    @staticmethod
+    def _split(text: str, tokenizer: CLIPTokenizer) -> list[Chunk]:
+        return split(parse(text), tokenizer.words, comma=tokenizer.comma)
+
+
+def _weigh(context: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
+    """Weigh the words of each row of (B, N, D), and scale the row so that its mean stays.
+
+    Each row by itself: the web UI takes the mean over a batch, where a text's bits would depend on
+    the other texts.
+    """
+    rows = list(context)
+    for i, row in enumerate(weights):
+        if row:
+            factors = torch.ones(context.shape[1], 1, device=context.device)
+            factors[1 : 1 + len(row), 0] = torch.tensor(row, device=context.device)
+            weighed = rows[i].float() * factors
+            scale = rows[i].float().mean() / weighed.mean()
+            rows[i] = (weighed * scale).to(context.dtype)
+    return torch.stack(rows) if any(weights) else context
 
 
 @dataclass(frozen=True)
@@ -343,16 +437,261 @@ class Noise:
     shape: tuple[int, int, int, int]
     device: torch.device
 
-    def __call__(self) -> Tensor:
-        """Draw the next (B, C, H, W), fp32."""
+    def __call__(self, joint: int | None = None) -> Tensor:
+        """Draw the next (B, C, H, W), fp32; joint: how many to draw, of a single generator."""
         if isinstance(self.generators, torch.Generator):
-            return self._draw(self.generators, self.shape)
+            return self._draw(self.generators, (joint or self.shape[0], *self.shape[1:]))
         single = (1, *self.shape[1:])
         return torch.cat([self._draw(generator, single) for generator in self.generators])
 
     def _draw(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
         draw = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
         return draw.to(self.device)
+
+
+# --- pictures to start from -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The picture that a call starts from, and where to draw.
+
+    pictures: (P, 3, H, W) in [0, 1], or latents (P, C, h, w); P is 1, or one for each prompt.
+    mask: (1 or P, 1, H, W) of 0 (keep) and 1 (draw); None draws everywhere.
+    """
+
+    pictures: Tensor
+    latent: bool = False
+    mask: Tensor | None = None
+
+    @classmethod
+    def given(
+        cls,
+        config: ModelConfig,
+        image: Any,
+        mask_image: Any = None,
+        *,
+        outpaint: Sequence[int] | None = None,
+        size: tuple[int | None, int | None] = (None, None),
+        exact: bool = False,
+    ) -> Source:
+        """Check what a user gave, as `fastsd.images.to_tensor` takes it, or latents as image.
+
+        size: (H, W) to resize to; None keeps that side, but for what a latent leaves over.
+        outpaint: pixels to add on the left, top, right and bottom, in place of a mask.
+        exact: refuse to resize unasked. Raises UsageError.
+        """
+        factor = config.vae.downscale
+        if _is_latent(image, config):
+            if outpaint is not None:
+                raise UsageError("outpaint adds to pictures, and image holds latents; decode them")
+            if not bool(torch.isfinite(image).all()):
+                raise UsageError("image holds latents with NaN or infinity; draw them again")
+            own = (image.shape[-2] * factor, image.shape[-1] * factor)
+            if any(asked not in (None, side) for asked, side in zip(size, own, strict=True)):
+                raise UsageError(
+                    f"image holds latents of {own[1]}x{own[0]} pixels; drop height and width"
+                )
+            mask = None if mask_image is None else _read_mask(mask_image, own, own, factor)
+            return cls(pictures=image.float(), latent=True, mask=mask)
+
+        pictures = to_tensor(image)
+        own = (pictures.shape[-2], pictures.shape[-1])
+        if outpaint is not None:
+            if mask_image is not None or size != (None, None):
+                raise UsageError(
+                    "outpaint makes the mask and the size from the picture; drop mask_image, "
+                    "height and width"
+                )
+            canvas, mask = widen(pictures, outpaint)
+            if canvas.shape[-2] % factor or canvas.shape[-1] % factor:
+                raise UsageError(
+                    f"image and outpaint make {canvas.shape[-1]}x{canvas.shape[-2]} pixels, and "
+                    f"{factor} must divide both sides; add more or fewer"
+                )
+            return cls(pictures=canvas, mask=mask)
+        wanted = _fitting(own, size, factor, exact=exact)
+        mask = None if mask_image is None else _read_mask(mask_image, own, wanted, factor)
+        if mask is not None and len(mask) not in (1, len(pictures)):
+            raise UsageError(
+                f"{len(mask)} masks were given for {len(pictures)} pictures; give one, or one each"
+            )
+        if wanted != own:
+            pictures = to_tensor(image, size=wanted)
+        return cls(pictures=pictures, mask=mask)
+
+    def size(self, config: ModelConfig) -> tuple[int, int]:
+        """Height and width in pixels."""
+        factor = config.vae.downscale if self.latent else 1
+        return self.pictures.shape[-2] * factor, self.pictures.shape[-1] * factor
+
+    def digests(self, row: int, batch: int) -> dict[str, str]:
+        """Name the pictures that row `row` of `batch` starts from, as metadata records them."""
+        given = {"image_sha256": self.pictures, "mask_sha256": self.mask}
+        return {
+            name: digest(tensor[row * len(tensor) // batch])
+            for name, tensor in given.items()
+            if tensor is not None and not self.latent
+        }
+
+    def keep(self, drawn: Tensor, feather: int) -> Tensor:
+        """Lay the given pictures over drawn ones (B, 3, H, W) in [0, 1], outside the mask.
+
+        Farther than `feather` pixels from the mask the result is the given picture, bit for bit.
+        """
+        assert self.mask is not None and not self.latent, "the pipeline has checked"
+        given, mask = self.pictures.to(drawn), feathered(self.mask, feather).to(drawn)
+        repeats = len(drawn) // len(given)
+        given = given.repeat_interleave(repeats, dim=0)
+        mask = mask.repeat_interleave(len(drawn) // len(mask), dim=0)
+        return mask * drawn + (1 - mask) * given
+
+
+def _is_latent(image: Any, config: ModelConfig) -> bool:
+    channels = config.vae.latent_channels
+    return (
+        isinstance(image, Tensor)
+        and image.ndim == 4
+        and image.shape[1] == channels != config.vae.in_channels
+    )
+
+
+def _fitting(
+    own: tuple[int, int], asked: tuple[int | None, int | None], factor: int, *, exact: bool
+) -> tuple[int, int]:
+    """Return the size to work at: what was asked, or whole latents of what there is."""
+    height, width = (a or side // factor * factor for a, side in zip(asked, own, strict=True))
+    if min(height, width) < factor:
+        raise UsageError(
+            f"image has {own[1]}x{own[0]} pixels; it needs {factor} or more on each side"
+        )
+    if exact and asked == (None, None) and (height, width) != own:
+        raise UsageError(
+            f"image has {own[1]}x{own[0]} pixels, and {factor} must divide both sides for pixels "
+            f"to be kept as they are; crop it, or resize it with width={width}, height={height}"
+        )
+    return height, width
+
+
+def _read_mask(
+    mask_image: Any, own: tuple[int, int], wanted: tuple[int, int], factor: int
+) -> Tensor:
+    mask = to_tensor(mask_image, what="mask_image", channels=1)
+    if tuple(mask.shape[-2:]) != own:
+        raise UsageError(
+            f"mask_image has {mask.shape[-1]}x{mask.shape[-2]} pixels, image {own[1]}x{own[0]}; "
+            "they must be alike"
+        )
+    if wanted != own:
+        mask = to_tensor(mask_image, what="mask_image", channels=1, size=wanted)
+    mask = (mask >= 0.5).float()
+    if not bool(_to_latent_size(mask, factor).any()):
+        raise UsageError(
+            f"mask_image is black, or its white is smaller than {factor} pixels; white is where "
+            "to draw"
+        )
+    return mask
+
+
+def _to_latent_size(mask: Tensor, factor: int) -> Tensor:
+    """Take one pixel of each latent's, as diffusers does: (B, 1, H, W) -> (B, 1, h, w)."""
+    return mask[..., ::factor, ::factor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where the loop starts.
+
+    latents: (B, C, h, w) at the level of the table's first row. known: what is not to be drawn.
+    extra: (B, 1 + C, h, w), the mask and the rest of the picture, for a UNet that inpaints.
+    """
+
+    latents: Tensor
+    known: Known | None = None
+    extra: Tensor | None = None
+
+
+def prepare(
+    backend: Backend,
+    config: ModelConfig,
+    table: StepTable,
+    noise: Noise,
+    source: Source | None,
+    *,
+    latents: Tensor | None = None,
+    from_noise: bool = True,
+    noised: bool = False,
+    one_at_a_time: bool = False,
+) -> Start:
+    """Prepare what a run starts from; random numbers are drawn in diffusers' order.
+
+    latents: (B, C, h, w), standard normal numbers in place of the first drawn.
+    from_noise: forget the picture where it is to be drawn; else noise is added to it.
+    noised: the picture is latents that another model left at this table's first level.
+    """
+
+    def eps() -> Tensor:
+        return noise() if latents is None else latents
+
+    if source is None:
+        return Start(latents=eps() * table.init_scale)
+
+    batch = noise.shape[0]
+    pictures = source.pictures.to(backend.device)
+    if source.latent:
+        clean = pictures.repeat_interleave(batch // len(pictures), dim=0)
+    elif config.inpaints and from_noise:
+        clean = None  # the picture comes with `extra`, and only so
+    else:
+        clean = sample(backend, config, 2 * pictures - 1, noise, one_at_a_time=one_at_a_time)
+    if noised:
+        assert clean is not None, "the pipeline has checked"
+        return Start(latents=clean)
+    first = eps()
+    if from_noise or clean is None:
+        x = first * table.init_scale
+    else:
+        alpha, sigma = table.levels[0]
+        x = alpha * clean + sigma * first
+    if source.mask is None:
+        return Start(latents=x)
+    mask = _to_latent_size(source.mask, config.vae.downscale).to(backend.device)
+    mask = mask.repeat_interleave(batch // len(mask), dim=0)
+    if not config.inpaints:
+        if not source.latent:
+            noise(len(pictures))  # diffusers encodes the rest of the picture here, and drops it
+        assert clean is not None
+        return Start(latents=x, known=Known(clean, first, mask))
+    rest = (2 * pictures - 1) * (source.mask < 0.5).to(pictures)
+    rest = sample(backend, config, rest, noise, one_at_a_time=one_at_a_time)
+    return Start(latents=x, extra=torch.cat([mask, rest], dim=1))
+
+
+def sample(
+    backend: Backend,
+    config: ModelConfig,
+    pictures: Tensor,
+    noise: Noise,
+    *,
+    one_at_a_time: bool = False,
+) -> Tensor:
+    """Encode pictures (P, 3, H, W) in [-1, 1]; sample latents (B, C, h, w), fp32, of what it gives.
+
+    Each of the B pictures draws its own sample, unless a single generator draws them all.
+    """
+    part: Callable[[Tensor], Tensor] = backend.part("vae_encoder")
+    moments = (
+        torch.cat([part(single) for single in torch.split(pictures, 1)])
+        if one_at_a_time
+        else part(pictures)
+    )
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    std = torch.exp(0.5 * log_variance.clamp(-30, 20))  # diffusers' limits
+    eps = noise(len(pictures))
+    repeats = len(eps) // len(mean)
+    z = mean.repeat_interleave(repeats, dim=0) + std.repeat_interleave(repeats, dim=0) * eps
+    z = z.repeat_interleave(noise.shape[0] // len(z), dim=0)
+    return (z - config.vae.shift) * config.vae.scale
 
 
 def decode(

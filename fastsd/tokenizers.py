@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -49,6 +50,8 @@ class CLIPTokenizer:
     vocab: token -> id; merges: pairs, best first; specials: the texts of the bos, eos, unk and pad
     token. added: tokens that are matched before the text is split into words, each the fields of an
     AddedToken; those that the vocabulary lacks get the next ids. Specials are always among them.
+    learned: words of textual inversion -> how many ids each stands for; they get the ids from
+    `first_learned` on, in order.
     """
 
     def __init__(
@@ -58,13 +61,17 @@ class CLIPTokenizer:
         *,
         specials: Mapping[str, str] = _DEFAULTS,
         added: Sequence[Mapping[str, Any]] = (),
+        learned: Mapping[str, int] = MappingProxyType({}),
+        first_learned: int | None = None,
         max_tokens: int = 77,
     ) -> None:
         self.specials = {**_DEFAULTS, **specials}
         self.max_tokens = max_tokens
         self._vocab = dict(vocab)
         self._merges = list(merges)
+        self._added = list(added)
         self._tokenizer = _build(self._vocab, self._merges, self.specials, added)
+        self._learned = self._learn(learned, first_learned)
         self.bos = _id(self._tokenizer, self.specials["bos_token"])
         self.eos = _id(self._tokenizer, self.specials["eos_token"])
         self.pad = _id(self._tokenizer, self.specials["pad_token"])
@@ -99,10 +106,61 @@ class CLIPTokenizer:
             max_tokens=max_tokens if isinstance(max_tokens, int) and max_tokens < 1 << 20 else 77,
         )
 
+    def with_learned(self, learned: Mapping[str, int], *, first: int) -> CLIPTokenizer:
+        """Return a tokenizer that knows these learned words and no others.
+
+        first: their first id. Raises UsageError for a word that has an id already.
+        """
+        return CLIPTokenizer(
+            self._vocab,
+            self._merges,
+            specials=self.specials,
+            added=self._added,
+            learned=learned,
+            first_learned=first,
+            max_tokens=self.max_tokens,
+        )
+
+    def _learn(self, learned: Mapping[str, int], first: int | None) -> dict[int, tuple[int, ...]]:
+        """Add the learned words; return the id that each is found by -> the ids it stands for."""
+        from tokenizers import AddedToken
+
+        found: dict[int, tuple[int, ...]] = {}
+        start = self.size if first is None else first
+        for word, count in learned.items():
+            if self._tokenizer.token_to_id(word) is not None:
+                raise UsageError(
+                    f"{word!r} is a token of this model already; give the embedding another token"
+                )
+            self._tokenizer.add_tokens([AddedToken(word, normalized=True)])
+            found[_id(self._tokenizer, word)] = tuple(range(start, start + count))
+            start += count
+        return found
+
     @property
     def size(self) -> int:
-        """How many ids there are, added ones included."""
+        """How many ids there are, added ones included; learned words count for one each."""
         return self._tokenizer.get_vocab_size()
+
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma that ends a word."""
+        return self._tokenizer.token_to_id(",</w>")
+
+    def words(self, text: str) -> list[tuple[int, ...]]:
+        """Return the tokens of a text of any length: one id each, of a learned word several.
+
+        Raises UsageError for what is not text: other types, lone surrogates.
+        """
+        encoding = self._tokenizer.encode(_checked_text(text), add_special_tokens=False)
+        return [self._learned.get(index, (index,)) for index in encoding.ids]
+
+    def frame(self, rows: Sequence[Sequence[int]], max_tokens: int = 77) -> NDArray[np.int64]:
+        """Return rows of ids as (B, max_tokens): begun, ended, padded."""
+        framed = np.full((len(rows), max_tokens), self.pad, np.int64)
+        for out, row in zip(framed, rows, strict=True):
+            out[: len(row) + 2] = [self.bos, *row, self.eos]
+        return framed
 
     def __call__(self, texts: Sequence[str], max_tokens: int = 77) -> TokenBatch:
         """Encode texts to (B, max_tokens) ids: begin, words, end, padding.
@@ -112,19 +170,23 @@ class CLIPTokenizer:
         room = max_tokens - 2
         if room < 0:
             raise UsageError(f"max_tokens must be at least 2, not {max_tokens}")
-        ids = np.full((len(texts), max_tokens), self.pad, np.int64)
-        overflow = []
-        for row, text in zip(ids, texts, strict=True):
+        rows, overflow = [], []
+        for text in texts:
             # one at a time: encode_batch starts a thread pool, which does not survive a fork
             encoding = self._tokenizer.encode(_checked_text(text), add_special_tokens=False)
-            kept = [self.bos, *encoding.ids[:room], self.eos]
-            row[: len(kept)] = kept
-            cut = encoding.offsets[room:]
-            overflow.append(text[cut[0][0] :] if cut else "")
-        return TokenBatch(ids, tuple(overflow))
+            tokens = [
+                (index, at)
+                for found, (at, _) in zip(encoding.ids, encoding.offsets, strict=True)
+                for index in self._learned.get(found, (found,))
+            ]
+            rows.append([index for index, _ in tokens[:room]])
+            overflow.append(text[tokens[room][1] :] if len(tokens) > room else "")
+        return TokenBatch(self.frame(rows, max_tokens), tuple(overflow))
 
     def save(self, path: str | Path) -> None:
         """Write every file that diffusers, transformers (old and new) or Optimum looks for."""
+        if self._learned:
+            raise UsageError("learned words have no files of a tokenizer; save it without them")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         vocab = json.dumps(self._vocab, ensure_ascii=False)

@@ -221,3 +221,24 @@ def write_sdxl(folder: Path) -> Path:
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def write_inpainting(folder: Path, base: Path) -> Path:
+    """Write `base` with a random UNet that inpaints: nine channels in."""
+    from diffusers import (
+        DiffusionPipeline,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionXLInpaintPipeline,
+        UNet2DConditionModel,
+    )
+
+    torch.manual_seed(3)
+    parts = DiffusionPipeline.from_pretrained(base, local_files_only=True).components
+    wider = UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 9})
+    parts["unet"] = randomise_(wider)
+    if "tokenizer_2" in parts:
+        pipeline = StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
+    return folder

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("errors",),
     ("kernels", "files"),
-    ("config", "images", "tokenizers"),
+    ("config", "images", "prompts", "tokenizers"),
     ("samplers", "artifact"),
     ("models",),
     ("checkpoints", "quant"),
@@ -63,7 +63,7 @@ VENDORS = {
     "skimage": ("quality.py", "benchmarks/"),
     "scipy": ("quality.py", "benchmarks/"),
 }
-WITHOUT_TORCH = ("__init__", "errors", "config", "samplers", "tokenizers")
+WITHOUT_TORCH = ("__init__", "errors", "config", "prompts", "samplers", "tokenizers")
 # A script beside such a file would import it in its library's place; these two are the house's own
 # words, and are only ever imported under `fastsd`.
 NAMED_LIKE_THEIR_LIBRARY = ("tokenizers.py", "benchmarks/emoji")

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
 import fastsd
 from fastsd import cli
 from fastsd.errors import OutOfMemory
-from fastsd.images import read_metadata, save_png
+from fastsd.images import read_image, read_metadata, save_png
 from fastsd.pipeline import Pipeline
 from fastsd.samplers import SAMPLERS
 
@@ -159,11 +162,124 @@ def test_empty_and_long_prompts(
 ) -> None:
     assert run("generate", "", "-o", "a.png", "--model", sd1_folder, *QUICK).code == 0
     with caplog.at_level(logging.WARNING):
-        long = "a red apple on a table " * 50
-        assert run("generate", long, "-o", "b.png", "--model", sd1_folder, *QUICK).code == 0
+        long = ("generate", "a red apple on a table " * 50, "--model", sd1_folder, *QUICK)
+        assert run(*long, "-o", "b.png").code == 0
+        assert "this was cut off" not in caplog.text, "longer prompts are read in chunks"
+        assert run(*long, "-o", "c.png", "--prompt-syntax", "plain").code == 0
     assert "this was cut off" in caplog.text
     result = run("generate", "a" * 100_000, "-o", "c.png", "--model", sd1_folder, *QUICK)
     assert result.code == 2 and "100000 characters" in result.err
+
+
+# --- pictures to start from, learned words -------------------------------------------------------
+
+
+def write_picture(name: str, size: tuple[int, int] = (64, 64)) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(name)
+
+
+def write_mask(name: str, size: tuple[int, int] = (64, 64)) -> None:
+    picture = Image.new("L", size)
+    picture.paste(255, (16, 16, 40, 40))
+    picture.save(name)
+
+
+SHORT = ("--steps", "4", "--seed", "3")
+
+
+def test_image_to_image_and_again(run: Run, sd1_folder: Path) -> None:
+    """What a picture was drawn from is not in it; it is asked for, and known again."""
+    write_picture("a.png")
+    options = ("--model", sd1_folder, *SHORT, "--image", "a.png", "--guidance-rescale", "0.5")
+    syntax = ("--clip-skip", 1, "--prompt-syntax", "weighted")
+    result = run("generate", "a (cat:1.3)", "-o", "b.png", "--strength", "0.6", *options, *syntax)
+    assert (result.code, result.out) == (0, "b.png\n"), result.err
+    expected = Pipeline.from_pretrained(sd1_folder)(
+        "a (cat:1.3)",
+        image=read_image("a.png"),
+        strength=0.6,
+        seed=3,
+        num_inference_steps=4,
+        guidance_rescale=0.5,
+        clip_skip=1,
+        prompt_syntax="weighted",
+    )
+    assert pixels("b.png") == expected.images[0].tobytes()
+
+    again = ("generate", "--again", "b.png", "-o", "c.png", "--model", sd1_folder)
+    result = run(*again)
+    assert result.code == 2 and "b.png was drawn from another picture" in result.err
+    assert "--image" in result.err
+    result = run(*again, "--image", "a.png")
+    assert result.code == 0 and "note" not in result.err
+    assert pixels("c.png") == pixels("b.png")
+    assert read_metadata("c.png") == read_metadata("b.png")
+    write_picture("other.png", (72, 56))
+    result = run(*again, "--image", "other.png")
+    assert result.code == 0 and "note: b.png was drawn with another image" in result.err
+
+
+def test_inpainting_and_again(run: Run, sd1_folder: Path) -> None:
+    """Far from the mask the picture is the given one, bit for bit."""
+    write_picture("a.png")
+    write_mask("m.png")
+    options = ("--model", sd1_folder, "--image", "a.png", "--mask", "m.png")
+    result = run("generate", "a cat", "-o", "b.png", "--feather", 3, *SHORT, *options)
+    assert result.code == 0, result.err
+    with Image.open("a.png") as given, Image.open("b.png") as drawn:
+        difference = (np.asarray(given) != np.asarray(drawn)).any(axis=-1)
+    assert difference[16:40, 16:40].mean() > 0.9
+    difference[13:43, 13:43] = False
+    assert not difference.any()
+    again = ("generate", "--again", "b.png", "-o", "c.png", "--model", sd1_folder)
+    result = run(*again, "--image", "a.png")
+    assert result.code == 2 and "--mask" in result.err
+    assert run(*again, "--image", "a.png", "--mask", "m.png").code == 0
+    assert pixels("c.png") == pixels("b.png")
+
+
+def test_outpainting_and_again(run: Run, sd1_folder: Path) -> None:
+    write_picture("a.png")
+    options = ("--model", sd1_folder, "--image", "a.png")
+    result = run("generate", "a cat", "-o", "b.png", "--outpaint", "16,8,0,0", *SHORT, *options)
+    assert result.code == 0, result.err
+    with Image.open("a.png") as given, Image.open("b.png") as drawn:
+        assert drawn.size == (80, 72)
+        kept = np.asarray(drawn)[8 + 8 :, 16 + 8 :]  # but for the feather
+        np.testing.assert_array_equal(kept, np.asarray(given)[8:, 8:])
+    again = ("generate", "--again", "b.png", "-o", "c.png", *options)
+    assert run(*again).code == 0
+    assert pixels("c.png") == pixels("b.png")
+
+
+def test_variations_are_several_seeds(run: Run, sd1_folder: Path) -> None:
+    write_picture("a.png")
+    options = ("--model", sd1_folder, "--image", "a.png", "--strength", "0.5", *SHORT)
+    result = run("generate", "", "--count", 2, "-o", "v.png", *options)
+    assert result.out.split() == ["v-1.png", "v-2.png"]
+    assert pixels("v-1.png") != pixels("v-2.png")
+
+
+def test_learned_words_and_again(run: Run, sd1_folder: Path) -> None:
+    for name, seed in (("thing.safetensors", 0), ("other.safetensors", 1)):
+        vectors = torch.randn((2, 32), generator=torch.Generator().manual_seed(seed))
+        save_file({"<thing>": vectors}, name)
+    options = ("--model", sd1_folder, *QUICK)
+    drawn = ("generate", "a <thing>", "-o", "a.png", "--embedding", "thing.safetensors", *options)
+    assert run(*drawn).code == 0
+    assert list(read_metadata("a.png")["embeddings"]) == ["<thing>"]
+    again = ("generate", "--again", "a.png", "-o", "b.png", "--model", sd1_folder)
+    result = run(*again)
+    assert result.code == 2 and "learned word '<thing>'; give its --embedding" in result.err
+    result = run(*again, "--embedding", "thing.safetensors")
+    assert result.code == 0 and "note" not in result.err
+    assert pixels("b.png") == pixels("a.png")
+    result = run(*again, "--embedding", "other.safetensors")
+    assert "note: a.png was drawn with another embedding" in result.err
+    assert run(*again, "a cat").code == 0, "a prompt without the word does not need it"
+    result = run("generate", "a cat", "--embedding", "missing.pt", *options)
+    assert (result.code, result.err) == (1, "error: missing.pt is missing\n")
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -190,6 +306,15 @@ def test_empty_and_long_prompts(
         (["--output", "a.jpg"], "ending in .png"),
         (["--output", "a"], "ending in .png"),
         (["--stepz", "2"], "--stepz"),
+        (["--image", "missing.png"], "cannot read missing.png"),
+        (["--mask", "missing.png"], "cannot read missing.png"),
+        (["--strength", "0.5"], "give image"),
+        (["--feather", "4"], "give it as image"),
+        (["--outpaint", "1,2,3"], "give it as image"),
+        (["--outpaint", "a,b"], "--outpaint 'a,b' must be the pixels"),
+        (["--clip-skip", "-1"], "clip_skip must be"),
+        (["--guidance-rescale", "2"], "guidance_rescale must be from 0 to 1"),
+        (["--prompt-syntax", "compel"], "prompt_syntax 'compel' is unknown"),
         (["--again", "missing.png"], "cannot read missing.png"),
         (["\udcff"], "is not text"),
         (["--negative-prompt", "a\ud800"], "is not text"),
@@ -245,6 +370,9 @@ def test_an_unwritable_place_is_refused_before_drawing(
         ({"sigmas": [1.0, None]}, "its sigmas is"),
         ({"not_recorded": ["latents"]}, "['latents'] of its own"),
         ({"prompt": None}, "a prompt is missing"),
+        ({"strength": "1"}, "its strength is"),
+        ({"embeddings": {"<a>": 1}}, "its embeddings is"),
+        ({"image_sha256": "0" * 64}, "was drawn from another picture; give it with --image"),
     ],
 )
 def test_again_trusts_nothing(change: dict[str, Any], message: str, run: Run) -> None:

@@ -22,6 +22,8 @@ from fastsd import images
 from fastsd.errors import FastsdError, NumericsError, UsageError
 from fastsd.images import (
     contact_sheet,
+    digest,
+    feathered,
     format_parameters,
     from_pil,
     make_folder,
@@ -30,6 +32,8 @@ from fastsd.images import (
     read_metadata,
     save_png,
     to_pil,
+    to_tensor,
+    widen,
 )
 
 METADATA: dict[str, Any] = {
@@ -100,6 +104,70 @@ def test_values_outside_are_never_a_picture(value: float) -> None:
     picture[0, 1, 2, 3] = value
     with pytest.raises(NumericsError, match="expected 0 to 1"):
         to_pil(picture)
+
+
+# --- what users give a Pipeline ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [None, (64, 48), (16, 16)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_to_tensor_is_diffusers(mode: str, size: tuple[int, int] | None) -> None:
+    """Bit for bit, resized or not; a mask, in grey, too."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    given = noise_picture().convert(mode)
+    height, width = size or (24, 40)
+    ours = to_tensor(given, size=size)
+    theirs = VaeImageProcessor(do_convert_rgb=True).preprocess(given.convert("RGB"), height, width)
+    torch.testing.assert_close(2 * ours - 1, theirs, rtol=0, atol=0)
+    ours = to_tensor(given, channels=1, size=size)
+    processor = VaeImageProcessor(do_normalize=False, do_convert_grayscale=True)
+    theirs = processor.preprocess(given.convert("L"), height, width)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_masks_as_arrays() -> None:
+    expected = to_tensor(noise_picture().convert("L"), channels=1)
+    array = np.asarray(noise_picture().convert("L"))
+    forms = [array, array[None], array[..., None], array[None, ..., None]]
+    for form in [*forms, *(torch.from_numpy(np.array(f)) for f in (array, array[None]))]:
+        assert torch.equal(to_tensor(form, channels=1), expected)
+    two = np.stack([array, array])
+    assert to_tensor(two, channels=1).shape == (2, 1, 24, 40)
+    assert to_tensor([array, two], channels=1).shape == (3, 1, 24, 40)
+
+
+def test_digests_name_pictures() -> None:
+    given = to_tensor([noise_picture(), noise_picture(seed=1), noise_picture().rotate(180)])
+    assert len({digest(picture) for picture in given}) == 3
+    assert digest(given[0]) == digest(to_tensor(np.asarray(noise_picture()))[0])
+    assert digest(given[0]) != digest(given[0].reshape(3, 40, 24))
+
+
+def test_widen_repeats_the_edge_and_masks_it() -> None:
+    given = to_tensor(noise_picture())
+    canvas, mask = widen(given, (3, 0, 5, 2))
+    expected = np.pad(given.numpy(), ((0, 0), (0, 0), (0, 2), (3, 5)), "edge")
+    np.testing.assert_array_equal(canvas.numpy(), expected)
+    assert mask.shape == (1, 1, 26, 48) and float(mask.sum()) == 26 * 48 - 24 * 40
+    assert not mask[..., :24, 3:43].any()
+
+
+@pytest.mark.parametrize("pixels", range(0, 12))
+def test_feathered(pixels: int) -> None:
+    """1 in the mask, exactly 0 beyond the feather, falling evenly between, at the frame too."""
+    mask = torch.zeros(2, 1, 40, 40)
+    mask[0, :, 15:25, 17:21], mask[1, :, :, :4] = 1, 1
+    soft = feathered(mask, pixels)
+    assert torch.equal(soft[mask == 1], torch.ones(int(mask.sum())))
+    distance = torch.maximum(
+        torch.maximum(15 - torch.arange(40), torch.arange(40) - 24).clamp(min=0)[:, None],
+        torch.maximum(17 - torch.arange(40), torch.arange(40) - 20).clamp(min=0)[None],
+    )
+    assert ((soft[0, 0] > 0) == (distance <= pixels)).all()
+    fall = soft[1, 0, 20, 3 : 3 + pixels + 2]  # from the mask's last pixel to the first kept one
+    assert (fall.diff() <= 0).all() and (fall.diff().diff()[2:].abs() < 1e-6).all()
+    assert torch.equal(soft[1, 0, 0], soft[1, 0, 20])
 
 
 # --- reading -------------------------------------------------------------------------------------

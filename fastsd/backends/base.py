@@ -2,7 +2,10 @@
 
 A part is a callable over torch tensors on the backend's device:
 
-    text_encoder, text_encoder_2   (input_ids (B, N) int64) -> CLIPOutput
+    text_encoder, text_encoder_2   (input_ids (B, N) int64[, learned (V, D)]) -> CLIPOutput
+                   learned: vectors of ids beyond the vocabulary, where a prompt has any
+    text_encoder_norm, text_encoder_2_norm   (hidden (B, N, D)) -> (B, N, D), the final norm alone
+                   where a prompt is read from an earlier layer (clip_skip)
     unet_time      (timesteps (S,), pooled, size_ids, guidance) -> rows (S, B or 1, E)
                    once a schedule
     unet_context   (encoder_hidden_states (B, N, C)) -> kv, passed on as it is; once a prompt

@@ -10,6 +10,7 @@ import torch
 from fastsd.backends import cuda_graph
 from fastsd.backends.base import Backend, Part, Shapes, dtype_of
 from fastsd.errors import UsageError
+from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, scale_activations_
 
@@ -41,8 +42,14 @@ class EagerBackend(Backend):
             # and memory; bf16 has the range and an eighth of the precision. This has both.
             scale_activations_(vae.decoder, FP16_VAE_SCALE)
             scale_activations_(vae.encoder, FP16_VAE_SCALE)
+        texts = {
+            name: cast(CLIPText, module)
+            for name, module in modules.items()
+            if name.startswith("text_")
+        }
         self._parts: dict[str, Part] = {
-            **{name: module for name, module in modules.items() if name.startswith("text_")},
+            **texts,
+            **{f"{name}_norm": text.final_layer_norm for name, text in texts.items()},
             "unet": unet,
             "unet_time": unet.time_rows,
             "unet_context": unet.context,

@@ -7,14 +7,17 @@ from fastsd.checkpoints.checkpoint import (
     open_checkpoint,
     open_description,
 )
+from fastsd.checkpoints.embeddings import Embedding, read_embedding
 from fastsd.checkpoints.save import save_description, save_folder
 
 __all__ = [
     "Checkpoint",
+    "Embedding",
     "PartFiles",
     "describe",
     "open_checkpoint",
     "open_description",
+    "read_embedding",
     "save_description",
     "save_folder",
 ]

@@ -52,9 +52,16 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.max_tokens, config.width)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, N) -> (B, N, D)."""
-        embedded: Tensor = self.token_embedding(input_ids)
+    def forward(self, input_ids: Tensor, learned: Tensor | None = None) -> Tensor:
+        """(B, N) and vectors (V, D) of the ids beyond the vocabulary -> (B, N, D)."""
+        if learned is None:
+            embedded: Tensor = self.token_embedding(input_ids)
+        else:
+            rows = self.token_embedding.num_embeddings
+            known = input_ids < rows
+            embedded = self.token_embedding(torch.where(known, input_ids, 0))
+            vectors = F.embedding(torch.where(known, 0, input_ids - rows), learned.to(embedded))
+            embedded = torch.where(known[..., None], embedded, vectors)
         return embedded + self.position_embedding.weight[: input_ids.shape[1]]
 
 
@@ -143,14 +150,18 @@ class CLIPText(nn.Module):
             else nn.Linear(config.width, config.projection, bias=False)
         )
 
-    def forward(self, input_ids: Tensor) -> CLIPOutput:
-        """Encode ids (B, N) int64, N at most `config.max_tokens`; UsageError beyond."""
+    def forward(self, input_ids: Tensor, learned: Tensor | None = None) -> CLIPOutput:
+        """Encode ids (B, N) int64, N at most `config.max_tokens`; UsageError beyond.
+
+        learned: (V, D), the vectors of the ids from `config.vocab_size` on (textual inversion; Gal
+        et al. 2022, arXiv:2208.01618).
+        """
         if input_ids.shape[1] > self.config.max_tokens:
             raise UsageError(
                 f"{input_ids.shape[1]} tokens were given to a text encoder that knows "
                 f"{self.config.max_tokens}; shorten the text"
             )
-        hidden = self.encoder(self.embeddings(input_ids))
+        hidden = self.encoder(self.embeddings(input_ids, learned))
         last = self.final_layer_norm(hidden[-1])
         rows = torch.arange(
             last.shape[0], device=last.device
@@ -162,5 +173,6 @@ class CLIPText(nn.Module):
     def _end_of_text(self, input_ids: Tensor) -> Tensor:
         """Return the position (B,) of the first end-of-text token."""
         eos = self.config.eos_token_id
-        marks = input_ids if eos == OLD_EOS_TOKEN_ID else input_ids == eos
+        known = torch.where(input_ids < self.config.vocab_size, input_ids, 0)
+        marks = known if eos == OLD_EOS_TOKEN_ID else known == eos
         return marks.int().argmax(dim=-1)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from fastsd.config import ScheduleConfig
 from fastsd.errors import UsageError
 from fastsd.samplers import schedule as plans
@@ -219,6 +221,8 @@ def build_table(
     sampler: str | None = None,
     eta: float = 0.0,
     start: int = 0,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> StepTable:
@@ -227,6 +231,8 @@ def build_table(
     sampler: a name or alias; None takes the schedule's. A sigma spacing in the name wins.
     eta: DDIM's noise, 0 to 1; the others do not read it.
     start: steps left out at the noisy end (img2img: ``steps - int(steps * strength)``).
+    denoising_start, denoising_end: between 0 and 1, where another model hands over to this one and
+    this one to another (SDXL's base and refiner); with the former, start is not read.
     timesteps, sigmas: the levels to walk in place of the schedule's, for samplers that accept them;
     sigmas list the end too. steps is then their number, or None.
     UsageError for anything out of range.
@@ -249,6 +255,8 @@ def build_table(
         )
     plan = kind.plan(schedule, n, **given)
     start = _whole("start", start, 0, n - 1)
+    if denoising_start is not None:
+        start = _start_below(kind, plan, _cutoff("denoising_start", denoising_start, schedule))
     orders = _orders(name, schedule, plan, start)
     plan = replace(
         plan.take(range(start, plan.n)),
@@ -256,7 +264,35 @@ def build_table(
         prediction=schedule.prediction,
         eta=float(eta),
     )
-    return assemble(plan, kind.solve(plan))
+    table = assemble(plan, kind.solve(plan))
+    if denoising_end is None:
+        return table
+    # Whole steps: a row belongs to the timestep at which its step began.
+    began = table.timesteps[np.searchsorted(table.steps, table.steps)]
+    rows = int((began >= _cutoff("denoising_end", denoising_end, schedule)).sum())
+    if not rows:
+        raise UsageError(
+            f"nothing is left to do between denoising_start={denoising_start} and "
+            f"denoising_end={denoising_end} in {n} steps; move them apart or ask for more steps"
+        )
+    return table.first(rows)
+
+
+def _cutoff(what: str, value: float, schedule: ScheduleConfig) -> int:
+    """Return the training timestep at which one model hands over to the next, as in diffusers."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+        raise UsageError(f"{what} must lie between 0 and 1, not {value!r}; None walks all of it")
+    return round(schedule.train_steps - float(value) * schedule.train_steps)
+
+
+def _start_below(kind: Sampler, plan: Plan, cutoff: int) -> int:
+    """Return the first step that begins below `cutoff`."""
+    start = int((plan.t[: plan.n] >= cutoff).sum())
+    if start == plan.n:
+        raise UsageError(
+            f"no step is left below timestep {cutoff}; lower denoising_start or ask for more steps"
+        )
+    return start
 
 
 def _levels(

@@ -86,6 +86,14 @@ class StepTable:
         """Number of tensors that the state holds beside x."""
         return int(self.b.shape[1]) - 1
 
+    def first(self, rows: int) -> StepTable:
+        """Return the same run broken off after `rows` rows."""
+        cut = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in cut.items():
+            if name != "init_scale":
+                cut[name] = value[: rows + 1] if name == "levels" else value[:rows]
+        return StepTable(**cut)
+
     @property
     def known(self) -> Array:
         """(R, 2): the level (alpha, sigma) at which a known picture replaces x after each row.

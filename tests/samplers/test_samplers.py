@@ -76,6 +76,11 @@ def test_the_schedules_sampler_is_used() -> None:
         ({"start": 20}, "start must be a whole number from 0 to 19, not 20"),
         ({"start": -1}, "from 0 to 19, not -1"),
         ({"start": 0.5}, "from 0 to 19, not 0.5"),
+        ({"denoising_end": 0}, "denoising_end must lie between 0 and 1, not 0"),
+        ({"denoising_start": 1}, "denoising_start must lie between 0 and 1, not 1"),
+        ({"denoising_start": "x"}, "denoising_start must lie between"),
+        ({"denoising_start": 0.999}, "no step is left below timestep 1"),
+        ({"denoising_start": 0.6, "denoising_end": 0.4}, "nothing is left to do"),
         ({"eta": 1.5}, "eta must be from 0 to 1, not 1.5"),
         ({"eta": float("nan")}, "eta must be from 0 to 1, not nan"),
         ({"eta": "0"}, "eta must be from 0 to 1, not '0'"),
@@ -101,6 +106,25 @@ def test_the_schedules_sampler_is_used() -> None:
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         build_table(SCHEDULE, **{"steps": 20, **arguments})
+
+
+@pytest.mark.parametrize("handover", [0.2, 0.5, 0.83])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "pndm"])
+def test_two_stages_share_the_steps(sampler: str, handover: float) -> None:
+    """The second table walks on from where the first stops; no step is cut in two or left out.
+
+    (PLMS makes the first step of either stage twice.)
+    """
+    whole = build_table(SCHEDULE, 20, sampler=sampler)
+    first = build_table(SCHEDULE, 20, sampler=sampler, denoising_end=handover)
+    second = build_table(SCHEDULE, 20, sampler=sampler, denoising_start=handover)
+    assert first.rows + second.rows == whole.rows
+    np.testing.assert_array_equal(first.levels[-1], second.levels[0])
+    np.testing.assert_array_equal(second.levels, whole.levels[first.rows :])
+    np.testing.assert_array_equal(first.A, whole.A[: first.rows])
+    assert second.timesteps[0] < round(1000 * (1 - handover)) <= first.timesteps[0]
+    if SAMPLERS[sampler].order == 1 or sampler == "heun":  # no history to lose
+        np.testing.assert_array_equal(second.b, whole.b[first.rows :])
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "lcm"])
