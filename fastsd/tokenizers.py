@@ -5,9 +5,11 @@ Gives the ids of transformers' CLIPTokenizer. Reads and writes a tokenizer's fol
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
@@ -32,6 +34,8 @@ _DEFAULTS = {
     "unk_token": "<|endoftext|>",
     "pad_token": "<|endoftext|>",
 }
+# Pairs to merge, best first (clip_merges.LICENSE says where they come from).
+_MERGES = Path(__file__).with_name("clip_merges.txt.gz")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -105,6 +109,14 @@ class CLIPTokenizer:
             added=[*added, *specials.values()],
             max_tokens=max_tokens if isinstance(max_tokens, int) and max_tokens < 1 << 20 else 77,
         )
+
+    @classmethod
+    def standard(cls, specials: Mapping[str, str] = _DEFAULTS) -> CLIPTokenizer:
+        """Build OpenAI CLIP's own tokenizer, 49,408 tokens, which every Stable Diffusion shares.
+
+        specials: where they differ from CLIP's. OpenCLIP's pad_token is "!".
+        """
+        return cls(*_standard_vocabulary(), specials=specials)
 
     def with_learned(self, learned: Mapping[str, int], *, first: int) -> CLIPTokenizer:
         """Return a tokenizer that knows these learned words and no others.
@@ -216,6 +228,19 @@ class CLIPTokenizer:
                 "errors": "replace",
             },
         )
+
+
+@cache
+def _standard_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Unpack CLIP's vocabulary and merges."""
+    merges = gzip.decompress(_MERGES.read_bytes()).decode("utf-8").splitlines()
+    pairs = [(a, b) for a, b in (merge.split(" ") for merge in merges)]
+    # bytes by their printable stand-ins, in the order of the bytes that need none, then others
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = [*map(chr, plain), *(chr(256 + i) for i in range(256 - len(plain)))]
+    words = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in pairs)]
+    tokens = [*words, _DEFAULTS["bos_token"], _DEFAULTS["eos_token"]]
+    return {token: i for i, token in enumerate(tokens)}, pairs
 
 
 def _build(

@@ -216,3 +216,20 @@ def test_spoilt_folders_are_explained(
 def test_tokenizers_is_imported_on_first_use_only() -> None:
     code = "import sys, fastsd.tokenizers; sys.exit('tokenizers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("pad", [EOS, "!"])
+def test_the_standard_vocabulary_is_clips(pad: str, tmp_path: Path) -> None:
+    """Published ids of CLIP's own tokenizer; and transformers, given the files, agrees."""
+    tokenizer = CLIPTokenizer.standard({"pad_token": pad})
+    assert (tokenizer.size, tokenizer.bos, tokenizer.eos) == (49408, 49406, 49407)
+    assert tokenizer.pad == (0 if pad == "!" else 49407)
+    known = {
+        "a photo of a cat": [320, 1125, 539, 320, 2368],
+        "hello world": [3306, 1002],
+        "a diagram": [320, 22697],
+    }
+    for text, ids in known.items():
+        assert [*tokenizer([text]).ids[0][: len(ids) + 2]] == [49406, *ids, 49407]
+    tokenizer.save(tmp_path)
+    assert encode(reference(tmp_path), NASTY).tolist() == tokenizer(NASTY).ids.tolist()

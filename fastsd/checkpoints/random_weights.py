@@ -9,12 +9,10 @@ part and what the caller keeps.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastsd.checkpoints.weights import empty_module
-from fastsd.config import PRESETS, CLIPConfig, ModelConfig
+from fastsd.config import PRESETS, ModelConfig
 from fastsd.errors import UsageError
-from fastsd.tokenizers import CLIPTokenizer
 
 PREFIX = "random:"
 NAMES = tuple(f"{PREFIX}{preset}" for preset in PRESETS)
@@ -77,22 +74,3 @@ def _numbers(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if not matrix and name.endswith(".weight"):
         numbers += np.float32(1)
     return numbers
-
-
-def random_tokenizers(config: ModelConfig, words: Path) -> tuple[CLIPTokenizer, ...]:
-    """Return a tokenizer for each text encoder: the vocabulary in folder `words`, with the ids that
-    begin and end a text where the encoder expects them."""
-    vocab = json.loads((words / "vocab.json").read_text("utf-8"))
-    lines = (words / "merges.txt").read_text("utf-8").splitlines()
-    merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines[1:])]
-    return tuple(_tokenizer(vocab, merges, encoder) for encoder in config.text_encoders)
-
-
-def _tokenizer(
-    vocab: dict[str, int], merges: list[tuple[str, str]], encoder: CLIPConfig
-) -> CLIPTokenizer:
-    eos = encoder.eos_token_id
-    moved = {**vocab, "<|startoftext|>": eos - 1, "<|endoftext|>": eos}
-    if max(moved.values()) >= encoder.vocab_size:
-        raise UsageError(f"a text encoder of {encoder.vocab_size} tokens is too small")
-    return CLIPTokenizer(moved, merges, max_tokens=encoder.max_tokens)
