@@ -8,6 +8,7 @@ Knows no torch, no file and no weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fastsd.errors import UsageError
 
@@ -112,7 +113,11 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """An AutoencoderKL (Rombach et al. 2022); latents are (z - shift) * scale of what it gives."""
+    """An AutoencoderKL (Rombach et al. 2022); latents are (z - shift) * scale of what it gives.
+
+    blocks: residual blocks a level, from the finest, of a tiny autoencoder (TAESD), which has no
+    norms, attention or distribution; None: an AutoencoderKL.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -128,6 +133,7 @@ class VAEConfig:
     quant_conv: bool = True
     post_quant_conv: bool = True
     force_upcast: bool = False
+    blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for width in self.widths:
@@ -153,6 +159,8 @@ class ScheduleConfig:
     solvers end on.
     order: the multistep order where the sampler has a choice; None takes the sampler's own.
     original_steps: the teacher's step count that LCM skips through.
+    steps, guidance, timesteps: what a model distilled to few steps was made for, and so is drawn
+    with where nothing else is asked; None for others.
     """
 
     train_steps: int = 1000
@@ -171,6 +179,9 @@ class ScheduleConfig:
     order: int | None = None
     lower_order_final: bool = True
     original_steps: int = 50
+    steps: int | None = None
+    guidance: float | None = None
+    timesteps: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_one_of("prediction type", self.prediction, PREDICTIONS)
@@ -266,4 +277,48 @@ SDXL = ModelConfig(
     zero_empty_negative=True,
 )
 
-PRESETS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
+# The second stage: SDXL's larger text encoder alone, and a score of beauty for the target size.
+SDXL_REFINER = ModelConfig(
+    family="sdxl-refiner",
+    text_encoders=SDXL.text_encoders[1:],
+    unet=replace(
+        SDXL.unet,
+        widths=(384, 768, 1536, 1536),
+        depths=(0, 4, 4, 0),
+        mid_depth=4,
+        heads=(6, 12, 24, 24),
+        context_width=1280,
+        size_ids=5,
+    ),
+    vae=SDXL.vae,
+    schedule=SDXL.schedule,
+    text_layer=-2,
+)
+
+
+def _few(sampler: str, steps: int, spacing: str = "trailing", **rest: Any) -> dict[str, Any]:
+    options = {"sampler": sampler, "steps": steps, "spacing": spacing, "guidance": 0.0}
+    return options | {"sigma_spacing": "schedule"} | rest
+
+
+# How models distilled to few steps are sampled, as their makers say (the values of ScheduleConfig
+# that differ): Luo et al. 2023 (LCM), Sauer et al. 2023 (Turbo), Lin et al. 2024 (Lightning), Ren
+# et al. 2024 (Hyper). Folders are told by their configs; single files and LoRAs carry no mark.
+FEW_STEPS: dict[str, dict[str, Any]] = {
+    "lcm": _few("lcm", 4, "leading", guidance=1.0),
+    "sd-turbo": _few("euler", 1),
+    "sdxl-turbo": _few("euler_a", 1),
+    "lightning-1": _few("euler", 1, prediction="x0"),
+    **{f"lightning-{n}": _few("euler", n) for n in (2, 4, 8)},
+    "hyper-1": _few("lcm", 1, "leading", timesteps=(800.0,)),
+    **{f"hyper-{n}": _few("ddim", n) for n in (2, 4, 8)},
+}
+
+
+def sampled_as(config: ModelConfig, preset: str) -> ModelConfig:
+    """Return `config` sampled as a row of FEW_STEPS says. Raises UsageError for an unknown one."""
+    _require_one_of("preset", preset, tuple(FEW_STEPS))
+    return replace(config, schedule=replace(config.schedule, **FEW_STEPS[preset]))
+
+
+PRESETS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sdxl-refiner": SDXL_REFINER}

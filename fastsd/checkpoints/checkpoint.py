@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -14,33 +15,49 @@ import torch
 from torch import nn
 
 from fastsd.checkpoints import hub
-from fastsd.checkpoints.layout import Layout, check_present, read_layout, weight_files
-from fastsd.checkpoints.random_weights import PREFIX, preset, random_module, random_tokenizers
-from fastsd.checkpoints.weights import empty_module, load_module, read_header
-from fastsd.config import ModelConfig
+from fastsd.checkpoints.layout import (
+    Layout,
+    check_present,
+    read_layout,
+    read_vae_folder,
+    weight_files,
+)
+from fastsd.checkpoints.random_weights import PREFIX, preset, random_module
+from fastsd.checkpoints.single import part_names, read_single, read_vae_file
+from fastsd.checkpoints.weights import Use, empty_module, load_module, read_header
+from fastsd.config import FEW_STEPS, CLIPConfig, ModelConfig, sampled_as
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.models.clip import CLIPText
+from fastsd.models.tiny_vae import TinyVAE
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.tokenizers import CLIPTokenizer
 
+log = logging.getLogger("fastsd")
+
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
 BUILTIN = Path(__file__).resolve().parent.parent / "builtin"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
 class PartFiles:
-    """Where a part's weights are: one safetensors file, its shards, or none for random weights."""
+    """Where a part's weights are: one safetensors file, its shards, or none for random weights.
+
+    uses: what the part makes of each key of a file that holds other parts too; None: all are its.
+    """
 
     weights: tuple[Path, ...]
+    uses: Mapping[str, tuple[Use, ...]] | None = None
 
 
 @final
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in the diffusers layout, read but for its weights.
+    """A folder in the diffusers layout or a single file, read but for its weights.
 
-    parts: text_encoder, text_encoder_2 (SDXL), unet, vae; passed_over: components not used.
+    parts: text_encoder, text_encoder_2 (SDXL), unet, vae; passed_over: components or keys not used.
+    tokenizer_folders: one for each text encoder; none: CLIP's own vocabulary.
     """
 
     path: Path
@@ -52,9 +69,20 @@ class Checkpoint:
     @cached_property
     def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
         """One for each text encoder. Raises CheckpointError."""
-        if not self.tokenizer_folders:
-            return random_tokenizers(self.config, BUILTIN / "tokenizer")
-        return tuple(CLIPTokenizer.from_folder(folder) for folder in self.tokenizer_folders)
+        if self.tokenizer_folders:
+            return tuple(CLIPTokenizer.from_folder(folder) for folder in self.tokenizer_folders)
+        return tuple(self._standard_tokenizer(text) for text in self.config.text_encoders)
+
+    def _standard_tokenizer(self, text: CLIPConfig) -> CLIPTokenizer:
+        # OpenCLIP, known by its exact GELU, pads with the first token: "!"
+        pad = {"pad_token": "!"} if text.activation == "gelu" else {}
+        tokenizer = CLIPTokenizer.standard(pad)
+        if tokenizer.size != text.vocab_size:
+            raise CheckpointError(
+                f"{self.path} has a text encoder of {text.vocab_size} tokens, CLIP's own "
+                f"vocabulary has {tokenizer.size}: give the folder of its tokenizer with tokenizer="
+            )
+        return tokenizer
 
     def load(
         self, part: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
@@ -68,7 +96,7 @@ class Checkpoint:
         build, files = self.builders[part], self.parts[part]
         if not files.weights:
             return random_module(part, build, dtype=dtype, device=device)
-        return load_module(part, build, files.weights, dtype=dtype, device=device)
+        return load_module(part, build, files.weights, dtype=dtype, device=device, uses=files.uses)
 
     @property
     def builders(self) -> dict[str, Callable[[], nn.Module]]:
@@ -78,7 +106,7 @@ class Checkpoint:
             "text_encoder": lambda: CLIPText(config.text_encoders[0]),
             "text_encoder_2": lambda: CLIPText(config.text_encoders[1]),
             "unet": lambda: UNet(config.unet),
-            "vae": lambda: VAE(config.vae),
+            "vae": lambda: VAE(config.vae) if config.vae.blocks is None else TinyVAE(config.vae),
         }
 
 
@@ -87,18 +115,56 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    prediction: str | None = None,
+    preset: str | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     local_files_only: bool | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Checkpoint:
-    """Open "builtin", a folder in the diffusers layout, or a hub id such as "owner/name".
+    """Open "builtin", a folder in the diffusers layout, a single file, or a hub id: "owner/name".
 
     "random:sd15", "random:sd21" and "random:sdxl" are true architectures with random weights.
 
-    variant: "fp16" reads the files that carry it in their names. The rest is for hub ids: revision
-    is a branch, tag or commit; local_files_only=None uses the cache where it has all files, and
-    downloads otherwise. Raises CheckpointError or UsageError.
+    variant: "fp16" reads the files that carry it in their names. prediction: "eps", "v" or "x0",
+    where the checkpoint does not say or is wrong. preset: a name of config.FEW_STEPS, such as
+    "lightning-4", for a model distilled to few steps that does not say so. vae: another VAE, or a
+    tiny autoencoder, in the VAE's place: a folder with its config.json or a file. tokenizer: a
+    folder with one, or with the folders tokenizer and tokenizer_2; a single file holds none, and
+    CLIP's own vocabulary fits all but few.
+    The rest is for hub ids: revision is a branch, tag or commit; local_files_only=None uses the
+    cache where it has all files, and downloads otherwise. Raises CheckpointError or UsageError.
     """
+    checkpoint = _opened(
+        model,
+        revision=revision,
+        variant=variant,
+        prediction=prediction,
+        local_files_only=local_files_only,
+        token=token,
+        cache_dir=cache_dir,
+    )
+    config = checkpoint.config
+    if prediction is not None and prediction != config.schedule.prediction:
+        config = replace(config, schedule=replace(config.schedule, prediction=prediction))
+    if preset is not None:
+        config = sampled_as(config, preset)
+    elif config.schedule.steps is None and isinstance(model, (str, Path)):
+        _hint(Path(model).name)
+    checkpoint = replace(checkpoint, config=config)
+    if vae is not None:
+        checkpoint = _with_vae(checkpoint, Path(vae), variant)
+        config = checkpoint.config
+    if tokenizer is None:
+        return checkpoint
+    folders = _tokenizer_folders(Path(tokenizer), len(config.text_encoders))
+    return replace(checkpoint, config=config, tokenizer_folders=folders)
+
+
+def _opened(
+    model: str | Path, *, variant: str | None, prediction: str | None, **hub_options: Any
+) -> Checkpoint:
     if not isinstance(model, (str, Path)) or not str(model):
         raise UsageError(f"a model is a folder or a hub id, not {model!r}")
     if variant is not None and not re.fullmatch(r"\w+", variant):
@@ -109,23 +175,17 @@ def open_checkpoint(
     if _exists(folder) and folder.is_dir():
         return _open(folder, variant)
     if _exists(folder):
-        raise CheckpointError(
-            f"{folder} is a single file; reading those comes later. Give a folder in the diffusers "
-            "layout: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
-        )
+        return _open_file(folder, prediction)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"{str(model)!r} is no folder here, and not a hub id either (owner/name)"
+            f"{str(model)!r} is no folder or file here, and not a hub id either (owner/name)"
         )
 
     return hub.fetch(
         model,
         lambda folder: _open(folder, variant),
-        revision=revision,
         variant=variant,
-        local_files_only=local_files_only,
-        token=token,
-        cache_dir=cache_dir,
+        **hub_options,
     )
 
 
@@ -153,7 +213,13 @@ def _exists(path: Path) -> bool:
 
 def _open(folder: Path, variant: str | None) -> Checkpoint:
     layout = read_layout(folder)
-    parts = {part: PartFiles(weight_files(folder, part, variant)) for part in layout.parts}
+    names = iter(part_names(len(layout.config.text_encoders)))  # a refiner's only one is the second
+    parts = {
+        next(names) if part.startswith("text_encoder") else part: PartFiles(
+            weight_files(folder, part, variant)
+        )
+        for part in layout.parts
+    }
     for files in parts.values():
         check_present(files.weights)
     return _described(folder, layout, parts)
@@ -162,9 +228,72 @@ def _open(folder: Path, variant: str | None) -> Checkpoint:
 def _described(folder: Path, layout: Layout, parts: dict[str, PartFiles]) -> Checkpoint:
     tokenizers = tuple(folder / name for name in layout.tokenizers)
     for tokenizer in tokenizers:
-        if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        if not _holds_tokenizer(tokenizer):
             raise CheckpointError(f"{tokenizer} holds no tokenizer; the folder is not complete")
     return Checkpoint(folder, layout.config, parts, tokenizers, layout.passed_over)
+
+
+def _open_file(file: Path, prediction: str | None) -> Checkpoint:
+    single = read_single(file, prediction=prediction)
+    parts = {part: PartFiles((file,), uses) for part, uses in single.uses.items()}
+    return Checkpoint(file, single.config, parts, (), single.passed_over)
+
+
+def _with_vae(checkpoint: Checkpoint, path: Path, variant: str | None) -> Checkpoint:
+    """Put another VAE in its place; of a file, whose shapes do not tell, the scale stays."""
+    files: PartFiles
+    if path.is_dir():
+        vae, weights = read_vae_folder(path, variant)
+        check_present(weights)
+        files = PartFiles(weights)
+    else:
+        vae, uses = read_vae_file(path, checkpoint.config.vae)
+        files = PartFiles((path,), uses)
+    if vae.latent_channels != checkpoint.config.vae.latent_channels:
+        raise CheckpointError(
+            f"{path} has latents of {vae.latent_channels} channels, the model's have "
+            f"{checkpoint.config.vae.latent_channels}: it belongs to another family"
+        )
+    return replace(
+        checkpoint,
+        config=replace(checkpoint.config, vae=vae),
+        parts={**checkpoint.parts, "vae": files},
+    )
+
+
+_FEW_STEPS_NAME = re.compile(r"(lightning|hyper|turbo|lcm)(?:.*?(\d+)[-_ ]?steps?)?", re.I)
+
+
+def _hint(name: str) -> None:
+    """Say how to draw with what, by its name, may be distilled to few steps; a name proves none."""
+    found = _FEW_STEPS_NAME.search(name)
+    if found:
+        kind, steps = found[1].lower(), found[2]
+        near = [p for p in FEW_STEPS if kind in p and (not steps or p.endswith(f"-{steps}"))]
+        log.warning(
+            "by its name %s may be a %s model, and its file does not say so; if it is, give "
+            "preset= (--preset), one of %s",
+            name,
+            kind,
+            ", ".join(near or [p for p in FEW_STEPS if kind in p]),
+        )
+
+
+def _tokenizer_folders(folder: Path, count: int) -> tuple[Path, ...]:
+    """Find a tokenizer for each text encoder: each its own, or one for all."""
+    own = [path for name in _TOKENIZERS if _holds_tokenizer(path := folder / name)]
+    if len(own) >= count:
+        return tuple(own[:count])
+    if not _holds_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt, "
+            "there or in its folders tokenizer and tokenizer_2"
+        )
+    return (folder,) * count
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -185,7 +314,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _describe_part(files: PartFiles) -> dict[str, Any]:
-    tensors = [info for file in files.weights for info in read_header(file).values()]
+    tensors = [
+        info
+        for file in files.weights
+        for key, info in read_header(file).items()
+        if files.uses is None or key in files.uses
+    ]
     dtypes: Counter[str] = Counter()
     for info in tensors:
         dtypes[info.dtype] += info.count
@@ -193,7 +327,9 @@ def _describe_part(files: PartFiles) -> dict[str, Any]:
         "files": [file.name for file in files.weights],
         "tensors": len(tensors),
         "parameters": sum(info.count for info in tensors),
-        "size_bytes": sum(file.stat().st_size for file in files.weights),
+        "size_bytes": sum(file.stat().st_size for file in files.weights)
+        if files.uses is None
+        else sum(info.size_bytes for info in tensors),
         "dtypes": dict(dtypes),
     }
 

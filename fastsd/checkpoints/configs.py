@@ -108,6 +108,27 @@ _VAE = Options(
 )
 
 
+_SIDES = ("encoder", "decoder")
+_TINY_VAE = Options(
+    {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "encoder_block_out_channels": [64, 64, 64, 64],
+        "decoder_block_out_channels": [64, 64, 64, 64],
+        "num_encoder_blocks": [1, 3, 3, 3],
+        "num_decoder_blocks": [3, 3, 3, 1],
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    },
+    {
+        "act_fn": Choice("relu"),
+        "upsample_fn": Choice("nearest"),
+        "upsampling_scaling_factor": Choice(2),
+    },
+)
+
+
 def read_clip(config: dict[str, Any], *, projected: bool) -> CLIPConfig:
     """Read a text encoder's config; projected: whether its class has a projection."""
     if config.get("model_type") == "clip" and "text_config" in config:
@@ -229,8 +250,10 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
     )
 
 
-def read_vae(config: dict[str, Any]) -> VAEConfig:
-    """Read an AutoencoderKL's config."""
+def read_vae(config: dict[str, Any], *, tiny: bool = False) -> VAEConfig:
+    """Read an AutoencoderKL's config; tiny: an AutoencoderTiny's."""
+    if tiny:
+        return _read_tiny_vae(config)
     option = _VAE.read(config)
     return VAEConfig(
         in_channels=option["in_channels"],
@@ -249,8 +272,45 @@ def read_vae(config: dict[str, Any]) -> VAEConfig:
     )
 
 
+def _read_tiny_vae(config: dict[str, Any]) -> VAEConfig:
+    option = _TINY_VAE.read(config)
+    encoder, decoder = (tuple(option[f"{side}_block_out_channels"]) for side in _SIDES)
+    blocks = tuple(option["num_encoder_blocks"])
+    if len(blocks) != len(encoder) or {*encoder, *decoder} != {encoder[0]}:
+        raise CheckpointError(f"widths {encoder}, {decoder} must all be one, one for each level")
+    if decoder != encoder or tuple(option["num_decoder_blocks"]) != blocks[::-1]:
+        raise CheckpointError("its decoder must mirror its encoder")
+    return VAEConfig(
+        in_channels=option["in_channels"],
+        out_channels=option["out_channels"],
+        latent_channels=option["latent_channels"],
+        widths=encoder,
+        blocks=blocks,
+        norm_groups=1,
+        scale=option["scaling_factor"],
+        shift=option["shift_factor"] or 0.0,
+        mid_attention=False,
+        quant_conv=False,
+        post_quant_conv=False,
+    )
+
+
 def write_vae(config: VAEConfig) -> dict[str, Any]:
-    """Return the config.json of an AutoencoderKL."""
+    """Return the config.json of an AutoencoderKL, or of an AutoencoderTiny."""
+    if config.blocks is not None:
+        widths = list(config.widths)
+        return {"_class_name": "AutoencoderTiny"} | _TINY_VAE.write(
+            {
+                "in_channels": config.in_channels,
+                "out_channels": config.out_channels,
+                "latent_channels": config.latent_channels,
+                **{f"{side}_block_out_channels": widths for side in _SIDES},
+                "num_encoder_blocks": list(config.blocks),
+                "num_decoder_blocks": list(config.blocks[::-1]),
+                "scaling_factor": config.scale,
+                "shift_factor": config.shift,
+            }
+        )
     levels = len(config.widths)
     return (
         {"_class_name": "AutoencoderKL"}
@@ -314,10 +374,10 @@ def _pooled(option: dict[str, Any], pooled_width: int | None) -> dict[str, int]:
             "projection_class_embeddings_input_dim and a text encoder with a projection"
         )
     size_ids, rest = divmod(inner - pooled_width, size_width)
-    if rest or size_ids != 6:
+    if rest or size_ids not in (5, 6):
         raise CheckpointError(
             f"projection_class_embeddings_input_dim = {inner} does not hold a pooled text of width "
-            f"{pooled_width} and six sizes of {size_width}; SDXL refiners are not supported"
+            f"{pooled_width} and six sizes (a refiner: five) of {size_width}"
         )
     return {"pooled_width": pooled_width, "size_ids": size_ids, "size_width": size_width}
 

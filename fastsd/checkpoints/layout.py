@@ -49,7 +49,7 @@ COMPONENTS: dict[str, tuple[str, ...] | None] = {
     "tokenizer": _TOKENIZERS,
     "tokenizer_2": _TOKENIZERS,
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "scheduler": tuple(SCHEDULERS),
     "safety_checker": None,
     "feature_extractor": None,
@@ -83,19 +83,19 @@ def read_layout(folder: Path) -> Layout:
     with _explained(folder / INDEX):
         kind = _pipeline_kind(index)
         classes = _classes(index)
-        tokenizers = ("tokenizer", "tokenizer_2") if kind.sdxl else ("tokenizer",)
-        encoders = ("text_encoder", "text_encoder_2") if kind.sdxl else ("text_encoder",)
+        refines = kind.sdxl and "text_encoder" not in classes
+        encoders = ["text_encoder_2" if refines else "text_encoder"]
+        if kind.sdxl and not refines:
+            encoders.append("text_encoder_2")
+        tokenizers = tuple(name.replace("text_encoder", "tokenizer") for name in encoders)
         for name in (*encoders, *tokenizers, "unet", "vae", "scheduler"):
             if name not in classes:
-                raise CheckpointError(
-                    f"it has no {name}, which a {index['_class_name']} needs"
-                    + ("; SDXL refiners are not supported" if kind.sdxl else "")
-                )
+                raise CheckpointError(f"it has no {name}, which a {index['_class_name']} needs")
     texts = [_read_text(folder / name / "config.json", classes[name]) for name in encoders]
     with _explained(path := folder / "unet" / "config.json"):
         unet = read_unet(_config(path), pooled_width=texts[-1].projection)
     with _explained(path := folder / "vae" / "config.json"):
-        vae = read_vae(_config(path))
+        vae = read_vae(_config(path), tiny=classes["vae"] == "AutoencoderTiny")
         if not kind.sdxl:  # whose pipeline alone heeds it; the class's default is True
             vae = replace(vae, force_upcast=False)
     with _explained(path := folder / "scheduler" / "scheduler_config.json"):
@@ -103,7 +103,7 @@ def read_layout(folder: Path) -> Layout:
     with _explained(folder):
         check_channels(unet, vae)
         config = ModelConfig(
-            family=_family(kind, texts[0]),
+            family="sdxl-refiner" if refines else _family(kind, texts[0]),
             text_encoders=tuple(texts),
             unet=unet,
             vae=vae,
@@ -112,11 +112,29 @@ def read_layout(folder: Path) -> Layout:
             zero_empty_negative=kind.sdxl and index.get("force_zeros_for_empty_prompt", True),
         )
     return Layout(
-        config,
+        _few_steps(config),
         parts=(*encoders, "unet", "vae"),
         tokenizers=tokenizers,
         passed_over=tuple(name for name in classes if COMPONENTS[name] is None),
     )
+
+
+def _few_steps(config: ModelConfig) -> ModelConfig:
+    """Recognise a distilled model by its schedule, and give it the steps and guidance it is for.
+
+    LCM has its own scheduler; one whose UNet is told the guidance weight is told 8.5 by default.
+    Turbo is trained at 512 pixels, predicts noise and spaces its steps from the trailing end.
+    """
+    schedule = config.schedule
+    if schedule.sampler == "lcm":
+        guidance = 8.5 if config.unet.guidance_width else 1.0
+        return replace(config, schedule=replace(schedule, steps=4, guidance=guidance))
+    small = config.unet.sample_size == 64 and config.family in ("sd2", "sdxl")
+    trailing = schedule.spacing == "trailing" and not schedule.zero_terminal_snr
+    eps = schedule.prediction == "eps"
+    if small and trailing and eps and schedule.sampler in ("euler", "euler_a"):
+        return replace(config, schedule=replace(schedule, steps=1, guidance=0.0))
+    return config
 
 
 def check_channels(unet: UNetConfig, vae: VAEConfig) -> None:
@@ -132,6 +150,22 @@ def check_channels(unet: UNetConfig, vae: VAEConfig) -> None:
             f"its UNet takes {given} channels and its VAE gives {latents}: neither a model that "
             f"draws ({latents}) nor one that inpaints ({2 * latents + 1})"
         )
+
+
+def read_vae_folder(folder: Path, variant: str | None) -> tuple[VAEConfig, tuple[Path, ...]]:
+    """Read a folder that holds a VAE alone, or a model's folder vae: its config and its weights."""
+    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+        folder = folder / "vae"
+    path = folder / "config.json"
+    with _explained(path):
+        config = read_json(path)
+        kind = config.get("_class_name")
+        if kind not in (COMPONENTS["vae"] or ()):
+            raise CheckpointError(f"its class is {kind!r}, not {COMPONENTS['vae']}")
+        vae = read_vae(config, tiny=kind == "AutoencoderTiny")
+    infix = f".{variant}" if variant else ""
+    file = folder / f"{STEMS['vae']}{infix}.safetensors"
+    return vae, (file if file.is_file() else folder / f"{STEMS['vae']}.safetensors",)
 
 
 def weight_files(folder: Path, part: str, variant: str | None) -> tuple[Path, ...]:
@@ -164,8 +198,6 @@ def _pipeline_kind(index: dict[str, Any]) -> PipelineKind:
         raise CheckpointError(f"_class_name {name!r} names code of the checkpoint's own; not run")
     if name not in PIPELINES:
         raise CheckpointError(f"pipeline {name!r} is not supported, only {', '.join(PIPELINES)}")
-    if index.get("requires_aesthetics_score"):
-        raise CheckpointError("it is an SDXL refiner: not supported")
     return PIPELINES[name]
 
 
@@ -247,7 +279,7 @@ def _no_index(folder: Path) -> str:
     message = f"{folder} has no {INDEX}: it is not a model in the diffusers layout"
     single = [name for name in names if name.endswith((".safetensors", *_PICKLES))]
     if single:
-        message += f"; single files such as {single[0]} are not supported yet"
+        message += f"; if {single[0]} holds a whole model, give that file"
     return message
 
 

@@ -66,6 +66,30 @@ class TensorInfo:
         return self.count * _ITEM_BITS[self.dtype] // 8
 
 
+@dataclass(frozen=True)
+class Use:
+    """How a module takes a file's tensor: as its `name`, whole, transposed or a third of its rows.
+
+    third: which of three matrices that are stacked in their rows (OpenCLIP's q, k, v).
+    """
+
+    name: str
+    third: int | None = None
+    transposed: bool = False
+
+    def shape(self, given: tuple[int, ...]) -> tuple[int, ...]:
+        """Return what a tensor of shape `given` becomes."""
+        if self.third is not None:
+            return (given[0] // 3, *given[1:])
+        return given[::-1] if self.transposed else given
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as the module takes it, a view where that is contiguous."""
+        if self.third is not None:
+            return tensor.chunk(3)[self.third]
+        return tensor.t().contiguous() if self.transposed else tensor
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read what a safetensors file holds: name -> dtype and shape, from its first bytes alone.
 
@@ -93,6 +117,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path}: its safetensors header is garbage: {error}") from None
     header.pop("__metadata__", None)
     return _checked_header(path, header, size, data_start=8 + length)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the free text that a safetensors file may carry; call `read_header` first."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        metadata = json.loads(file.read(length)).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _checked_header(
@@ -161,8 +193,12 @@ def load_module(
     *,
     dtype: torch.dtype,
     device: str | torch.device,
+    uses: Mapping[str, tuple[Use, ...]] | None = None,
 ) -> nn.Module:
     """Build a module without weights and give it the tensors of `files`, for inference.
+
+    uses: what the part makes of each key, of a file that holds other parts too; None: all keys are
+    the part's, by their names in the diffusers layout.
 
     Tensors that are already of `dtype` on the CPU stay mapped from the file: nothing is copied.
     Every key is used exactly once; a 1x1 convolution and a linear layer pass for each other.
@@ -170,49 +206,63 @@ def load_module(
     """
     module = empty_module(build)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    plan = match(part, expected, {file: read_header(file) for file in files})
+    plan = match(part, expected, {file: read_header(file) for file in files}, uses)
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
-                for name, key in plan[file].items():
-                    tensor = opened.get_tensor(key).reshape(expected[name])
+                for name, (key, use) in plan[file].items():
+                    tensor = use.of(opened.get_tensor(key)).reshape(expected[name])
                     if tensor.data_ptr() % tensor.element_size():
                         tensor = tensor.clone()  # headers of odd length misalign the data
-                    weights[name] = tensor.to(device=device, dtype=dtype)
+                    weights[name] = _finite(tensor.to(device=device, dtype=dtype), file, key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
 
 
+def _finite(tensor: Tensor, file: Path, key: str) -> Tensor:
+    """Return the tensor, or refuse it for NaN or infinity: its sum, in fp32 or more, shows both."""
+    total = tensor.sum(dtype=None if tensor.dtype == torch.float64 else torch.float32)
+    if not torch.isfinite(total):
+        raise CheckpointError(
+            f"{file}: {key} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}: "
+            "the file is damaged, or its numbers do not fit this precision; get it again, or take "
+            "a higher precision"
+        )
+    return tensor
+
+
 def match(
     part: str,
     expected: Mapping[str, tuple[int, ...]],
     headers: Mapping[Path, Mapping[str, TensorInfo]],
-) -> dict[Path, dict[str, str]]:
-    """Pair the names that a module expects with the keys that files hold: file -> {name: key}.
+    uses: Mapping[str, tuple[Use, ...]] | None = None,
+) -> dict[Path, dict[str, tuple[str, Use]]]:
+    """Pair the names that a module expects with the keys that files hold.
+
+    Returns file -> name -> the key, and how it is used.
 
     Raises CheckpointError unless each name has one key of its shape and no key is left over.
     """
-    plan: dict[Path, dict[str, str]] = {file: {} for file in headers}
+    plan: dict[Path, dict[str, tuple[str, Use]]] = {file: {} for file in headers}
     unexpected, repeated, misshapen = [], [], []
     found: set[str] = set()
     for file, header in headers.items():
         for key, info in header.items():
-            name = canonical(part, key)
-            if name in LEFTOVERS:
-                continue
-            if name not in expected:
-                unexpected.append(key)
-            elif name in found:
-                repeated.append(key)
-            elif _matrix(info.shape) != _matrix(expected[name]):
-                misshapen.append(f"{key} is {info.shape}, expected {expected[name]}")
-            elif info.dtype not in WEIGHT_DTYPES:
-                misshapen.append(f"{key} is {info.dtype}, expected {' or '.join(WEIGHT_DTYPES)}")
-            found.add(name)
-            plan[file][name] = key
+            for use in _own(part, key) if uses is None else uses.get(key, ()):
+                name = use.name
+                if name not in expected:
+                    unexpected.append(key)
+                elif name in found:
+                    repeated.append(key)
+                elif _matrix(use.shape(info.shape)) != _matrix(expected[name]):
+                    misshapen.append(f"{key} is {info.shape}, expected {expected[name]}")
+                elif info.dtype not in WEIGHT_DTYPES:
+                    misshapen.append(f"{key} is {info.dtype}, not {' or '.join(WEIGHT_DTYPES)}")
+                found.add(name)
+                plan[file][name] = key, use
     missing = [name for name in expected if name not in found]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"
@@ -232,6 +282,12 @@ def match(
             f"Keys {'; '.join(problems)}. By its keys it is {guess(keys)}"
         )
     return plan
+
+
+def _own(part: str, key: str) -> tuple[Use, ...]:
+    """How a part takes a key of its own file."""
+    name = canonical(part, key)
+    return () if name in LEFTOVERS else (Use(name),)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
