@@ -46,6 +46,7 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
         name: (str, name)
         for name in ("prompt_2", "negative_prompt", "negative_prompt_2", "sampler")
     },
+    "lora": (list, None),
     **{name: (list, name) for name in ("timesteps", "sigmas", "original_size", "target_size")},
     "crops_coords_top_left": (list, "crops_coords_top_left"),
     **{name: (_NUMBER, name) for name in ("strength", "guidance_rescale", "denoising_end")},
@@ -56,6 +57,8 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     **{name: (str, None) for name in DIGESTS},
     "embeddings": (dict, None),
 }
+# What is given to from_pretrained.
+LOADING = ("backend", "precision", "device", "prediction", "preset", "vae", "tokenizer")
 # What it says besides, for people and other tools.
 REMARKS = {"versions", "sampler_title", "schedule_type", "not_recorded"}
 
@@ -171,12 +174,16 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="builtin, a folder in the diffusers layout or of an exported engine, a hub id, or "
-            "random:sd15, random:sd21, random:sdxl: random weights, to time. [default: builtin]"
+            help="builtin, a folder in the diffusers layout or of an exported engine, a single "
+            ".safetensors file, a hub id, or random:sd15, random:sd21, random:sdxl: random "
+            "weights, to time. [default: builtin]"
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: 20]")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Sampling steps. [default: 20, or what a distilled model is made for]"),
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -276,6 +283,26 @@ def generate(
             "--trust-native", help="Run an engine's machine code although you did not export it."
         ),
     ] = False,
+    prediction: Annotated[
+        str | None, typer.Option(help="eps or v, for a file that does not say: SD 2.x.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="How a model distilled to few steps is sampled, where it does not say: "
+            "lightning-4, hyper-8, sdxl-turbo, lcm, ..."
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Another VAE, or a tiny one (TAESD): a folder or a file.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to draw with; may be given again."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its folder, for a file whose vocabulary is not CLIP's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures; print the path of each, or with --json all that was told to draw it."""
@@ -304,8 +331,13 @@ def generate(
         "backend": backend,
         "precision": precision,
         "device": device,
+        "prediction": prediction,
+        "tokenizer": tokenizer,
+        "preset": preset,
+        "vae": vae,
+        "lora": lora or None,
     }
-    settings: dict[str, Any] = {"model": "builtin", "steps": 20, "seed": secrets.randbelow(2**32)}
+    settings: dict[str, Any] = {"model": "builtin", "seed": secrets.randbelow(2**32)}
     if again:
         settings |= _recorded(again)
     else:
@@ -368,9 +400,10 @@ def _recorded(picture: Path) -> dict[str, Any]:
         kind = RECORDED[name][0]
         parts: Sequence[Any] = value if isinstance(value, list) else ()
         words: Mapping[str, Any] = value if isinstance(value, dict) else {}
+        entry = str if name == "lora" else _NUMBER
         if (
             not isinstance(value, kind)
-            or not all(isinstance(part, _NUMBER) for part in parts)
+            or not all(isinstance(part, entry) for part in parts)
             or not all(isinstance(word, str) for word in words.values())
         ):
             raise UsageError(f"{picture} says that its {name} is {value!r}: its data was changed")
@@ -424,7 +457,7 @@ def _draw(
     from fastsd import Pipeline
     from fastsd.images import read_image
 
-    load = {name: settings[name] for name in ("backend", "precision", "device") if name in settings}
+    load = {name: settings[name] for name in LOADING if name in settings}
     call = {name: settings[k] for k, (_, name) in RECORDED.items() if name and k in settings}
     for name, _ in DIGESTS.values():  # before the model: a wrong name must not wait for it
         if settings.get(name) is not None:
@@ -432,6 +465,9 @@ def _draw(
     pipe = Pipeline.from_pretrained(
         settings["model"], sampler=settings.get("sampler"), trust_native=trust_native, **load
     )
+    if pipe.config.schedule.steps is None:
+        call.setdefault("num_inference_steps", 20)
+    _load_loras(pipe, settings.get("lora") or [])
     for path in settings.get("embedding", ()):
         pipe.load_textual_inversion(path)
     told = "\n".join([*texts, settings.get("negative_prompt", "")]).lower()
@@ -442,6 +478,21 @@ def _draw(
         part = slice(start, start + batch)
         output = pipe(list(texts[part]), seed=list(seeds[part]), **call)
         yield from zip(output.images, output.metadata, strict=True)
+
+
+def _load_loras(pipe: Any, given: Sequence[str]) -> None:
+    """Load FILE:WEIGHT after FILE:WEIGHT and turn all on together."""
+    strengths = {}
+    for i, text in enumerate(given):
+        file, colon, weight = text.rpartition(":")
+        try:
+            strength = float(weight) if colon else 1.0
+        except ValueError:  # a colon of the path's own
+            file, strength = text, 1.0
+        pipe.load_lora_weights(file if colon else text, adapter_name=f"lora_{i}")
+        strengths[f"lora_{i}"] = strength
+    if strengths:
+        pipe.set_adapters(list(strengths), list(strengths.values()))
 
 
 # --- export --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 
 import fastsd
 from fastsd import tasks
+from fastsd.adapters import Adapters
 from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends import ENGINES, PRECISIONS, Backend, open_artifact, open_backend
 from fastsd.checkpoints import (
@@ -29,6 +31,7 @@ from fastsd.checkpoints import (
     Embedding,
     open_checkpoint,
     open_description,
+    open_lora,
     read_embedding,
 )
 from fastsd.engine import Denoiser, Loops, Run, check_finite, explained_memory_errors
@@ -57,6 +60,7 @@ _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call
 INSTEAD = {
     "callback": "use callback_on_step_end",
     "callback_steps": "use callback_on_step_end, which is called after every step",
+    "cross_attention_kwargs": "set how strongly LoRAs act with set_adapters, between calls",
     "custom_pipeline": "code from a checkpoint is never run; drop it",
     "device_map": "choose the device with device=",
     "enable_attention_slicing": _MEMORY_EFFICIENT,
@@ -65,7 +69,10 @@ INSTEAD = {
     "enable_sequential_cpu_offload": "lower the need with precision='fp16' or a smaller size",
     "enable_vae_slicing": "pass batch_invariant=True, which decodes one picture at a time",
     "enable_vae_tiling": "lower the need with a smaller height and width",
+    "fuse_lora": "LoRAs are always merged into the weights; drop the call",
+    "unfuse_lora": "unload_lora_weights takes LoRAs out of the weights, to the last bit",
     "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
+    "original_config": "a single file's family is recognised from its tensors; drop it",
     "scheduler": "choose it by name with sampler=, as listed by `fastsd samplers`",
     "trust_remote_code": "code from a checkpoint is never run; drop it",
 }
@@ -149,6 +156,8 @@ class Pipeline:
         self._backend = self._open_backend(backend, precision, _device(device))
         self._loops = Loops(self._backend)
 
+        self._adapters = Adapters()
+
     @classmethod
     def from_pretrained(
         cls,
@@ -161,6 +170,10 @@ class Pipeline:
         trust_native: bool = False,
         revision: str | None = None,
         variant: str | None = None,
+        prediction: str | None = None,
+        preset: str | None = None,
+        vae: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         local_files_only: bool | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
@@ -172,13 +185,19 @@ class Pipeline:
         requires_safety_checker: bool = False,
         **unknown: object,
     ) -> Pipeline:
-        """Load a model: "builtin", a folder in the diffusers layout, a hub id, or an exported
-        engine's folder, which brings its backend and precision with it.
+        """Load a model: "builtin", a folder in the diffusers layout, a single file, a hub id, or an
+        exported engine's folder, which brings its backend and precision with it.
 
         sampler: a name or alias from `fastsd samplers`; None takes the checkpoint's own.
         backend, precision: None takes "eager" and "fp32", the exact path; fp16 and bf16 are faster
         on GPUs.
         device: "cpu", "cuda", …; None takes a GPU where there is one.
+        prediction: "eps", "v" or "x0" where a file does not say (Stable Diffusion 2.x) or is wrong.
+        preset: "lightning-4", "hyper-8", "sdxl-turbo", "lcm", … (config.FEW_STEPS): how to sample a
+        model distilled to few steps whose file does not say so, or one that a LoRA makes such.
+        vae: another VAE in place of the model's, a folder or a file; a tiny autoencoder (TAESD)
+        decodes some 100 times as fast.
+        tokenizer: a folder with one, for the rare single file whose vocabulary is not CLIP's.
         dtype (or torch_dtype), use_safetensors, safety_checker=None: as diffusers scripts have
         them.
         trust_native: load an exported engine that holds native code although you did not export it.
@@ -192,6 +211,15 @@ class Pipeline:
             raise UsageError("only safetensors are loaded; drop use_safetensors=False")
         artifact = None
         if is_artifact(model):
+            changes = {
+                "prediction": prediction,
+                "preset": preset,
+                "vae": vae,
+                "tokenizer": tokenizer,
+            }
+            for name, given in changes.items():
+                if given is not None:
+                    raise UsageError(f"an engine has its {name} built in; leave {name} out")
             artifact = Artifact.open(model, trust_native=trust_native)
             checkpoint = open_description(artifact.path)
         else:
@@ -199,19 +227,28 @@ class Pipeline:
                 model,
                 revision=revision,
                 variant=variant,
+                prediction=prediction,
+                preset=preset,
+                vae=vae,
+                tokenizer=tokenizer,
                 local_files_only=local_files_only,
                 cache_dir=cache_dir,
                 token=token,
             )
         return cls(
             checkpoint,
-            name=Path(model).name if Path(model).is_dir() else str(model),
+            name=Path(model).name if Path(model).exists() else str(model),
             sampler=sampler,
             backend=backend,
             precision=_precision(precision, dtype or torch_dtype),
             device=device,
             artifact=artifact,
         )
+
+    @classmethod
+    def from_single_file(cls, file: str | Path, **options: Any) -> Pipeline:
+        """Do what from_pretrained does, under the name that diffusers has for single files."""
+        return cls.from_pretrained(file, **options)
 
     @property
     def device(self) -> torch.device:
@@ -224,7 +261,7 @@ class Pipeline:
         return self._backend.dtype
 
     def to(self, *targets: str | torch.device | torch.dtype) -> Pipeline:
-        """Move to a device, a dtype or both, and return the pipeline itself. Not during a call."""
+        """Move to a device, a dtype or both, and return the pipeline itself. Waits for calls."""
         name, device = self._backend.name, self._backend.device
         precision: str | None = self._backend.precision
         for target in targets:
@@ -233,9 +270,11 @@ class Pipeline:
             else:
                 device = _device(target)
         if (device, precision) != (self._backend.device, self._backend.precision):
-            opened = self._open_backend(name, precision, device)
-            self._backend.close()
-            self._backend = opened
+            with self._adapters.rebound() as new:
+                opened = self._open_backend(name, precision, device)
+                self._backend.close()
+                self._backend = opened
+                new.append(opened)
         return self
 
     def _open_backend(
@@ -256,6 +295,66 @@ class Pipeline:
                     f"{fixed!r}; leave {what} out, or export again"
                 )
         return open_artifact(self.artifact, self.config, device=device)
+
+    def load_lora_weights(
+        self,
+        source: str | Path | Mapping[str, Tensor],
+        *,
+        weight_name: str | None = None,
+        adapter_name: str | None = None,
+        **hub_options: Any,
+    ) -> None:
+        """Load a LoRA and turn it on, alone and at weight 1, as in diffusers; see set_adapters.
+
+        source: a safetensors file of kohya's, PEFT's or diffusers' making, a folder or hub id that
+        holds one (weight_name says which), or a dict of tensors. Weights are changed in place, once
+        no call uses them: a call, in whatever thread, sees one set of them from start to end.
+        hub_options: revision, token, cache_dir, local_files_only.
+        Raises CheckpointError, with nothing changed, for one that does not fit the model.
+        """
+        name = adapter_name or _free_name(self._adapters.loaded)
+        parts = self.checkpoint.parts or ("unet",)  # an engine's description has no weights
+        weights = {part: self._backend.weights(part) for part in parts}
+        lora = open_lora(source, self.config, weights, weight_name=weight_name, **hub_options)
+        self._adapters.load(name, lora, self._backend)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
+    ) -> None:
+        """Turn these adapters on, at these weights, and all others off."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        strengths = _listed_numbers(adapter_weights, len(names))
+        if len(strengths) != len(names) or len(set(names)) != len(names):
+            raise UsageError(
+                f"{len(names)} adapters ({', '.join(names)}) were given {len(strengths)} weights; "
+                "give each once, with one weight, or one weight for all"
+            )
+        self._adapters.set(dict(zip(names, strengths, strict=True)), self._backend)
+
+    def unload_lora_weights(self) -> None:
+        """Forget every adapter: the weights are the checkpoint's again, bit for bit."""
+        self._adapters.drop(None, self._backend)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget these adapters; others that are on stay so."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._adapters.drop(names, self._backend)
+
+    def disable_lora(self) -> None:
+        """Turn every adapter off; they stay loaded."""
+        self._adapters.set({}, self._backend)
+
+    def enable_lora(self) -> None:
+        """Turn every loaded adapter on, at weight 1."""
+        self._adapters.set(dict.fromkeys(self._adapters.loaded, 1.0), self._backend)
+
+    def get_active_adapters(self) -> list[str]:
+        """Name the adapters that are on."""
+        return list(self._adapters.active)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Name the loaded adapters of each part that they change."""
+        return self._adapters.by_part()
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Pass `config` on to tqdm, e.g. disable=True."""
@@ -346,7 +445,7 @@ class Pipeline:
         outpaint: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         denoising_start: float | None = None,
@@ -397,7 +496,9 @@ class Pipeline:
         prompt_syntax: "plain" reads prompts as diffusers does, to the letter and cut at 77 tokens;
         "weighted" as AUTOMATIC1111's web UI does: (word:1.3), [word], BREAK, any length.
         batch_invariant: run one picture at a time inside, for the same bits whatever the batch.
-        guidance_scale: None takes 7.5, or 5.0 for SDXL; 1 or less draws without guidance.
+        num_inference_steps: None takes 50, or what a distilled model was made for.
+        guidance_scale: None takes 7.5, or 5.0 for SDXL, or what a distilled model was made for; 1
+        or less draws without guidance.
         height, width: pixels, multiples of the VAE's factor (8); None takes the image's size, or
         the model's own. Pictures are resized to them.
         latents: (B, C, height / 8, width / 8), standard normal numbers to start from.
@@ -438,6 +539,10 @@ class Pipeline:
         for name in callback_on_step_end_tensor_inputs:
             _check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
         size = self._size(height, width) if source is None else source.size(self.config)
+        if num_inference_steps is None:
+            if sigmas is None and timesteps is None:
+                timesteps = self.config.schedule.timesteps
+            num_inference_steps = self.config.schedule.steps or 50
         steps = _count_steps(num_inference_steps, timesteps, sigmas)
         strength = self._strength(strength, source, denoising_start)
         table = self._table(
@@ -452,7 +557,8 @@ class Pipeline:
         )
         seeds, generators = _generators(seed, generator, prompts.batch * count)
 
-        with explained_memory_errors(f"pictures of {size[1]}x{size[0]}"):
+        memory = explained_memory_errors(f"pictures of {size[1]}x{size[0]}")
+        with memory, self._adapters.in_use() as loras:
             call = Call(
                 self,
                 table,
@@ -504,13 +610,16 @@ class Pipeline:
             "crops_coords_top_left": _numbers(crops_coords_top_left),
             "target_size": _numbers(target_size),
             "batch_invariant": batch_invariant,
+            "lora": [f"{title}:{weight:g}" for title, weight in loras.items()] or None,
             "not_recorded": [name for name, value in own_objects.items() if value is not None],
         }
         return Output(images, self._metadata(prompts, count, seeds, settings, source, vocabulary))
 
     def _default_guidance(self, source: Source | None) -> float:
+        if self.config.schedule.guidance is not None:
+            return self.config.schedule.guidance
         inpaints = source is not None and source.mask is not None
-        return 5.0 if self.config.family == "sdxl" and not inpaints else 7.5
+        return 5.0 if self.config.family.startswith("sdxl") and not inpaints else 7.5
 
     def _source(
         self,
@@ -884,6 +993,19 @@ def _generators(
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise UsageError(f"a seed must be a whole number from 0 to 2**63 - 1, not {value!r}")
     return seeds, [torch.Generator("cpu").manual_seed(value) for value in seeds]
+
+
+def _free_name(taken: Mapping[str, object]) -> str:
+    """Name an adapter as diffusers does: default_0, default_1, …"""
+    return next(name for i in itertools.count() if (name := f"default_{i}") not in taken)
+
+
+def _listed_numbers(given: float | Sequence[float], count: int) -> list[float]:
+    """Return one finite number each."""
+    numbers = list(given) if isinstance(given, Sequence) else [given] * count
+    for number in numbers:
+        _check_number("an adapter's weight", number)
+    return [float(number) for number in numbers]
 
 
 def _numbers(given: Sequence[float] | None) -> list[float] | None:

@@ -24,7 +24,7 @@ ORDER = (
     ("models",),
     ("checkpoints", "quant"),
     ("backends",),
-    ("engine",),
+    ("engine", "adapters"),
     ("tasks",),
     ("pipeline",),
     ("quality",),

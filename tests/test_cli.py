@@ -366,7 +366,7 @@ def test_an_unwritable_place_is_refused_before_drawing(
         ({"seed": "1"}, "its seed is '1'"),
         ({"steps": [1]}, "its steps is"),
         ({"timesteps": ["x"]}, "its timesteps is"),
-        ({"lora": "x"}, "does not know"),
+        ({"controlnet": "x"}, "does not know"),
         ({"sigmas": [1.0, None]}, "its sigmas is"),
         ({"not_recorded": ["latents"]}, "['latents'] of its own"),
         ({"prompt": None}, "a prompt is missing"),

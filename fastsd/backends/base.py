@@ -45,7 +45,8 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 class Backend(ABC):
     """Runs the parts of one checkpoint at one precision on one device.
 
-    Weights never change after construction, so every part may be called from many threads at once.
+    No part changes its weights, so every part may be called from many threads at once. Who changes
+    them through `weights` sees to it that no part runs meanwhile (fastsd.adapters).
     """
 
     name: str
@@ -76,6 +77,16 @@ class Backend(ABC):
     def memory_bytes(self) -> int:
         """How much of the device's memory is taken; 0 where that is not known."""
         return 0
+
+    def weights(self, part: str) -> Mapping[str, torch.Tensor]:
+        """Return the live weights of a checkpoint's part by name, to be changed in place.
+
+        Raises UsageError where they cannot be, as in engines that were compiled with them.
+        """
+        raise UsageError(
+            f"the {self.name} backend's weights are fixed when it is built: adapters need "
+            f"backend='eager' (asked for {part})"
+        )
 
     def close(self) -> None:  # noqa: B027  (not abstract: most backends hold nothing to release)
         """Release what garbage collection would not."""

@@ -8,6 +8,7 @@ from fastsd.checkpoints.checkpoint import (
     open_description,
 )
 from fastsd.checkpoints.embeddings import Embedding, read_embedding
+from fastsd.checkpoints.lora import open_lora
 from fastsd.checkpoints.save import save_description, save_folder
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "describe",
     "open_checkpoint",
     "open_description",
+    "open_lora",
     "read_embedding",
     "save_description",
     "save_folder",

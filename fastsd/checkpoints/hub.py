@@ -74,6 +74,30 @@ def fetch(
     return opener(folder)
 
 
+def fetch_file(
+    repo_id: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+) -> Path:
+    """Return one file of a repository, from the cache if it is there. Raises CheckpointError."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if local_files_only is not False:
+        cached = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        if local_files_only:
+            raise CheckpointError(f"the cache has no {name} of {repo_id!r}")
+    with _explained(repo_id, revision):
+        return Path(
+            hf_hub_download(repo_id, name, revision=revision, token=token, cache_dir=cache_dir)
+        )
+
+
 def _cached(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> Path:
     """Return the folder of the commit that the cache has for a revision, complete or not."""
     from huggingface_hub import try_to_load_from_cache

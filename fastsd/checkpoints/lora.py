@@ -1,0 +1,303 @@
+"""LoRA files: low-rank changes to weights, in kohya's names, PEFT's and diffusers' older ones.
+
+    W' = W + weight * (alpha / rank) * up @ down          Hu et al. 2021; alpha absent: rank
+
+Knows names and shapes; who keeps the weights and changes them is fastsd.adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastsd.checkpoints import hub
+from fastsd.checkpoints.keys import canonical, guess
+from fastsd.checkpoints.ldm import unet_map
+from fastsd.checkpoints.weights import WEIGHT_DTYPES, read_header, read_metadata
+from fastsd.config import PRESETS, ModelConfig
+from fastsd.errors import CheckpointError, UsageError
+from fastsd.files import read_json
+
+Target = tuple[str, str]  # a part and the name of one of its weights
+Weights = Mapping[str, Mapping[str, Tensor]]  # part -> name -> weight
+
+# How a key ends -> what it holds. After the first group that fits comes the module's name.
+_ENDINGS = (
+    (re.compile(r"\.lora_down\.weight$|\.lora_A(\.default)?\.weight$"), "down"),
+    (re.compile(r"\.lora_up\.weight$|\.lora_B(\.default)?\.weight$"), "up"),
+    (re.compile(r"(\.lora|_lora|\.lora_linear_layer)\.down\.weight$"), "down"),
+    (re.compile(r"(\.lora|_lora|\.lora_linear_layer)\.up\.weight$"), "up"),
+    (re.compile(r"\.alpha$"), "alpha"),
+)
+# What a key holds -> the kind of adapter it belongs to, which is not a LoRA or not only one.
+OTHER_KINDS = {
+    r"\.hada_w": "a LoHa of LyCORIS",
+    r"\.lokr_w": "a LoKr of LyCORIS",
+    r"\.oft_": "an OFT of LyCORIS",
+    r"\.on_input$": "an IA3 of LyCORIS",
+    r"\.lora_mid\.": "a Tucker LoCon of LyCORIS",
+    r"\.a1\.weight$": "a GLoRA of LyCORIS",
+    r"\.diff(_b)?$": "a difference of whole weights, of LyCORIS",
+    r"\.[wb]_norm$": "norms of LyCORIS",
+    r"\.dora_scale$|\.lora_magnitude_vector": "a DoRA",
+    r"\.lora_B\.bias$": "a LoRA with biases",
+    r"\.lora_embedding_": "a LoRA of embeddings",
+}
+_KOHYA = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_DOTTED = ("unet", "text_encoder_2", "text_encoder")
+_OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+# a cross-attention's keys or values, whose input is the text
+_TEXT_READER = re.compile(r"attn2[._](processor\.)?to_[kv](_lora|\.lora)?[._](lora_)?(down|A)\b")
+_USUAL_NAME = "pytorch_lora_weights.safetensors"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Delta:
+    """scale * up @ down, a change to a weight taken as a matrix (out, rest).
+
+    up: (out, rank); down: (rank, rest), both fp32.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """title: what to call it, e.g. the file's name. deltas: a change for each weight it touches."""
+
+    title: str
+    deltas: Mapping[Target, Delta]
+
+
+def read_lora(
+    source: Path | Mapping[str, Tensor], config: ModelConfig, weights: Weights, *, title: str
+) -> LoRA:
+    """Read a LoRA for a model of `config` whose `weights` it is to change.
+
+    source: a safetensors file, or a dict of tensors as such a file would hold. Every key is used;
+    every pair fits its weight. Raises CheckpointError naming what does not, and what it may be for.
+    """
+    if isinstance(source, Path):
+        tensors, settings = _read_file(source)
+    else:
+        tensors, settings = dict(source), {}
+    for mark, kind in OTHER_KINDS.items():
+        found = next((key for key in tensors if re.search(mark, key)), None)
+        if found is not None:
+            raise CheckpointError(f"{title} is {kind} ({found}), which is not supported, only LoRA")
+    pairs, unknown = _pair(tensors, _Names(config, weights))
+    if unknown:
+        shown = ", ".join(unknown[:_SHOWN]) + (", …" if len(unknown) > _SHOWN else "")
+        raise CheckpointError(
+            f"{title} does not fit this {config.family} model: {len(unknown)} of its "
+            f"{len(tensors)} keys name nothing in it ({shown}). {_made_for(tensors)}"
+        )
+    if not pairs:
+        raise CheckpointError(f"{title} holds nothing")
+    deltas = {
+        target: _delta(title, target, pair, weights[target[0]][target[1]], settings, tensors)
+        for target, pair in pairs.items()
+    }
+    return LoRA(title, deltas)
+
+
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a file's tensors, and what its metadata or adapter_config.json say of ranks."""
+    for key, info in read_header(file).items():
+        if info.dtype not in WEIGHT_DTYPES and not key.endswith(".alpha"):
+            raise CheckpointError(f"{file}: {key} is {info.dtype}, not {', '.join(WEIGHT_DTYPES)}")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    beside = file.with_name("adapter_config.json")
+    if beside.is_file():
+        return tensors, read_json(beside)
+    text = read_metadata(file).get("lora_adapter_metadata")
+    try:
+        settings = json.loads(text) if text else {}
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: its lora_adapter_metadata is not a JSON object")
+    return tensors, settings
+
+
+class _Names:
+    """Which weight a module's name means, whoever wrote it."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.modules = {
+            part: {name.removesuffix(".weight") for name, weight in own.items() if weight.ndim > 1}
+            for part, own in weights.items()
+        }
+        # kohya joins a module's name with underscores: in ours, or (SDXL) in the original layout's
+        self._flat = {
+            part: {module.replace(".", "_"): module for module in modules}
+            for part, modules in self.modules.items()
+        }
+        unet = config.unet
+        names = unet_map([depth > 0 for depth in unet.depths], unet.layers_per_level)
+        for module in self.modules.get("unet", ()):
+            original = names.original(f"{module}.weight")
+            if original:
+                flat = original.removesuffix(".weight").replace(".", "_")
+                self._flat["unet"][flat] = module
+
+    def target(self, module: str) -> Target | None:
+        """Return the part and the weight's name, or None."""
+        found = self._kohya(module) if module.startswith("lora_") else self._dotted(module)
+        return (found[0], f"{found[1]}.weight") if found else None
+
+    def _kohya(self, module: str) -> tuple[str, str] | None:
+        for prefix, part in _KOHYA.items():
+            if module.startswith(prefix):
+                flat = module.removeprefix(prefix).removeprefix("text_model_")
+                ours = self._flat.get(part, {}).get(flat)
+                return (part, ours) if ours else None
+        return None
+
+    def _dotted(self, module: str) -> tuple[str, str] | None:
+        module = module.removeprefix("base_model.model.")
+        for part in _DOTTED:
+            if module.startswith(f"{part}."):
+                return self._in_part(part, module.removeprefix(f"{part}."))
+        # a part saved alone does not say which it is
+        return next((found for p in _DOTTED if (found := self._in_part(p, module))), None)
+
+    def _in_part(self, part: str, module: str) -> tuple[str, str] | None:
+        name = canonical(part, module).replace(".processor.", ".")
+        stem, _, leaf = name.rpartition(".")
+        forms = [name, f"{name}.0"]  # to_out, a list of one
+        if leaf in _OLD_NAMES:
+            forms.append(f"{stem}.{_OLD_NAMES[leaf]}")
+        known = self.modules.get(part, set())
+        return next(((part, form) for form in forms if form in known), None)
+
+
+def _pair(
+    tensors: Mapping[str, Tensor], names: _Names
+) -> tuple[dict[Target, dict[str, str]], list[str]]:
+    """Gather target -> {down, up, alpha: key}; and the keys that name no weight of the model."""
+    pairs: dict[Target, dict[str, str]] = {}
+    unknown = []
+    for key in tensors:
+        found = next(
+            ((key[: match.start()], kind) for end, kind in _ENDINGS if (match := end.search(key))),
+            None,
+        )
+        target = names.target(found[0]) if found else None
+        if found is None or target is None or found[1] in pairs.get(target, {}):
+            unknown.append(key)
+        else:
+            pairs.setdefault(target, {})[found[1]] = key
+    return pairs, unknown
+
+
+def _delta(
+    title: str,
+    target: Target,
+    pair: Mapping[str, str],
+    weight: Tensor,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> Delta:
+    name = ".".join(target)
+    if not {"up", "down"} <= pair.keys():
+        raise CheckpointError(f"{title} has only {', '.join(pair.values())} for {name}")
+    up, down = (tensors[pair[side]].float().flatten(1) for side in ("up", "down"))
+    rank, wanted = down.shape[0], (weight.shape[0], math.prod(weight.shape[1:]))
+    if up.shape[1] != rank or (up.shape[0], down.shape[1]) != wanted:
+        raise CheckpointError(
+            f"{title} does not fit: it changes {name} by {tuple(up.shape)} @ {tuple(down.shape)}, "
+            f"which is not {wanted}. {_made_for(tensors)}"
+        )
+    if "alpha" in pair:
+        scale = float(tensors[pair["alpha"]]) / rank
+    else:
+        scale = _scale(settings, *target, rank)
+    total = up.sum() + down.sum()
+    if not torch.isfinite(total) or not math.isfinite(scale):
+        raise CheckpointError(f"{title} holds NaN or infinity for {name}: the file is damaged")
+    return Delta(up, down, scale)
+
+
+def _scale(settings: Mapping[str, Any], part: str, name: str, rank: int) -> float:
+    """Return alpha / rank as PEFT's settings have it, of all parts ("unet.lora_alpha") or one."""
+    prefix = f"{part}." if any(key.startswith(f"{part}.") for key in settings) else ""
+    alpha = settings.get(f"{prefix}lora_alpha")
+    module = name.removesuffix(".weight")
+    for pattern, value in (settings.get(f"{prefix}alpha_pattern") or {}).items():
+        if module == pattern or module.endswith(f".{pattern}"):
+            alpha = value
+    if alpha is None:
+        return 1.0
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise CheckpointError(f"the LoRA's lora_alpha is {alpha!r}, not a number")
+    return alpha / (math.sqrt(rank) if settings.get(f"{prefix}use_rslora") else rank)
+
+
+def _made_for(tensors: Mapping[str, Tensor]) -> str:
+    """Say which family a LoRA's cross-attention reads the text of."""
+    widths = {
+        tensor.shape[1]
+        for key, tensor in tensors.items()
+        if tensor.ndim > 1 and _TEXT_READER.search(key)
+    }
+    families = [name for name, p in PRESETS.items() if p.unet.context_width in widths]
+    if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors):
+        families = ["sdxl"]
+    if families:
+        return f"It was made for {' or '.join(families)}"
+    return f"By its keys it is {guess(tensors)}"
+
+
+def open_lora(
+    source: str | Path | Mapping[str, Tensor],
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    weight_name: str | None = None,
+    **hub_options: Any,
+) -> LoRA:
+    """Open a LoRA: a file, a folder or hub id with one, or a dict of tensors. See `read_lora`."""
+    if isinstance(source, Mapping):
+        return read_lora(source, config, weights, title="the given tensors")
+    file = Path(source)
+    if file.is_dir():
+        file = _only_file(file, weight_name)
+    elif not file.exists() and isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        file = hub.fetch_file(source, weight_name or _USUAL_NAME, **hub_options)
+    elif not file.exists():
+        raise CheckpointError(f"{str(source)!r} is no LoRA file or folder here, and no hub id")
+    return read_lora(file, config, weights, title=file.name)
+
+
+def _only_file(folder: Path, name: str | None) -> Path:
+    """Return the LoRA file in `folder`: `name`, or the only safetensors file there."""
+    if name is not None:
+        return folder / name
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UsageError(
+            f"{folder} holds {len(files)} safetensors files; say which with weight_name="
+        )
+    return files[0]

@@ -1,0 +1,414 @@
+"""LoRAs: the pictures of diffusers with PEFT, exact removal, one set of weights a call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastsd.adapters import SharedLock
+from fastsd.backends import Backend
+from fastsd.errors import CheckpointError, FastsdError, UsageError
+from fastsd.pipeline import Pipeline
+from tests.checkpoints.loras import ATTENTION, EVERYTHING, kohya, old_diffusers, peft, write_lora
+
+CALL: dict[str, Any] = dict(num_inference_steps=3, height=64, width=64, guidance_scale=4.0)
+PROMPT = "a cat and a dog on a wooden table"
+
+
+@pytest.fixture(scope="module")
+def theirs(sd1_folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def theirs_xl(sdxl_folder: Path) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(sd1_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(sd1_folder)
+
+
+@pytest.fixture(autouse=True)
+def restored(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Take every adapter off diffusers' pipelines, which tests share."""
+    yield
+    for name in ("theirs", "theirs_xl"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).unload_lora_weights()
+
+
+def draw(pipe: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    picture = pipe(PROMPT, generator=generator, output_type="pt", **CALL).images
+    assert isinstance(picture, Tensor)
+    return picture
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return float(-10 * torch.log10(((a - b) ** 2).mean()))
+
+
+def digest(pipe: Pipeline) -> str:
+    """One hash of every weight of the model."""
+    total = hashlib.sha256()
+    for part in pipe.checkpoint.parts:
+        for name, weight in pipe._backend.weights(part).items():
+            total.update(name.encode() + weight.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+# --- against diffusers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        (kohya, {}),
+        (peft, {"rank": 3}),
+        (peft, {}),
+        (old_diffusers, {"kinds": ATTENTION, "rank": 2}),
+    ],
+    ids=["kohya", "peft", "peft-ranks", "old"],
+)
+def test_pictures_equal_diffusers(
+    form: Any, options: Any, pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    file = write_lora(tmp_path / "lora.safetensors", theirs, form, **options)
+    plain = draw(pipe)
+    pipe.load_lora_weights(file)
+    theirs.load_lora_weights(file)
+    ours = draw(pipe)
+    assert psnr(ours, draw(theirs)) > 80
+    assert psnr(ours, plain) < 35  # it did something
+
+
+@pytest.mark.parametrize("sgm", [False, True])
+def test_sdxl_pictures_equal_diffusers(
+    sgm: bool, sdxl_folder: Path, theirs_xl: Any, tmp_path: Path
+) -> None:
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    originals = dict(theirs_xl.unet.state_dict()) if sgm else None
+
+    def form(part: str, made: Any) -> Any:
+        return kohya(part, made, originals=originals)
+
+    kinds = ATTENTION if sgm else EVERYTHING
+    lora = tmp_path / "lora.safetensors"
+    # one rank: diffusers reads the text projection's as the others'
+    file = write_lora(lora, theirs_xl, form, parts=parts, kinds=kinds, rank=2)
+    assert any("input_blocks" in key for key in load_file(file)) == sgm
+    pipe = Pipeline.from_pretrained(sdxl_folder)
+    plain = draw(pipe)
+    pipe.load_lora_weights(file)
+    theirs_xl.load_lora_weights(file)
+    ours = draw(pipe)
+    assert psnr(ours, draw(theirs_xl)) > 80
+    assert psnr(ours, plain) < 40
+
+
+def test_each_layer_has_its_own_alpha(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
+    """W + alpha / rank up @ down; diffusers forgets attention's alphas where they differ."""
+
+    def form(part: str, made: Any) -> Any:
+        return kohya(part, made, alpha=lambda i: 0.5 + i)
+
+    before = {name: w.clone() for name, w in pipe._backend.weights("unet").items()}
+    file = write_lora(tmp_path / "lora.safetensors", theirs, form, parts=["unet"])
+    tensors, changed = load_file(file), 0
+    pipe.load_lora_weights(file)
+    for name, weight in pipe._backend.weights("unet").items():
+        flat = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        if f"{flat}.alpha" not in tensors:
+            assert torch.equal(weight, before[name])
+            continue
+        up, down = (tensors[f"{flat}.lora_{side}.weight"].flatten(1) for side in ("up", "down"))
+        scale = tensors[f"{flat}.alpha"] / len(down)
+        expected = before[name] + scale * (up @ down).view_as(weight)
+        torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-5)
+        changed += 1
+    assert 3 * changed == len(tensors)
+
+
+def test_ranks_and_alphas_of_pefts_own_settings(
+    pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    """alpha / rank from the metadata that diffusers writes, with a pattern for one layer."""
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    settings = {
+        "unet.r": 4,
+        "unet.lora_alpha": 10,
+        "unet.alpha_pattern": {layer: 2.0},
+        "unet.rank_pattern": {},
+        "unet.target_modules": ["to_q", "to_k"],
+    }
+    file = write_lora(
+        tmp_path / "lora.safetensors",
+        theirs,
+        peft,
+        parts=["unet"],
+        kinds=["to_q", "to_k"],
+        rank=4,
+        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(settings)},
+    )
+    pipe.load_lora_weights(file)
+    theirs.load_lora_weights(file)
+    assert psnr(draw(pipe), draw(theirs)) > 80
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_several_are_mixed_as_diffusers_mixes_them(
+    pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    files = [
+        write_lora(tmp_path / "a.safetensors", theirs, kohya, seed=1),
+        write_lora(tmp_path / "b.safetensors", theirs, peft, parts=["unet"], seed=2, rank=4),
+    ]
+    for either in (pipe, theirs):
+        for name, file in zip("ab", files, strict=True):
+            either.load_lora_weights(file, adapter_name=name)
+    assert pipe.get_active_adapters() == ["b"]
+    assert pipe.get_list_adapters() == theirs.get_list_adapters()
+    for names, weights in (("ab", [0.7, -0.4]), ("b", [1.5]), ("a", 0.5)):
+        for either in (pipe, theirs):
+            either.set_adapters(list(names), adapter_weights=weights)
+        assert pipe.get_active_adapters() == theirs.get_active_adapters() == list(names)
+        assert psnr(draw(pipe), draw(theirs)) > 80
+    metadata = pipe(PROMPT, seed=0, **CALL).metadata[0]
+    assert metadata["lora"] == ["a.safetensors:0.5"]
+
+
+# --- exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_then_b_then_none_is_none(
+    precision: str, sd1_folder: Path, theirs: Any, tmp_path: Path
+) -> None:
+    """Bit for bit, in the same memory, whatever was on before."""
+    pipe = Pipeline.from_pretrained(sd1_folder, precision=precision)
+    live = {part: dict(pipe._backend.weights(part)) for part in pipe.checkpoint.parts}
+    where = {(p, n): w.data_ptr() for p, own in live.items() for n, w in own.items()}
+
+    def digest_live() -> str:
+        total = hashlib.sha256()
+        for own in live.values():
+            for weight in own.values():
+                total.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+    none = digest_live()
+    a = write_lora(tmp_path / "a.safetensors", theirs, kohya, seed=1)
+    b = write_lora(tmp_path / "b.safetensors", theirs, peft, parts=["unet"], seed=2)
+    pipe.load_lora_weights(a, adapter_name="a")
+    only_a = digest_live()
+    assert only_a != none
+    pipe.load_lora_weights(b, adapter_name="b")
+    pipe.set_adapters(["a", "b"], [0.3, 2.0])
+    pipe.set_adapters("a")
+    assert digest_live() == only_a
+    pipe.disable_lora()
+    assert digest_live() == none
+    pipe.enable_lora()
+    pipe.delete_adapters("b")
+    assert digest_live() == only_a and pipe.get_active_adapters() == ["a"]
+    pipe.unload_lora_weights()
+    assert digest_live() == none
+    assert pipe.get_list_adapters() == {} and not pipe._adapters._originals
+    assert where == {(p, n): w.data_ptr() for p, own in live.items() for n, w in own.items()}
+
+
+def test_it_moves_with_the_pipeline(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
+    file = write_lora(tmp_path / "a.safetensors", theirs, kohya)
+    pipe.load_lora_weights(file)
+    changed = digest(pipe)
+    pipe.to(torch.bfloat16).to(torch.float32)
+    assert digest(pipe) == changed
+
+
+# --- refusals, with nothing changed ---------------------------------------------------------------
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+FIRST = "lora_unet_down_blocks_0_attentions_0_proj_in"
+
+
+def add(key: str) -> Change:
+    return lambda tensors: tensors | {key: torch.zeros(2, 2)}
+
+
+def poison(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors[f"{FIRST}.lora_up.weight"][0, 0] = float("nan")
+    return tensors
+
+
+def narrow(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    key = next(k for k in tensors if "attn2_to_k.lora_down" in k)
+    return tensors | {key: torch.zeros(tensors[key].shape[0], 768)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add(f"{FIRST}.hada_w1_a"), "LoHa"),
+        (add(f"{FIRST}.lokr_w1"), "LoKr"),
+        (add(f"{FIRST}.oft_blocks"), "OFT"),
+        (add(f"{FIRST}.diff"), "whole weights"),
+        (add(f"{FIRST}.lora_mid.weight"), "Tucker"),
+        (add(f"{FIRST}.dora_scale"), "DoRA"),
+        (add("lora_unet_nowhere.lora_down.weight"), "1 of its .* keys name nothing in it"),
+        (add("lora_te2_text_model_x.lora_up.weight"), "It was made for sdxl"),
+        (lambda t: t | {f"lora_unet_{i}.alpha": torch.ones(()) for i in range(10**5)}, "100000 of"),
+        (lambda t: {k: v for k, v in t.items() if k != f"{FIRST}.lora_up.weight"}, "has only"),
+        (poison, "NaN"),
+        (narrow, "does not fit.*made for sd15"),
+        (lambda t: {}, "holds nothing"),
+    ],
+)
+def test_what_is_not_a_lora_for_it(
+    change: Change, message: str, pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    good = write_lora(tmp_path / "good.safetensors", theirs, kohya)
+    bad = tmp_path / "bad.safetensors"
+    save_file(change(load_file(good)), bad)
+    before = digest(pipe)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        pipe.load_lora_weights(bad)
+    assert "bad.safetensors" in str(caught.value) and len(str(caught.value)) < 900
+    assert digest(pipe) == before and pipe.get_list_adapters() == {}
+
+
+def test_truncated_missing_and_ambiguous_files(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
+    good = write_lora(tmp_path / "good.safetensors", theirs, kohya)
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(good.read_bytes()[:-100])
+    for source, message in (
+        (half, "truncated"),
+        (tmp_path / "none.safetensors", "is no LoRA file"),
+        (tmp_path, "2 safetensors files; say which with weight_name="),
+    ):
+        with pytest.raises(FastsdError, match=message):
+            pipe.load_lora_weights(source)
+    pipe.load_lora_weights(tmp_path, weight_name="good.safetensors")
+    with pytest.raises(UsageError, match="loaded already"):
+        pipe.load_lora_weights(good, adapter_name="default_0")
+    with pytest.raises(UsageError, match="no adapter 'x' is loaded; there are default_0"):
+        pipe.set_adapters("x")
+    with pytest.raises(UsageError, match="1 adapters .* were given 2 weights"):
+        pipe.set_adapters("default_0", [1, 2])
+    with pytest.raises(UsageError, match="finite"):
+        pipe.set_adapters("default_0", float("nan"))
+
+
+def test_a_failure_half_way_restores_all(
+    pipe: Pipeline, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = write_lora(tmp_path / "a.safetensors", theirs, kohya, seed=1)
+    b = write_lora(tmp_path / "b.safetensors", theirs, kohya, seed=2)
+    pipe.load_lora_weights(a, adapter_name="a")
+    before = digest(pipe)
+    plain, calls = Tensor.addmm_, [0]
+
+    def failing(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 20:
+            raise MemoryError
+        return plain(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "addmm_", failing)
+    with pytest.raises(MemoryError):
+        pipe.load_lora_weights(b, adapter_name="b")
+    assert digest(pipe) == before and pipe.get_active_adapters() == ["a"]
+
+
+def test_a_backend_of_fixed_weights_says_so() -> None:
+    class Engine(Backend):
+        name = "engine"
+
+        def part(self, name: str, shapes: Any = None) -> Any:
+            raise NotImplementedError
+
+    with pytest.raises(UsageError, match="engine backend's weights are fixed.*backend='eager'"):
+        Engine().weights("unet")
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+def test_a_call_sees_one_set_of_weights(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
+    """Pictures drawn while adapters change are each of one state or the other, never between."""
+    file = write_lora(tmp_path / "a.safetensors", theirs, kohya)
+    off = draw(pipe)
+    pipe.load_lora_weights(file, adapter_name="a")
+    on = draw(pipe)
+    done = threading.Event()
+    drawn: list[Tensor] = []
+
+    def keep_drawing() -> None:
+        while not done.is_set() or len(drawn) < 2:
+            drawn.append(draw(pipe))
+
+    threads = [threading.Thread(target=keep_drawing) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(6):
+        (pipe.disable_lora if i % 2 == 0 else pipe.enable_lora)()
+        time.sleep(0.05)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert all(min(float((p - q).abs().max()) for q in (on, off)) < 1e-5 for p in drawn)
+
+
+def test_not_from_inside_a_call(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
+    pipe.load_lora_weights(write_lora(tmp_path / "a.safetensors", theirs, kohya))
+
+    def change(call: Any, *_: Any) -> dict[str, Tensor]:
+        pipe.disable_lora()
+        return {}
+
+    with pytest.raises(UsageError, match="inside a call"):
+        pipe(PROMPT, seed=0, callback_on_step_end=change, **CALL)
+    pipe.disable_lora()  # the lock was given back
+
+
+def test_the_lock_lets_changers_in_and_users_back() -> None:
+    lock = SharedLock()
+    order: list[str] = []
+    with lock.shared(), lock.shared():
+        changer = threading.Thread(target=lambda: _note(lock.exclusive(), order, "change"))
+        changer.start()
+        while not lock._changers:
+            time.sleep(0.001)
+        with lock.shared():  # a user may use again though a changer waits
+            order.append("use")
+        user = threading.Thread(target=lambda: _note(lock.shared(), order, "late use"))
+        user.start()
+        time.sleep(0.02)
+        assert order == ["use"]
+    changer.join()
+    user.join()
+    assert order == ["use", "change", "late use"]
+
+
+def _note(held: Any, order: list[str], what: str) -> None:
+    with held:
+        order.append(what)
