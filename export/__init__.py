@@ -13,4 +13,6 @@ from __future__ import annotations
 # target -> its exporter, imported only when asked for: most need a vendor's package.
 EXPORTERS = {
     "onnx": "fastsd.export.to_onnx:OnnxExporter",
+    "openvino": "fastsd.export.to_openvino:OpenvinoExporter",
+    "tensorrt": "fastsd.export.to_tensorrt:TensorrtExporter",
 }

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,8 @@ import torch
 import fastsd
 from fastsd.artifact import Artifact, Draft, Manifest, PartEntry, engines_folder, list_files
 from fastsd.checkpoints import Checkpoint, save_description
-from fastsd.errors import UsageError
-from fastsd.export import EXPORTERS
+from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
+from fastsd.export import EXPORTERS, verify
 from fastsd.export.parts import Request, part_names, source_digest
 
 
@@ -92,10 +94,17 @@ def export(
     Raises UsageError for what cannot be asked, MissingDependency, ArtifactError.
     """
     exporter = open_exporter(checkpoint, request)
+    prompts = verify.receipt_prompts(name, request)
+    if request.floor is not None and not prompts:
+        raise UsageError("--floor needs pictures to measure; give prompts with --prompts FILE")
     source = source_digest(checkpoint)
     key = _key(source, request, exporter.versions())
     path = engines_folder() / f"{name}-{request.target}-{key[:12]}" if path is None else path
-    with Draft(path, key=key, force=force) as draft, torch.no_grad():
+    with (
+        _explained(path),
+        Draft(path, key=key, force=force) as draft,
+        torch.no_grad(),
+    ):
         parts: dict[str, PartEntry] = {}
         for part in exporter.parts:
             entry = draft.finished(part)
@@ -110,7 +119,7 @@ def export(
                 )
                 tell(f"{part}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s")
             parts[part] = entry
-        save_description(draft.folder, checkpoint.config, checkpoint.tokenizers)
+        _describe(draft.folder, checkpoint)
         exporter.write_extras(draft.folder)
         manifest = Manifest(
             target=request.target,
@@ -128,7 +137,47 @@ def export(
             versions=exporter.versions(),
             machine=exporter.machine(),
         )
-        return draft.publish(manifest)
+        receipt = _measure(Artifact(draft.folder, manifest, ""), checkpoint, request, prompts, tell)
+        return draft.publish(replace(manifest, receipt=receipt))
+
+
+def _describe(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint's JSON, the VAE's where other tools look for it."""
+    save_description(folder, checkpoint.config, checkpoint.tokenizers)
+    for part in ("vae_decoder", "vae_encoder"):
+        shutil.copy(folder / "vae" / "config.json", folder / part / "config.json")
+
+
+def _measure(
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    request: Request,
+    prompts: tuple[str, ...],
+    tell: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Return the receipt, held to the floor; None where this machine cannot run the engine."""
+    try:
+        receipt = verify.measure(artifact, checkpoint, request, prompts, tell)
+    except (MissingDependency, StaleArtifact) as error:
+        if request.floor is not None:
+            raise ArtifactError(f"the floor cannot be checked on this machine: {error}") from None
+        tell(f"not measured: {error}")
+        return None
+    if request.floor is not None:
+        verify.check_floor(receipt, request.floor)
+    return receipt
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a full or failing disk into ArtifactError; the draft is gone by then."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} could not be written: {error.strerror or error}; nothing was left there: free "
+            "some space, or choose another folder"
+        ) from error
 
 
 def open_exporter(checkpoint: Checkpoint, request: Request) -> Exporter:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.artifact import TensorSpec, digest_of
+from fastsd.backends.eager import FP16_VAE_SCALE
 from fastsd.checkpoints import Checkpoint
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
 from fastsd.models.clip import CLIPOutput, CLIPText
 from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE
+from fastsd.models.vae import VAE, Decoder, Encoder, scale_activations_
 
 LAYOUTS = ("standard", "fast")
 
@@ -34,6 +35,7 @@ class Request:
     """What the user asked to be exported.
 
     size: height and width in pixels. batch: pictures at once. dynamic: size and batch may vary.
+    refit: let TensorRT engines take other weights later.
     floor: the PSNR in dB that the receipt's worst picture must reach. prompts: to calibrate and
     measure with; () takes the model's own.
     """
@@ -46,6 +48,7 @@ class Request:
     layout: str = "standard"
     floor: float | None = None
     prompts: tuple[str, ...] = ()
+    refit: bool = False
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -83,13 +86,16 @@ def part_names(checkpoint: Checkpoint, layout: str) -> tuple[str, ...]:
 def load_part(checkpoint: Checkpoint, name: str, request: Request, dtype: torch.dtype) -> GraphPart:
     """Load one part in the request's layout and sizes.
 
-    dtype: of weights and activations. VAEs that overflow in fp16 (`force_upcast`) stay in fp32.
+    dtype: of weights and activations. VAEs that overflow in fp16 (`force_upcast`) are rescaled
+    inside, so that they do not.
     """
     component = {"vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition("_time")[0])
     component = component.partition("_context")[0]
-    if component == "vae" and dtype == torch.float16 and checkpoint.config.vae.force_upcast:
-        dtype = torch.float32
     module = checkpoint.load(component, dtype)
+    if component == "vae" and dtype == torch.float16 and checkpoint.config.vae.force_upcast:
+        for half in (module.encoder, module.decoder):
+            assert isinstance(half, (Encoder, Decoder))
+            scale_activations_(half, FP16_VAE_SCALE)
     return _PARTS[name](module, checkpoint.config, request, dtype)
 
 

@@ -165,11 +165,8 @@ class Artifact:
         that neither this user's exports recorded nor trust_native vouches for.
         """
         folder = Path(path)
-        file = folder / MANIFEST
-        data = read_json(file, DamagedArtifact)
-        raw = file.read_bytes()
-        manifest = Manifest.from_bytes(raw, data, file)
-        digest = hashlib.sha256(raw).hexdigest()
+        manifest = read_manifest(folder)
+        digest = digest_of(folder / MANIFEST)
         if manifest.native and not trust_native and not _remembered(digest).is_file():
             raise UntrustedArtifact(
                 f"{folder} holds native code ({manifest.target}) that was not exported by you on "
@@ -198,6 +195,13 @@ class Artifact:
                 f"{self.path} was exported from other weights of {self.manifest.model} "
                 f"({self.manifest.source[:12]}, now {source[:12]}); {AGAIN}"
             )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a manifest, checked by itself; no other file. Raises DamagedArtifact, StaleArtifact."""
+    file = folder / MANIFEST
+    data = read_json(file, DamagedArtifact)
+    return Manifest.from_bytes(file.read_bytes(), data, file)
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -331,7 +335,8 @@ class Draft:
 
     def publish(self, manifest: Manifest) -> Artifact:
         """Write the manifest and put the folder in its place, whole; record native code as ours."""
-        shutil.rmtree(self.folder / ".parts")
+        for scratch in self.folder.glob(".*"):
+            shutil.rmtree(scratch)
         raw = manifest.to_bytes()
         (self.folder / MANIFEST).write_bytes(raw)
         sync(self.folder)
@@ -408,6 +413,39 @@ def remember(digest: str) -> None:
         ) from None
 
 
-def forget(digest: str) -> None:
-    """Take back `remember`."""
-    _remembered(digest).unlink(missing_ok=True)
+def kept_engines() -> list[Path]:
+    """Return the folders of this user's own engines, by name."""
+    folder = engines_folder()
+    return sorted(path for path in folder.iterdir() if is_artifact(path)) if folder.is_dir() else []
+
+
+def remove_engine(path: Path) -> None:
+    """Remove one of this user's own engines, and the record that trusts its native code."""
+    manifest = path / MANIFEST
+    if path.parent != engines_folder() or not manifest.is_file():
+        raise UsageError(f"{path} is none of your own engines; see `fastsd cache ls`")
+    record = _remembered(digest_of(manifest))
+    manifest.unlink()  # first, so that what a kill leaves is no engine
+    shutil.rmtree(path)
+    record.unlink(missing_ok=True)
+
+
+def sweep_engines() -> list[Path]:
+    """Remove what killed exports left among this user's engines; drafts being written stay."""
+    folder, swept = engines_folder(), []
+    for path in sorted(folder.glob(".*")) if folder.is_dir() else []:
+        name = path.name.removesuffix(".lock").removesuffix(".old")
+        name = name.removesuffix(".draft").rpartition(".")[0] if ".draft" in name else name
+        lock = FileLock(folder / f"{name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+                swept.append(path)
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+    return swept

@@ -1,4 +1,4 @@
-"""The command line: `fastsd generate`, `export`, `samplers`, `inspect`, `env`.
+"""The command line: `fastsd generate`, `export`, `cache`, `samplers`, `inspect`, `env`.
 
 Results go to stdout (paths, tables, JSON), everything else to stderr. Exit codes: 0 done, 1 could
 not, 2 wrong usage, 130 interrupted. Heavy imports stand inside the commands: `--help` is quick.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import fastsd
-from fastsd.errors import FastsdError, UsageError
+from fastsd.errors import ArtifactError, FastsdError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -556,6 +556,9 @@ def export(
             "model's own]",
         ),
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="TensorRT: let other weights be put in later.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an artifact that stands there.")
     ] = False,
@@ -579,6 +582,7 @@ def export(
         layout=layout,
         floor=floor,
         prompts=_read_prompts(prompts) if prompts else (),
+        refit=refit,
     )
     name = Path(model).name if Path(model).is_dir() else model
     artifact = run(checkpoint, name, request, output, force=force, tell=_say)
@@ -605,6 +609,96 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise UsageError(f"--prompts {path} holds no prompt; give one a line")
     return prompts
+
+
+# --- cache ---------------------------------------------------------------------------------------
+
+cache = typer.Typer(
+    help="Look after your own engines: what `fastsd export` made without --output.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(cache, name="cache")
+
+
+@cache.command("ls")
+def list_engines(as_json: Json = False) -> None:
+    """List them: path, model, target, precision, size, megabytes, worst picture's PSNR."""
+    rows = [_engine(path) for path in _kept()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif rows:
+        _print_table([list(rows[0]), *([str(v) for v in row.values()] for row in rows)])
+    else:
+        _say("no engines are kept; `fastsd export MODEL` without --output makes one")
+
+
+def _kept() -> list[Path]:
+    from fastsd.artifact import kept_engines
+
+    return kept_engines()
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    from fastsd.artifact import read_manifest
+
+    try:
+        manifest = read_manifest(path)
+    except ArtifactError as error:
+        return {"path": str(path), "model": f"unusable: {error}"}
+    height, width = manifest.size
+    pictures = (manifest.receipt or {}).get("pictures") or {}
+    return {
+        "path": str(path),
+        "model": manifest.model,
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "size": "any" if manifest.dynamic else f"{width}x{height}",
+        "MB": round(sum(file.size_bytes for file in manifest.files.values()) / 1e6, 1),
+        "PSNR_dB": pictures.get("psnr_db", {}).get("worst", "-"),
+    }
+
+
+@cache.command("verify")
+def verify_engines(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="Engines anywhere. [default: all your own]"),
+    ] = None,
+) -> None:
+    """Check every file of every engine against its digest; exit code 1 if one is damaged."""
+    from fastsd.artifact import Artifact, sweep_engines
+
+    for swept in sweep_engines() if not paths else ():
+        _say(f"{swept}: left by an export that was killed; removed")
+    good = True
+    for path in paths or _kept():
+        try:
+            Artifact.open(path, trust_native=True)  # only read: nothing in it is run
+        except ArtifactError as error:
+            good = False
+            print(f"{path}: {error}")
+        else:
+            print(f"{path}: good")
+    if not good:
+        raise typer.Exit(1)
+
+
+@cache.command("rm")
+def remove_engines(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR]...", help="As `fastsd cache ls` has them.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every one.")] = False,
+) -> None:
+    """Remove engines; print each one's path."""
+    from fastsd.artifact import engines_folder, remove_engine
+
+    if bool(paths) == everything:
+        raise UsageError("say which engines to remove, as `fastsd cache ls` has them, or --all")
+    for path in _kept() if everything else [engines_folder() / path for path in paths or ()]:
+        remove_engine(path)
+        print(path)
 
 
 # --- samplers, inspect, env ----------------------------------------------------------------------

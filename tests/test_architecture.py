@@ -51,6 +51,7 @@ VENDORS = {
     "onnxscript": ("export/",),
     "onnxruntime": ("backends/ort.py", "export/", "benchmarks/baselines.py"),
     "tensorrt": ("backends/trt.py", "export/to_tensorrt.py", "benchmarks/baselines.py"),
+    "tensorrt_bindings": ("export/to_tensorrt.py",),
     "openvino": ("backends/ov.py", "export/to_openvino.py", "benchmarks/baselines.py"),
     "safetensors": ("checkpoints/", "artifact.py", "benchmarks/"),
     "huggingface_hub": ("checkpoints/",),

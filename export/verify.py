@@ -1,0 +1,126 @@
+"""The receipt of an engine: how far its parts and its pictures are from the exact path.
+
+Runs the engine in its own backend beside eager fp32, on the same inputs, prompts and seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsd.artifact import Artifact
+from fastsd.backends import ArtifactBackend, open_artifact
+from fastsd.checkpoints import Checkpoint, open_description
+from fastsd.errors import ArtifactError
+from fastsd.export.parts import Request, load_part
+from fastsd.pipeline import Pipeline
+from fastsd.quality import builtin_atlas, psnr, ssim, tasks
+
+STEPS = 20
+BUILTIN_PROMPTS = 16
+
+
+def receipt_prompts(name: str, request: Request) -> tuple[str, ...]:
+    """Return the prompts to draw: the user's, or for the built-in model the first of its score."""
+    if request.prompts or name != "builtin":
+        return request.prompts
+    return tasks(builtin_atlas())["english"].names[:BUILTIN_PROMPTS]
+
+
+def measure(
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    request: Request,
+    prompts: Sequence[str],
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure an engine and return its receipt, plain JSON data.
+
+    parts: the relative L2 error of each part's first output on one random input. pictures: PSNR
+    (dB) and SSIM against eager fp32 over the prompts, median and worst; None without prompts.
+    Raises NumericsError if a picture is not finite, and what opening the backend raises.
+    """
+    backend = open_artifact(artifact, checkpoint.config, device=torch.device("cpu"))
+    errors = {}
+    for part in artifact.manifest.parts:
+        errors[part] = part_error(backend, checkpoint, part, request)
+        tell(f"{part}: relative error {errors[part]:.1e}")
+    backend.close()
+    pictures = _compare(artifact, checkpoint, request, prompts) if prompts else None
+    if pictures:
+        found = pictures["psnr_db"]
+        tell(f"{len(prompts)} pictures: PSNR {found['median']} dB, worst {found['worst']} dB")
+    return {"backend": backend.name, "device": "cpu", "parts": errors, "pictures": pictures}
+
+
+def part_error(
+    backend: ArtifactBackend, checkpoint: Checkpoint, part: str, request: Request
+) -> float:
+    """Return |engine - eager| / |eager| of a part's first output, eager in fp32."""
+    exact = load_part(checkpoint, part, request, torch.float32)
+    expected = exact.module(*exact.example)
+    first: Tensor = expected if isinstance(expected, Tensor) else expected[0]
+    inputs = {
+        spec.name: tensor.to(getattr(torch, spec.dtype))
+        for spec, tensor in zip(backend.entries[part].inputs, exact.example, strict=True)
+    }
+    given = backend.run(part, inputs)[exact.outputs[0]].float()
+    error = float((given - first).norm() / first.norm())
+    return float(f"{error:.3g}")
+
+
+def _compare(
+    artifact: Artifact, checkpoint: Checkpoint, request: Request, prompts: Sequence[str]
+) -> dict[str, Any]:
+    exact = Pipeline(checkpoint, name="exact", device="cpu")
+    engine = Pipeline(
+        open_description(artifact.path), name="engine", device="cpu", artifact=artifact
+    )
+    height, width = request.size
+    settings: dict[str, Any] = {"num_inference_steps": STEPS, "height": height, "width": width}
+    distances, likeness = [], []
+    for start in range(0, len(prompts), request.batch):
+        texts = list(prompts[start : start + request.batch])
+        seeds = list(range(start, start + len(texts)))
+        pairs = zip(
+            engine(texts, seed=seeds, **settings).images,
+            exact(texts, seed=seeds, **settings).images,
+            strict=True,
+        )
+        for a, b in pairs:
+            distances.append(min(psnr(a, b), 100.0))  # equal pictures: JSON has no infinity
+            likeness.append(ssim(a, b))
+    worst = int(np.argmin(distances))
+    return {
+        "prompts": len(prompts),
+        "steps": STEPS,
+        "sampler": engine.sampler,
+        "size": [width, height],
+        "psnr_db": {
+            "median": round(float(np.median(distances)), 2),
+            "worst": round(distances[worst], 2),
+        },
+        "ssim": {
+            "median": round(float(np.median(likeness)), 4),
+            "worst": round(min(likeness), 4),
+        },
+        "worst_prompt": prompts[worst],
+    }
+
+
+def check_floor(receipt: dict[str, Any], floor: float) -> None:
+    """Raise ArtifactError if the worst picture lies below `floor` dB, naming the worst parts."""
+    worst = receipt["pictures"]["psnr_db"]["worst"]
+    if worst >= floor:
+        return
+    parts = sorted(receipt["parts"].items(), key=lambda item: -item[1])
+    costs = ", ".join(f"{part} {error:.1e}" for part, error in parts)
+    raise ArtifactError(
+        f"not published: the worst picture ({receipt['pictures']['worst_prompt']!r}) is {worst} dB "
+        f"from fp32, the floor is {floor:g} dB; relative errors by part: {costs}; "
+        "lower --floor or raise --precision"
+    )

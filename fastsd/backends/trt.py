@@ -1,0 +1,75 @@
+"""TensorRT engines on our own stream, capturable in a CUDA graph. Unmeasured: no row has run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from fastsd.artifact import Artifact
+from fastsd.backends.base import ArtifactBackend
+from fastsd.config import ModelConfig
+from fastsd.errors import ArtifactError, MissingDependency, OutOfMemory, UsageError
+
+try:
+    import tensorrt as trt
+except ImportError as error:
+    raise MissingDependency(
+        f"running TensorRT engines needs TensorRT ({error}); run pip install tensorrt"
+    ) from error
+
+
+@final
+class TrtBackend(ArtifactBackend):
+    """Run every part as an engine; a call has a context of its own, engines are shared."""
+
+    name = "trt"
+
+    def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise UsageError(f"TensorRT engines run on an NVIDIA GPU, not on {device}")
+        super().__init__(artifact, config, device=device)
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engines = {}
+        for part, entry in self.entries.items():
+            engine = runtime.deserialize_cuda_engine((artifact.path / entry.file).read_bytes())
+            if engine is None:
+                raise ArtifactError(
+                    f"TensorRT {trt.__version__} cannot load {part} of {artifact.path}; export it "
+                    "again on this machine"
+                )
+            self._engines[part] = engine
+        self._contexts: dict[str, list[Any]] = {part: [] for part in self.entries}
+
+    @classmethod
+    def machine(cls, device: torch.device) -> dict[str, str]:
+        """TensorRT's version and the GPU."""
+        facts = {"tensorrt": str(trt.__version__), "gpu": "none"}
+        if device.type == "cuda" and torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(device)
+            facts["gpu"] = f"{properties.name} ({properties.major}.{properties.minor})"
+        return facts
+
+    def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Enqueue one engine on torch's current stream; nothing waits for it."""
+        idle = self._contexts[part]
+        context = idle.pop() if idle else self._engines[part].create_execution_context()
+        if context is None:
+            raise OutOfMemory(f"not enough GPU memory for {part}; use a smaller size or batch")
+        for name, tensor in inputs.items():
+            context.set_input_shape(name, tuple(tensor.shape))
+            context.set_tensor_address(name, tensor.data_ptr())
+        outputs = {}
+        for spec in self.entries[part].outputs:
+            shape = tuple(context.get_tensor_shape(spec.name))
+            outputs[spec.name] = torch.empty(
+                shape, dtype=getattr(torch, spec.dtype), device=self.device
+            )
+            context.set_tensor_address(spec.name, outputs[spec.name].data_ptr())
+        stream = torch.cuda.current_stream(self.device)
+        if not context.execute_async_v3(stream.cuda_stream):
+            raise ArtifactError(f"TensorRT could not run {part} of {self.artifact.path}")
+        idle.append(context)
+        return outputs

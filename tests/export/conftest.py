@@ -1,0 +1,32 @@
+"""Engines of small random checkpoints, exported once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsd.checkpoints import open_checkpoint
+from fastsd.export.build import export
+from fastsd.export.parts import Request
+
+SIZE = (64, 96)  # height, width: unlike each other, and not what the checkpoints were made for
+
+
+def write(source: Path, path: Path, **options: Any) -> Path:
+    """Export `source` to `path`; a static ONNX graph of SIZE unless told otherwise."""
+    request = Request(**{"target": "onnx", "size": SIZE, **options})
+    return export(open_checkpoint(source), source.name, request, path).path
+
+
+@pytest.fixture(scope="session")
+def sd1_onnx(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD1.x, standard layout, fp32, one picture of SIZE. Copy it before changing it."""
+    return write(sd1_folder, tmp_path_factory.mktemp("onnx") / "sd1")
+
+
+@pytest.fixture(scope="session")
+def sdxl_onnx_fast(sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL, fast layout, fp32, one picture of SIZE."""
+    return write(sdxl_folder, tmp_path_factory.mktemp("onnx") / "sdxl", layout="fast")
