@@ -5,12 +5,17 @@ softmax(q k^T / sqrt(K)) v. Knows no model. xformers is imported only when asked
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsd.errors import MissingDependency, UsageError
+from fastsd.errors import MissingDependency
+from fastsd.kernels import dispatch
 
-IMPLEMENTATIONS = ("sdpa", "xformers")
+IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS["attention"]
 
 
 def attention(
@@ -19,23 +24,62 @@ def attention(
     """Attend: out = softmax(q k^T / sqrt(K)) v, over the N keys of each head.
 
     q: (B, M, Nq, K); k, v: (B, M, N, K); any strides, one dtype. Returns (B, M, Nq, K).
-    causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice) or "xformers".
+    causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice); on GPUs also
+    "flash", "efficient" or "cudnn" (torch's kernels by name) or "xformers".
     Raises MissingDependency if xformers is asked for and absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
     """
     require_implementation(implementation)
-    if implementation == "xformers":
-        return _xformers(q, k, v, causal)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if implementation == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return _BY_NAME[implementation](q, k, v, causal)
 
 
 def require_implementation(name: str) -> None:
     """Raise UsageError unless `name` is one of IMPLEMENTATIONS."""
-    if name not in IMPLEMENTATIONS:
-        raise UsageError(
-            f"attention implementation {name!r} is unknown; "
-            f"it is one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    dispatch.require("attention", name)
+
+
+def candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Return what can attend from these inputs on their GPU, by name, ready to be timed."""
+    if q.device.type != "cuda":
+        return {}
+    given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    able = {
+        "sdpa": True,
+        "flash": torch.backends.cuda.can_use_flash_attention(given),
+        "efficient": torch.backends.cuda.can_use_efficient_attention(given),
+        "cudnn": torch.backends.cuda.can_use_cudnn_attention(given),
+        "xformers": importlib.util.find_spec("xformers") is not None,
+    }
+    return {
+        name: lambda name=name: attention(q, k, v, implementation=name)  # type: ignore[misc]
+        for name in IMPLEMENTATIONS
+        if able[name]
+    }
+
+
+# torch.nn.attention.sdpa_kernel chooses too, but by flags of the whole process: two threads in it
+# leave each other's choice behind. The operators below are what it chooses among.
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[0]
+    return out
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, False, 0.0, causal
+    )[0]
+    return out
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, False, 0.0, causal
+    )[0]
+    return out
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -53,3 +97,6 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         attn_bias=ops.LowerTriangularMask() if causal else None,
     )
     return out.transpose(1, 2)
+
+
+_BY_NAME = {"flash": _flash, "efficient": _efficient, "cudnn": _cudnn, "xformers": _xformers}

@@ -19,6 +19,26 @@ def attention(
     return (scores.softmax(dim=-1) @ v.float()).to(q.dtype)
 
 
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    implementation: str = "reference",
+) -> Tensor:
+    """Normalise as `kernels.group_norm.group_norm_silu` does, in fp64, from the formula."""
+    B, C, H, W = x.shape
+    grouped = x.double().reshape(B, groups, C // groups, H, W)
+    mean = grouped.mean(dim=(2, 3, 4), keepdim=True)
+    variance = (grouped - mean).square().mean(dim=(2, 3, 4), keepdim=True)
+    y = ((grouped - mean) / (variance + eps).sqrt()).reshape(B, C, H, W)
+    y = y * weight.double().view(1, -1, 1, 1) + bias.double().view(1, -1, 1, 1)
+    out: Tensor = (y * torch.sigmoid(y)).float()
+    return out
+
+
 def sampler_step_(
     sources: Tensor,
     prediction: Tensor,

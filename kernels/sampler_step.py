@@ -5,9 +5,10 @@ Knows no sampler: every number comes from the row.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastsd.kernels import reference
+from fastsd.kernels import dispatch, reference
 
 
 def sampler_step_(
@@ -16,6 +17,8 @@ def sampler_step_(
     coefficients: Tensor,
     row: Tensor,
     guidance: Tensor | None = None,
+    *,
+    implementation: str = "library",
 ) -> None:
     """Replace x and the slots by what row `row` makes of them and of the model's prediction.
 
@@ -27,6 +30,37 @@ def sampler_step_(
     noise. prediction: (B, C, H, W), any float dtype, contiguous or channels-last; with guidance
     (2 B, C, H, W), unconditional first. coefficients: (R, W) fp32; a row holds c_in, p, q, then
     A | b | c row by row, (1 + S, 1 + S + 2) numbers; what follows is not read. row: (1,) int64.
-    guidance: (), fp32, the weight w.
+    guidance: (), fp32, the weight w. implementation: "library" (some thirty launches of torch, each
+    rounding alone) or "triton" (one).
     """
-    reference.sampler_step_(sources, prediction, coefficients, row, guidance)
+    if implementation == "library":
+        reference.sampler_step_(sources, prediction, coefficients, row, guidance)
+        return
+    dispatch.require("sampler_step", implementation, sources.device)
+    if prediction.stride()[2] != prediction.shape[3] * prediction.stride()[3]:
+        prediction = prediction.contiguous()
+    torch.ops.fastsd.sampler_step(sources, prediction, coefficients, row, guidance)
+
+
+@torch.library.custom_op("fastsd::sampler_step", mutates_args=("sources",))
+def _sampler_step(
+    sources: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    guidance: Tensor | None,
+) -> None:
+    from fastsd.kernels import triton_sampler_step  # triton may be absent, and is slow to import
+
+    triton_sampler_step.launch(sources, prediction, coefficients, row, guidance)
+
+
+@_sampler_step.register_fake
+def _(
+    sources: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    guidance: Tensor | None,
+) -> None:
+    return None

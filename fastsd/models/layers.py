@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsd.kernels.attention import attention, require_implementation
+from fastsd.kernels import dispatch
+from fastsd.kernels.attention import attention
+from fastsd.kernels.group_norm import group_norm_silu
 
 KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, M, N, K)
 
@@ -94,15 +96,38 @@ class Attention(nn.Module):
         return split_heads(x.float() if self.upcast else x, self.heads)
 
 
-def use_attention(model: nn.Module, implementation: str) -> None:
-    """Make every text-conditioned block of `model` attend with `implementation`.
+@final
+class NormSiLU(nn.GroupNorm):
+    """GroupNorm, then SiLU: always together where a convolution follows.
 
-    One of `fastsd.kernels.attention.IMPLEMENTATIONS`, else UsageError. For when a model is loaded,
+    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them.
+    """
+
+    implementation = "library"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return group_norm_silu(
+            x,
+            self.weight,
+            self.bias,
+            self.num_groups,
+            self.eps,
+            implementation=self.implementation,
+        )
+
+
+def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
+    """Make every layer of `model` that computes `op` ("attention", …) use `implementation`.
+
+    One of `fastsd.kernels.dispatch.IMPLEMENTATIONS`, else UsageError. For when a model is loaded,
     not while it runs.
     """
-    require_implementation(implementation)
+    dispatch.require(op, implementation)
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and op == "attention":
+            module.implementation = implementation
+        elif isinstance(module, NormSiLU) and op == "group_norm_silu":
             module.implementation = implementation
 
 
@@ -209,19 +234,19 @@ class Resnet(nn.Module):
         self, in_width: int, width: int, *, groups: int, eps: float, time_width: int | None = None
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_width, eps=eps)
+        self.norm1 = NormSiLU(groups, in_width, eps=eps)
         self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
         self.time_emb_proj = None if time_width is None else nn.Linear(time_width, width)
-        self.norm2 = nn.GroupNorm(groups, width, eps=eps)
+        self.norm2 = NormSiLU(groups, width, eps=eps)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = None if in_width == width else nn.Conv2d(in_width, width, 1)
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W) and t (B or 1, C), already projected -> (B, C, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         if t is not None:
             h = h + t[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         out: Tensor = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
         return out
 

@@ -20,6 +20,7 @@ from fastsd.models.layers import (
     KV,
     Downsample,
     Level,
+    NormSiLU,
     Resnet,
     Transformer,
     TransformerBlock,
@@ -99,7 +100,7 @@ class UNet(nn.Module):
             )
         self.up_blocks = nn.ModuleList(up)
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.eps)
+        self.conv_norm_out = NormSiLU(config.norm_groups, first, eps=config.eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
         self._row_widths = [projection.out_features for projection in self._projections()]
 
@@ -152,7 +153,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, rows, pairs)
         for level in self.up_blocks:
             x = level(x, rows, pairs, skips=skips)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
     def standard(

@@ -8,12 +8,19 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsd.config import VAEConfig
 from fastsd.kernels.attention import attention
-from fastsd.models.layers import Downsample, Level, Resnet, Upsample, to_pixels, to_tokens
+from fastsd.models.layers import (
+    Downsample,
+    Level,
+    NormSiLU,
+    Resnet,
+    Upsample,
+    to_pixels,
+    to_tokens,
+)
 
 
 @final
@@ -69,7 +76,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = _middle(config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=config.eps)
+        self.conv_norm_out = NormSiLU(config.norm_groups, widths[-1], eps=config.eps)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +85,7 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
 
@@ -99,7 +106,7 @@ class Decoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=config.eps)
+        self.conv_norm_out = NormSiLU(config.norm_groups, widths[-1], eps=config.eps)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.kernels import reference
-from fastsd.kernels.attention import attention
+from fastsd.kernels.attention import attention, candidates
 
 # (B, M, Nq, N, K): self-attention of SD1.5 at 64x64 latents (one head of eight: the scores take
 # 64 MB) and at 16x16, SDXL's at 32x32, the cross-attentions of both, 9x17 latents, the VAE's single
@@ -92,8 +92,30 @@ def test_gradients_equal_those_of_the_formula() -> None:
 
 
 def test_an_unknown_implementation_is_refused() -> None:
-    with pytest.raises(UsageError, match="'flash9' is unknown; it is one of sdpa, xformers"):
+    with pytest.raises(UsageError, match="'flash9' is unknown; it is one of sdpa, .*xformers"):
         attention(*draw((1, 1, 4, 4, 8)), implementation="flash9")
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("name", ("flash", "efficient", "cudnn"))
+def test_torchs_gpu_kernels_are_called_as_they_are_declared(name: str, causal: bool) -> None:
+    """They need a GPU; their declarations (meta tensors) are there without one."""
+    q, k, v = (t.to("meta", torch.float16) for t in draw((2, 8, 256, 77, 40)))
+    out = attention(q, k, v, causal=causal, implementation=name)
+    assert out.shape == q.shape and out.dtype == torch.float16
+
+
+def test_only_a_gpu_has_candidates() -> None:
+    assert candidates(*draw((1, 2, 16, 16, 8))) == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_candidate_equals_the_formula(shape: tuple[int, ...]) -> None:
+    q, k, v = (t.to("cuda", torch.float16) for t in draw(shape))
+    truth = reference.attention(q.float(), k.float(), v.float())
+    for name, attend in candidates(q, k, v).items():
+        assert relative_l2(attend(), truth) <= TOLERANCES[torch.float16], name
 
 
 def test_a_missing_xformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

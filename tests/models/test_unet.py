@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsd.config import SD15, SDXL, UNetConfig
 from fastsd.errors import UsageError
-from fastsd.models.layers import use_attention
+from fastsd.models.layers import Attention, NormSiLU, Resnet, use_kernel
 from fastsd.models.unet import UNet
 from tests.models import oracles
 from tests.models.oracles import BAR, relative_l2
@@ -262,8 +262,22 @@ def test_conditions_that_do_not_fit_are_refused(
 
 def test_an_unknown_attention_is_refused_when_asked_for() -> None:
     ours, _ = pair("sd1")
-    with pytest.raises(UsageError, match="'flash9' is unknown; it is one of sdpa, xformers"):
-        use_attention(ours, "flash9")
+    with pytest.raises(UsageError, match="'flash9' is unknown; it is one of sdpa, .*xformers"):
+        use_kernel(ours, "attention", "flash9")
+    with pytest.raises(UsageError, match="op 'atention' is unknown"):
+        use_kernel(ours, "atention", "sdpa")
+
+
+def test_a_kernel_is_used_where_its_op_is() -> None:
+    ours = UNet(SD1)
+    use_kernel(ours, "attention", "cudnn")
+    use_kernel(ours, "group_norm_silu", "triton")
+    attentions = [m for m in ours.modules() if isinstance(m, Attention)]
+    norms = [m for m in ours.modules() if isinstance(m, NormSiLU)]
+    resnets = [m for m in ours.modules() if isinstance(m, Resnet)]
+    assert attentions and {m.implementation for m in attentions} == {"cudnn"}
+    assert len(norms) == 2 * len(resnets) + 1 and {m.implementation for m in norms} == {"triton"}
+    assert {m.implementation for m in UNet(SD1).modules() if isinstance(m, Attention)} == {"sdpa"}
 
 
 @pytest.mark.parametrize(

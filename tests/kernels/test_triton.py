@@ -1,0 +1,165 @@
+"""Our Triton kernels: right in the interpreter, and compiled ahead of time for each kind of GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsd.errors import MissingDependency, UsageError
+from fastsd.kernels import dispatch
+from fastsd.kernels.group_norm import group_norm_silu
+from fastsd.kernels.sampler_step import sampler_step_
+from tests.kernels.triton_cases import CASES
+
+triton = pytest.importorskip(
+    "triton", reason="Triton comes with torch for GPUs; beside torch for CPUs, pip install triton"
+)
+
+
+@pytest.fixture(scope="module")
+def errors() -> Mapping[str, float]:
+    """Run every case, in the interpreter or on a GPU where there is one."""
+    gpu = torch.cuda.is_available()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton_cases"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    answers: dict[str, float] = json.loads(done.stdout)
+    return answers
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_equals_its_reference(name: str, errors: Mapping[str, float]) -> None:
+    assert errors[name] <= CASES[name][1]
+
+
+# --- compiled ahead of time ---------------------------------------------------------------------
+
+# As `launch` would compile them for SD1.5's first level in fp16, and for any sampler, guided.
+_NORM = dict(C="i32", pixels="i32")
+_TILE = dict(BLOCK_P=8, BLOCK_C=512)
+KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "partial_sums": (
+        "triton_group_norm",
+        dict(x="*fp16", partial="*fp32", **_NORM, pixels_per_split="i32", splits="i32"),
+        _TILE,
+    ),
+    "group_statistics": (
+        "triton_group_norm",
+        dict(x="*fp16", partial="*fp32", weight="*fp16", bias="*fp16", affine="*fp32", **_NORM)
+        | dict(splits="i32", groups="i32", eps="fp32"),
+        dict(WIDTH=10, BLOCK_G=16, BLOCK_S=16),
+    ),
+    "apply_silu": (
+        "triton_group_norm",
+        dict(x="*fp16", affine="*fp32", out="*fp16", **_NORM),
+        _TILE,
+    ),
+    "step": (
+        "triton_sampler_step",
+        dict(sources="*fp32", prediction="*fp16", coefficients="*fp32", row="*i64")
+        | dict(guidance="*fp32", elements="i32", picture="i32", pixels="i32", columns="i32")
+        | dict(stride_b="i32", stride_c="i32", stride_p="i32"),
+        dict(STATE=5, SOURCES=8, GUIDED=True, BLOCK=512),
+    ),
+}
+ARCHITECTURES = (80, 89, 90, 100)
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=[] if a == 90 else pytest.mark.slow) for a in ARCHITECTURES]
+)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_compiles_without_spills(name: str, arch: int, tmp_path: Path) -> None:
+    """Registers for two programs of four warps a multiprocessor and more, and nothing spilled."""
+    import importlib
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, signature, constants = KERNELS[name]
+    kernel = getattr(importlib.import_module(f"fastsd.kernels.{module}"), name)
+    if not hasattr(kernel, "cache_key"):
+        pytest.skip("TRITON_INTERPRET is set, so there is nothing to compile")
+    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    assert f".target sm_{arch}" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 48 << 10
+    used = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+    assert used["REG"] <= 128 and used["STACK"] == used["LOCAL"] == 0, used
+
+
+def resources(cubin: bytes, path: Path) -> dict[str, int]:
+    """Ask cuobjdump what a kernel uses: {"REG": …, "STACK": …, "SHARED": …, "LOCAL": …}."""
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    program = bundled if bundled.exists() else shutil.which("cuobjdump")
+    assert program, "cuobjdump comes with triton"
+    path.write_bytes(cubin)
+    told = subprocess.run(
+        [program, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", told)}
+
+
+# --- which one runs, and why ----------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def test_the_librarys_is_the_default_and_says_why() -> None:
+    for op, known in dispatch.IMPLEMENTATIONS.items():
+        assert dispatch.choose(op, CPU).implementation == known[0]
+        assert dispatch.explain(op, CPU).startswith(f"{op}: {known[0]} (the library's")
+        assert dispatch.explain(op, CPU, known[0]) == f"{op}: {known[0]} (asked for)"
+
+
+def test_a_measured_row_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    gpu = torch.device("cuda", 0)
+    assert "no row has measured" in dispatch.explain("group_norm_silu", gpu)
+    monkeypatch.setattr(dispatch, "MEASURED", {("group_norm_silu", "NVIDIA H200"): "triton"})
+    assert dispatch.explain("group_norm_silu", gpu) == (
+        "group_norm_silu: triton (measured as the fastest on NVIDIA H200)"
+    )
+    assert dispatch.choose("sampler_step", gpu).implementation == "library"
+
+
+def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.ones(1, 32, 2, 2)
+    with pytest.raises(UsageError, match="runs on GPUs, not on cpu; use 'library'"):
+        group_norm_silu(x, x[0, :, 0, 0], x[0, :, 0, 0], 32, 1e-5, implementation="triton")
+    with pytest.raises(UsageError, match="'tryton' is unknown; it is one of library, triton"):
+        sampler_step_(x, x, x, x, implementation="tryton")
+    with pytest.raises(UsageError, match="op 'norm' is unknown"):
+        dispatch.explain("norm", CPU)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match="pip install triton"):
+        dispatch.require("sampler_step", "triton", torch.device("cuda"))
+
+
+def test_the_kernels_trace() -> None:
+    """A fake tensor goes through, so that a compiled or exported model may hold our kernels."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 320, 8, 8), torch.empty(320)
+        out = torch.empty_like(x)
+        torch.ops.fastsd.group_norm_silu(x, weight, weight, 32, 1e-5, out)
+        sources = torch.empty(5, 2, 4, 8, 8)
+        row = torch.empty(1, dtype=torch.int64)
+        torch.ops.fastsd.sampler_step(sources, sources[0], torch.empty(9, 9), row, None)

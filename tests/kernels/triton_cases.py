@@ -1,0 +1,113 @@
+"""Our Triton kernels against the references, case by case; run as a program, prints {case: error}.
+
+With TRITON_INTERPRET=1 Triton runs kernels in Python on CPU tensors, and only a process that starts
+so does: tests/kernels/test_triton.py starts one. On a GPU the compiled kernels run, here as there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastsd.kernels import reference
+from fastsd.kernels.group_norm import group_norm_silu
+from fastsd.kernels.sampler_step import sampler_step_
+
+Case = Callable[[str], float]  # device -> relative L2 error
+
+# (B, C, H, W): SD1.5 and SDXL at every width of a group (10 to 80 channels) and odd sizes, a VAE's
+MAPS = (
+    (1, 320, 64, 64),
+    (1, 640, 9, 17),
+    (3, 960, 8, 8),
+    (2, 1280, 8, 8),
+    (1, 1920, 8, 8),
+    (1, 2560, 4, 4),
+    (1, 128, 33, 31),
+    (1, 512, 1, 1),
+)
+
+
+def relative_l2(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def group_norm(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    channels_last: bool = True,
+) -> Case:
+    """offset, scale: x = scale * (normal + offset), where channels differ in mean and spread."""
+
+    def run(device: str) -> float:
+        C = shape[1]
+        spread = 0.5 + draw(C, seed=4).abs().view(1, C, 1, 1)
+        x = scale * (draw(*shape) * spread + draw(C, seed=3).view(1, C, 1, 1) + offset)
+        x, weight, bias = (t.to(device, dtype) for t in (x, draw(C, seed=1), draw(C, seed=2)))
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        out = group_norm_silu(x, weight, bias, 32, 1e-5, implementation="triton")
+        assert out.dtype == dtype and out.shape == x.shape
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        return relative_l2(out, reference.group_norm_silu(x, weight, bias, 32, 1e-5))
+
+    return run
+
+
+def sampler_step(
+    slots: int, guided: bool, *, dtype: torch.dtype = torch.float16, channels_last: bool = True
+) -> Case:
+    def run(device: str) -> float:
+        B, C, H, W = shape = (3, 4, 9, 17)
+        sources = draw(slots + 3, *shape).to(device)
+        prediction = draw((2 if guided else 1) * B, C, H, W, seed=1).to(device, dtype)
+        if channels_last:
+            prediction = prediction.contiguous(memory_format=torch.channels_last)
+        columns = 3 + (1 + slots) * (3 + slots) + 2
+        coefficients = draw(5, columns, seed=2).to(device)
+        row = torch.tensor([3], device=device)
+        guidance = torch.tensor(7.5, device=device) if guided else None
+        given = (prediction, coefficients, row, guidance)
+        expected = sources.clone()
+        reference.sampler_step_(expected, *given)
+        noise = sources[-1].clone()
+        sampler_step_(sources, *given, implementation="triton")
+        assert torch.equal(sources[-1], noise), "the noise is only read"
+        return relative_l2(sources[:-2], expected[:-2])
+
+    return run
+
+
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+# name -> (case, the largest error that passes)
+CASES: dict[str, tuple[Case, float]] = {
+    **{f"norm {'x'.join(map(str, s))} fp16": (group_norm(s, HALF), 5e-4) for s in MAPS},
+    "norm bf16": (group_norm(MAPS[1], BRAIN), 4e-3),
+    "norm fp32": (group_norm(MAPS[2], FULL), 1e-6),
+    "norm of NCHW": (group_norm(MAPS[1], FULL, channels_last=False), 1e-6),
+    "norm far from zero": (group_norm(MAPS[1], FULL, offset=1000.0), 2e-4),
+    "norm of large numbers": (group_norm(MAPS[6], HALF, scale=2000.0), 5e-4),
+    "norm of small numbers": (group_norm(MAPS[6], FULL, scale=1e-3), 1e-6),
+    **{
+        f"step {n} slots guided={g}": (sampler_step(n, g), 1e-6)
+        for n in range(5)
+        for g in (False, True)
+    },
+    "step fp32 NCHW": (sampler_step(4, True, dtype=FULL, channels_last=False), 1e-6),
+    "step bf16": (sampler_step(2, True, dtype=BRAIN), 1e-6),
+}
+
+if __name__ == "__main__":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    json.dump({name: case(device) for name, (case, _) in CASES.items()}, sys.stdout)
