@@ -470,6 +470,50 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     assert result.stderr.count(b"\n") == 1
 
 
+# --- bench ---------------------------------------------------------------------------------------
+
+
+def test_bench_measures_draws_and_reports(run: Run, sd1_folder: Path) -> None:
+    """The whole command on a small model: table, JSON in the last line, the report's files."""
+    options = ("--model", sd1_folder, "--size", 64, "--steps", 1, "--repeats", 1)
+    who = ("--contenders", "fastsd/eager/fp32", "--scenario", "SingleStream")
+    result = run("bench", *options, *who, "--report", "new")
+    assert result.code == 0, result.err
+    *table, last = result.out.splitlines()
+    rows = {row["name"]: row for row in json.loads(last)["rows"]}
+    assert set(rows) == {"diffusers/fp32", "fastsd/eager/fp32"}
+    assert rows["fastsd/eager/fp32"]["psnr_db"] > 50 and rows["fastsd/eager/fp32"]["p50"] > 0
+    assert any(line.startswith("fastsd/eager/fp32 ") and " dB" in line for line in table)
+    assert "new/report.md" in result.err.replace(os.sep, "/")
+    assert run("bench", *options, *who, "--report", "new").code == 2
+
+    result = run("bench", "compare", "new", "new/results.json")
+    assert result.code == 0 and "too few samples" in result.out
+    Path("README.md").write_text("<!-- bench: rows -->\n<!-- bench: end -->\n")
+    Path("committed").mkdir()
+    Path("new").rename("committed/one")
+    assert "updated" in run("bench", "readme", "--results", "committed").out
+    assert "| fastsd/eager/fp32 |" in Path("README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--contenders", "tensorflow"), "names no contender"),
+        (("--scenario", "Server"), "SingleStream, ColdStart"),
+        (("--size", "65"), "multiple of 8"),
+        (("--sampler", "eulr"), "did you mean euler"),
+        (("--repeats", "0"), "--repeats"),
+        (("compare", "missing", "missing"), "missing"),
+        (("ops", "nothing"), "attention"),
+        (("gpu", "--stage", "nothing"), "sd15"),
+    ],
+)
+def test_wrong_usage_of_bench(arguments: tuple[str, ...], message: str, run: Run) -> None:
+    result = run("bench", *arguments)
+    assert result.code in (1, 2) and message in result.err
+
+
 # --- samplers, inspect, env, version -------------------------------------------------------------
 
 
@@ -522,7 +566,7 @@ def test_version(run: Run) -> None:
     assert run("--version") == Result(0, f"fastsd {fastsd.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["generate", "samplers", "inspect", "env"])
+@pytest.mark.parametrize("command", ["bench", "generate", "samplers", "inspect", "env"])
 def test_help_teaches(command: str, run: Run) -> None:
     page = run(command, "--help").out
     assert f"Usage: fastsd {command}" in page and "--json" in page

@@ -1,0 +1,200 @@
+"""Each op of kernels/ at the shapes that Stable Diffusion has: every implementation against the
+reference, in turns, with its share of the machine's ceiling.
+
+`fastsd bench ops`. An op is a row of OPS; an implementation that this machine cannot run is a line
+that says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsd.benchmarks.limits import measure_ceilings
+from fastsd.benchmarks.timing import Latency, paired_ratio
+from fastsd.errors import FastsdError, UsageError
+from fastsd.kernels import reference
+from fastsd.kernels.attention import IMPLEMENTATIONS, attention
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TURNS = 20
+TURN_S = 0.005  # calls are repeated until a turn takes this long
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape. flop, bytes: what it computes, and must read and write at least.
+
+    implementations: name -> a call without arguments; the first is torch's own, the base of ratios.
+    """
+
+    op: str
+    shape: str
+    reference: Callable[[], Tensor]
+    implementations: Mapping[str, Callable[[], Tensor]]
+    flop: int
+    bytes: int
+
+
+def attention_case(
+    title: str, batch: int, heads: int, queries: int, keys: int, width: int, dtype: torch.dtype,
+    device: str,
+) -> Case:  # fmt: skip
+    """softmax(q k^T / sqrt(K)) v."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(tokens: int) -> Tensor:
+        shape = (batch, heads, tokens, width)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    q, k, v = numbers(queries), numbers(keys), numbers(keys)
+
+    def call(name: str) -> Callable[[], Tensor]:
+        return lambda: attention(q, k, v, implementation=name)
+
+    return Case(
+        op="attention",
+        shape=f"{title}: {batch}x{heads}x{queries}x{keys}x{width}",
+        reference=lambda: reference.attention(q, k, v),
+        implementations={name: call(name) for name in IMPLEMENTATIONS},
+        flop=4 * batch * heads * queries * keys * width,
+        bytes=(2 * q.numel() + 2 * k.numel()) * q.element_size(),
+    )
+
+
+# what is asked, per guidance pair: (title, batch, heads, queries, keys, head width)
+ATTENTION = (
+    ("SD1.5 512 self, level 1", 2, 8, 4096, 4096, 40),
+    ("SD1.5 512 self, level 2", 2, 8, 1024, 1024, 80),
+    ("SD1.5 512 self, level 3", 2, 8, 256, 256, 160),
+    ("SD1.5 512 cross, level 1", 2, 8, 4096, 77, 40),
+    ("SDXL 1024 self, level 2", 2, 10, 4096, 4096, 64),
+    ("SDXL 1024 self, level 3", 2, 20, 1024, 1024, 64),
+    ("SDXL 1024 cross, level 2", 2, 10, 4096, 77, 64),
+)
+# op -> its cases for a dtype and a device, made one at a time: the largest take gigabytes
+OPS: dict[str, Sequence[Callable[[torch.dtype, str], Case]]] = {
+    "attention": [partial(attention_case, *shape) for shape in ATTENTION],
+}
+
+
+def measure_ops(
+    names: Sequence[str],
+    *,
+    precision: str,
+    device: str,
+    turns: int = TURNS,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Time every implementation of the ops called `names` (none: of all), in turns.
+
+    Returns ceilings and rows, plain data. Raises UsageError for an unknown op or precision.
+    """
+    unknown = [name for name in names if name not in OPS]
+    if unknown:
+        raise UsageError(f"op {unknown[0]!r} is unknown; they are {', '.join(OPS)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is unknown; {', '.join(PRECISIONS)} are known")
+    ceilings = measure_ceilings(device)
+    rows: list[dict[str, Any]] = []
+    for op in names or OPS:
+        for make in OPS[op]:
+            case = make(PRECISIONS[precision], device)
+            say(f"{case.op} {case.shape}")
+            rows += measure_case(case, ceilings, precision=precision, device=device, turns=turns)
+    return {"precision": precision, "device": device, "ceilings": ceilings, "rows": rows}
+
+
+def measure_case(
+    case: Case, ceilings: Mapping[str, float], *, precision: str, device: str, turns: int
+) -> list[dict[str, Any]]:
+    """Time one case's implementations in turns, and hold each to the reference."""
+    truth = case.reference()
+    scale = float(truth.float().abs().max())
+    rows: dict[str, dict[str, Any]] = {}
+    usable: dict[str, Callable[[], Tensor]] = {}
+    for name, call in case.implementations.items():
+        rows[name] = {"op": case.op, "shape": case.shape, "implementation": name}
+        try:
+            out = call()
+        except (FastsdError, RuntimeError) as error:  # torch's own "no kernel" is a RuntimeError
+            rows[name]["reason"] = str(error).splitlines()[0]
+        else:
+            error_ = float((out.float() - truth.float()).abs().max())
+            rows[name]["largest_error"] = error_ / scale
+            usable[name] = call
+    del truth
+    counts = {name: _calls_in(call, TURN_S, device) for name, call in usable.items()}
+    times: dict[str, list[float]] = {name: [] for name in usable}
+    for _ in range(turns):
+        for name, call in usable.items():
+            times[name].append(_seconds(call, counts[name], device))
+    base = next(iter(usable), None)
+    least = max(case.flop / ceilings[precision], case.bytes / ceilings["copy"])
+    for name, seconds in times.items():
+        assert base is not None
+        latency = Latency.of(seconds)
+        ratio = paired_ratio(seconds, times[base])
+        rows[name] |= {
+            "p50_s": latency.p50,
+            "p20_s": latency.p20,
+            "p80_s": latency.p80,
+            "tflops": case.flop / latency.p50 / 1e12,
+            "gbytes_per_s": case.bytes / latency.p50 / 1e9,
+            "share": least / latency.p50,
+            "ratio": {**asdict(ratio), "verdict": ratio.verdict},
+        }
+    return list(rows.values())
+
+
+def _calls_in(call: Callable[[], object], budget_s: float, device: str) -> int:
+    """How many calls take about `budget_s`."""
+    return max(1, int(budget_s / max(1e-9, _seconds(call, 1, device))))
+
+
+def _seconds(call: Callable[[], object], count: int, device: str) -> float:
+    """The time of one call, from `count` in a row: on a GPU by events around them."""
+    if device.startswith("cuda"):
+        start, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000 / count
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) / count
+
+
+def ops_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row an implementation of a case."""
+    table = [["op", "shape", "implementation", "ms", "TFLOP/s", "GB/s", "of ceiling", "vs first"]]
+    table[0] += ["error"]
+    for row in results["rows"]:
+        start = [row["op"], row["shape"], row["implementation"]]
+        if "reason" in row:
+            table.append([*start, f"not run: {row['reason']}", *[""] * 5])
+            continue
+        table.append(
+            [
+                *start,
+                f"{1000 * row['p50_s']:.3g}",
+                f"{row['tflops']:.3g}",
+                f"{row['gbytes_per_s']:.3g}",
+                f"{100 * row['share']:.0f}%",
+                f"{1 / row['ratio']['median']:.2f}x, {row['ratio']['verdict']}",
+                f"{row['largest_error']:.1e}",
+            ]
+        )
+    return table

@@ -1,0 +1,596 @@
+"""Results for people: tables, plots, the contact sheet, what changed between two runs, the README's
+rows. Reads nothing but a run's results; knows no contender and no process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastsd.benchmarks.timing import Ratio, changed_ratio
+from fastsd.errors import MissingDependency, UsageError
+from fastsd.files import published_folder, read_json, write_json
+from fastsd.images import contact_sheet, save_png
+
+Results = Mapping[str, Any]
+Row = Mapping[str, Any]
+Table = list[list[str]]
+
+QUALITY_DROP_DB = 1.0
+PART_TITLES = {
+    "text_encoder": "text encoder",
+    "context": "keys, values, time rows",
+    "unet": "UNet",
+    "step_rest": "guidance + scheduler",
+    "step": "whole steps",
+    "vae": "VAE decoder",
+    "other": "the rest",
+    "png": "PNG",
+}
+MARKS = ("<!-- bench: rows -->", "<!-- bench: end -->")
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """Write a time with three digits and the unit that suits it."""
+    if seconds >= 0.9995:
+        return f"{seconds:.3g} s"
+    return f"{1000 * seconds:.3g} ms"
+
+
+def ratio_text(ratio: Mapping[str, Any]) -> str:
+    """Write how many times the reference's speed, with the interval: above 1 is faster."""
+    if ratio["low"] is None:
+        return f"{1 / ratio['median']:.2f}x (too few samples)"
+    low, high = 1 / ratio["high"], 1 / ratio["low"]
+    note = ", no difference" if ratio["verdict"] == "no difference" else ""
+    return f"{1 / ratio['median']:.2f}x ({low:.2f} to {high:.2f}{note})"
+
+
+def quality_text(quality: Mapping[str, Any]) -> str:
+    """Write the worst PSNR and SSIM, and the word for them."""
+    worst = quality["psnr_db"]["worst"]
+    text = "equal" if worst >= 100 else f"{worst:.1f} dB"
+    if quality["ssim"]:
+        text += f", SSIM {quality['ssim']['worst']:.4f}"
+    return f"{text}, {quality['verdict']}"
+
+
+def score_text(quality: Mapping[str, Any]) -> str:
+    """Write the share of pictures that show what was named."""
+    score = quality.get("score")
+    return f"{100 * score['top1']:.0f}% of {score['pictures']}" if score else ""
+
+
+def scene_text(results: Results) -> str:
+    """Write what was drawn and on what."""
+    scene, environment = results["scene"], results["environment"]
+    cpu = environment["cpu"]
+    device = environment["devices"].get("cuda:0") if scene["device"] != "cpu" else cpu["name"]
+    sampler = f", {scene['sampler']}" if scene["sampler"] else ""
+    batch = f", {scene['batch']} at once" if scene["batch"] > 1 else ""
+    return (
+        f"{scene['model']}, {scene['size']}x{scene['size']}, {scene['steps']} steps{sampler}, "
+        f"guidance {scene['guidance']:g}{batch}; {device}, {scene['threads']} threads"
+    )
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def speed_table(results: Results) -> Table:
+    """A row a contender, in order of speed; those without one come last, with the reason."""
+    head = ["contender", "p50", "p90", tail_title(results), "n", "speed vs reference"]
+    head += ["worst picture", "task score", "share of limit", "cold start", "memory"]
+    measured = [row for row in results["rows"] if "latency_s" in row]
+    table = [head]
+    for row in sorted(measured, key=lambda row: row["latency_s"]["p50"]):
+        latency, quality = row["latency_s"], row["quality"]
+        reference = row["name"] == results["reference"]
+        tail = latency["p99"] if latency["p99"] is not None else latency["largest"]
+        table.append(
+            [
+                row["name"],
+                duration(latency["p50"]),
+                duration(latency["p90"]),
+                duration(tail),
+                str(latency["n"]),
+                "reference" if reference else ratio_text(row["ratio"]),
+                "reference" if reference else quality_text(quality),
+                score_text(quality),
+                f"{100 * row['limit']['share']:.0f}%" if "limit" in row else "",
+                duration(row["cold_start_s"][0]["total_s"]) if "cold_start_s" in row else "",
+                f"{row['memory_bytes'] / 2**30:.1f} GiB" if row["memory_bytes"] else "",
+            ]
+        )
+    return _without_empty_columns(table)
+
+
+def tail_title(results: Results) -> str:
+    """p99 where there are samples enough for it, else the largest."""
+    rows = [row["latency_s"] for row in results["rows"] if "latency_s" in row]
+    return "p99" if rows and all(row["p99"] is not None for row in rows) else "largest"
+
+
+def unmeasured(results: Results) -> list[str]:
+    """Name those that have no speed, and why."""
+    return [f"{row['name']}: {row['reason']}" for row in results["rows"] if "reason" in row]
+
+
+def parts_table(results: Results) -> Table:
+    """Where a picture's time goes, milliseconds; empty without any."""
+    rows = [row for row in results["rows"] if row.get("parts_ms")]
+    names = [name for name in PART_TITLES if any(name in row["parts_ms"] for row in rows)]
+    titles = {"unet": "UNet, a step", "step_rest": "guidance + scheduler, a step", "step": "a step"}
+    head = [titles.get(name, PART_TITLES[name]) for name in names]
+    table = [["milliseconds", *head]] if rows else []
+    for row in rows:
+        parts = row["parts_ms"]
+        table.append([row["name"], *(f"{parts[n]:.3g}" if n in parts else "" for n in names)])
+    return table
+
+
+def offline_table(results: Results) -> Table:
+    """Pictures a second at the best batch; empty without any."""
+    rows = [row for row in results["rows"] if row.get("offline")]
+    table = [["Offline", "pictures/s", "best batch", "tried"]] if rows else []
+    for row in rows:
+        offline = row["offline"]
+        tried = ", ".join(f"{size}: {speed:.3g}" for size, speed in offline["tried"].items())
+        table.append(
+            [row["name"], f"{offline['pictures_per_s']:.3g}", str(offline["batch"]), tried]
+        )
+    return table
+
+
+def cold_start_table(results: Results) -> Table:
+    """From the process's start to the first picture; empty without any."""
+    rows = [row for row in results["rows"] if row.get("cold_start_s")]
+    names = {"process_s": "process", "import_s": "import", "load_s": "load"}
+    names |= {"first_call_s": "first call", "total_s": "total"}
+    table = [["ColdStart", *names.values()]] if rows else []
+    for row in rows:
+        first = row["cold_start_s"][0]
+        table.append([row["name"], *(duration(first[name]) for name in names)])
+    return table
+
+
+def limits_text(results: Results) -> list[str]:
+    """This machine's ceilings and a picture's work, a line each."""
+    ceilings, work = results["ceilings"], results["work"]
+    products = ", ".join(
+        f"{name} {ceilings[name] / 1e9:,.0f}" for name in ceilings if name != "copy"
+    )
+    flops = ", ".join(
+        f"{PART_TITLES[name]} {part['flop'] / 1e12:.3g}" for name, part in work.items()
+    )
+    return [
+        f"matrix product, GFLOP/s (int8: GOP/s): {products}; "
+        f"copy, read + write: {ceilings['copy'] / 1e9:.1f} GB/s",
+        f"work of a draw, TFLOP: {flops}",
+    ]
+
+
+def aligned(table: Table) -> list[str]:
+    """Lay a table out for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+
+
+def markdown(table: Table) -> list[str]:
+    """Lay a table out as Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]] if lines else []
+
+
+def terminal(results: Results) -> list[str]:
+    """The tables that a run prints."""
+    lines = [scene_text(results), *limits_text(results), ""]
+    for table in (speed_table(results), parts_table(results), offline_table(results)):
+        if table:
+            lines += [*aligned(table), ""]
+    if len(results["rounds"]) > 1:
+        lines += [f"not in memory together; drawn in {len(results['rounds'])} rounds: "]
+        lines += [f"  {', '.join(names)}" for names in results["rounds"]]
+    return [*lines, *unmeasured(results)]
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """The one JSON line: what a program would look for."""
+    rows = []
+    for row in results["rows"]:
+        brief = {"name": row["name"], "status": row["status"]}
+        if "latency_s" in row:
+            brief |= {name: row["latency_s"][name] for name in ("p50", "p90", "n")}
+            brief["ratio"] = {k: v for k, v in row["ratio"].items() if k != "samples"}
+            brief |= {"psnr_db": row["quality"]["psnr_db"]["worst"]}
+        rows.append(brief)
+    names = ("schema", "created", "fastsd", "commit", "reference", "scene")
+    return {**{name: results[name] for name in names}, "rows": rows}
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [i for i, column in enumerate(zip(*table, strict=True)) if any(column[1:])]
+    return [[row[i] for i in kept] for row in table]
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def write_report(
+    folder: Path, results: Results, first_pictures: Mapping[str, NDArray[np.uint8]]
+) -> None:
+    """Write results.json, report.md, the plots and the contact sheet; `folder` must not exist.
+
+    Raises UsageError where it does, MissingDependency without matplotlib.
+    """
+    with published_folder(folder) as draft:
+        write_json(draft / "results.json", results)
+        names = [row["name"] for row in results["rows"] if row["name"] in first_pictures]
+        sheet = contact_sheet(
+            [_enlarged(Image.fromarray(first_pictures[name])) for name in names],
+            names,
+            columns=min(4, len(names)),
+        )
+        save_png(sheet, draft / "contact-sheet.png")
+        plots = _plots(draft, results)
+        (draft / "report.md").write_text("\n".join(_markdown_report(results, plots)), "utf-8")
+
+
+def _enlarged(picture: Image.Image, side: int = 256) -> Image.Image:
+    """Small pictures grow by a whole factor, their pixels kept; large ones are shrunk."""
+    if picture.width >= side:
+        return picture.resize((side, side), Image.Resampling.LANCZOS)
+    factor = side // picture.width
+    return picture.resize(
+        (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
+    )
+
+
+def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:
+    scene, environment = results["scene"], results["environment"]
+    lines = [f"# fastsd bench: {scene['model']}", "", scene_text(results), ""]
+    lines += [f"{results['created']}, fastsd {results['fastsd']}, commit {results['commit']}", ""]
+    lines += ["Times are of one draw. The speed is that of the reference's turns over the"]
+    lines += [
+        "contender's, paired, with the 95 % interval of their median; the worst picture is that"
+    ]
+    lines += [f"farthest from {results['reference']} drawn from the same seed.", ""]
+    for table in (
+        speed_table(results),
+        parts_table(results),
+        cold_start_table(results),
+        offline_table(results),
+    ):
+        if table:
+            lines += [*markdown(table), ""]
+    if len(results["rounds"]) > 1:
+        lines += ["Not in memory together; loaded anew in rounds:", ""]
+        lines += [f"{i}. {', '.join(names)}" for i, names in enumerate(results["rounds"], 1)]
+        lines += [""]
+    reasons = unmeasured(results)
+    lines += ["Not measured:", "", *(f"- {reason}" for reason in reasons), ""] if reasons else []
+    lines += [*(f"{line}  " for line in limits_text(results)), ""]
+    for name in (*plots, "contact-sheet.png"):
+        lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+    versions = environment["packages"].items()
+    lines += ["Versions: " + ", ".join(f"{k} {v}" for k, v in versions if v != "not installed")]
+    return [*lines, f"{environment['system']}, Python {environment['python']}", ""]
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+_COLOURS = {"fastsd": "#1b6ca8", "diffusers": "#8a8f98", "diffusers-compile": "#5c6370"}
+_OTHER = "#c98b2b"
+_PART_COLOURS = {
+    "text_encoder": "#7fb069",
+    "context": "#c3d898",
+    "unet": "#1b6ca8",
+    "step_rest": "#e07a5f",
+    "step": "#1b6ca8",
+    "vae": "#c98b2b",
+    "other": "#b8bcc4",
+}
+
+
+def _colour(name: str) -> str:
+    return _COLOURS.get(name.split("/")[0], _OTHER)
+
+
+def _plots(folder: Path, results: Results) -> list[str]:
+    """Draw every plot that the results have numbers for; return the files' names."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependency(
+            "a report needs matplotlib; run pip install 'fastsd[bench]'"
+        ) from error
+    rows = sorted(
+        (row for row in results["rows"] if "latency_s" in row),
+        key=lambda row: row["latency_s"]["p50"],
+    )
+    drawn = []
+    for name, draw, wanted in (
+        ("latency.png", _latency, rows),
+        ("quality.png", _speed_against_quality, rows),
+        ("limit.png", _share_of_limit, [row for row in rows if "limit" in row]),
+        ("parts.png", _where_time_goes, [row for row in rows if row["parts_ms"]]),
+    ):
+        if wanted:
+            tall = 2.2 + 0.42 * len(wanted)
+            figure = Figure(figsize=(9, max(4.5, tall) if name == "quality.png" else tall))
+            figure.set_layout_engine("constrained")
+            draw(figure.subplots(), wanted, results)
+            figure.supxlabel(scene_text(results), fontsize=8, color="#5c6370")
+            figure.savefig(folder / name, dpi=130)
+            drawn.append(name)
+    return drawn
+
+
+def _bars(axes: Any, rows: Sequence[Row], title: str, label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.set_xlabel(label)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _unit(rows: Sequence[Row]) -> tuple[float, str]:
+    return (1, "s") if max(row["latency_s"]["p50"] for row in rows) >= 2 else (1000, "ms")
+
+
+def _latency(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    factor, unit = _unit(rows)
+    values = [[factor * row["latency_s"][p] for row in rows] for p in ("p20", "p50", "p80", "p90")]
+    p20, p50, p80, p90 = (np.array(value) for value in values)
+    axes.barh(range(len(rows)), p50, color=[_colour(row["name"]) for row in rows], height=0.6)
+    axes.errorbar(
+        p50, range(len(rows)), xerr=(p50 - p20, p80 - p50), fmt="none", ecolor="black", capsize=4
+    )
+    axes.plot(p90, range(len(rows)), "|", color="black", markersize=10)
+    for i in range(len(rows)):
+        axes.annotate(
+            f" {p50[i]:.3g} {unit}",
+            (max(p90[i], p80[i]), i),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    what = "a picture" if results["scene"]["batch"] == 1 else "a batch"
+    _bars(axes, rows, f"Latency of {what}", f"{unit} (bar: p50; whiskers: p20 to p80; tick: p90)")
+    axes.set_xlim(0, 1.15 * max(p90))
+
+
+def _speed_against_quality(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    batch = results["scene"]["batch"]
+    others = [row for row in rows if row["name"] != results["reference"]]
+    for row in rows:
+        reference = row["name"] == results["reference"]
+        point = (batch / row["latency_s"]["p50"], row["quality"]["psnr_db"]["worst"])
+        axes.plot(*point, "*" if reference else "o", color=_colour(row["name"]), markersize=10)
+    _label_points(axes, rows, batch)
+    axes.set_title("Speed against quality", loc="left", fontsize=12)
+    axes.set_xlabel("pictures a second")
+    axes.set_ylabel(f"worst PSNR against {results['reference']}, dB (100: equal)")
+    axes.set_xlim(0, 1.35 * max(batch / row["latency_s"]["p50"] for row in rows))
+    axes.set_ylim(0, 110)
+    for height, word in ((50, "the same picture"), (30, "close")):
+        axes.axhline(height, color="#b8bcc4", linewidth=1, linestyle="--")
+        axes.text(0.005, height + 1, word, transform=axes.get_yaxis_transform(), fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not others:
+        axes.text(0.5, 0.5, "only the reference was drawn", transform=axes.transAxes, ha="center")
+
+
+def _label_points(axes: Any, rows: Sequence[Row], batch: int) -> None:
+    """Write each name beside its point, moved down where it would cover another's."""
+    width = 1.35 * max(batch / row["latency_s"]["p50"] for row in rows)
+    taken: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda row: -row["quality"]["psnr_db"]["worst"]):
+        x, y = batch / row["latency_s"]["p50"], row["quality"]["psnr_db"]["worst"]
+        at = y
+        while any(abs(at - other) < 5 and abs(x - left) < 0.3 * width for left, other in taken):
+            at -= 5
+        taken.append((x, at))
+        axes.annotate(
+            row["name"],
+            (x, y),
+            xytext=(x + 0.02 * width, at),
+            fontsize=9,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#b8bcc4"} if at != y else None,
+        )
+
+
+def _share_of_limit(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    shares = [100 * row["limit"]["share"] for row in rows]
+    axes.barh(range(len(rows)), shares, color=[_colour(row["name"]) for row in rows], height=0.6)
+    for i, (row, share) in enumerate(zip(rows, shares, strict=True)):
+        text = f" {share:.0f}% of {row['precision']}"
+        axes.text(share, i, text, va="center", fontsize=9)
+    _bars(axes, rows, "Share of this machine's limit", "% (measured products and copies: 100)")
+    axes.set_xlim(0, max(100, 1.2 * max(shares)))
+
+
+def _where_time_goes(axes: Any, rows: Sequence[Row], results: Results) -> None:
+    totals = [_part_totals(row["parts_ms"]) for row in rows]
+    factor, unit = (0.001, "s") if max(sum(t.values()) for t in totals) >= 2000 else (1, "ms")
+    left = np.zeros(len(rows))
+    for part in (p for p in PART_TITLES if any(p in total for total in totals)):
+        widths = np.array([factor * max(0.0, total.get(part, 0.0)) for total in totals])
+        axes.barh(
+            range(len(rows)),
+            widths,
+            left=left,
+            height=0.6,
+            color=_PART_COLOURS.get(part, "#444444"),
+            label=PART_TITLES[part],
+        )
+        left += widths
+    _bars(axes, rows, "Where a picture's time goes", f"{unit} (means of a draw, PNG included)")
+    axes.set_xlim(0, 1.05 * max(left))
+    axes.legend(ncols=4, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def _part_totals(parts: Mapping[str, float]) -> dict[str, float]:
+    """Sums over a whole draw: what is given a step is multiplied out."""
+    sums = {n: parts[n] for n in ("text_encoder", "context", "vae", "other", "png") if n in parts}
+    loop = parts["total"] - sum(sums[n] for n in sums if n != "png")
+    if "unet" in parts and parts.get("step"):
+        sums["unet"] = loop * parts["unet"] / parts["step"]
+        sums["step_rest"] = loop - sums["unet"]
+    elif "step" in parts:
+        sums["step"] = loop
+    return sums
+
+
+# --- two runs -------------------------------------------------------------------------------------
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a run's results.json, or that in a report's folder; raises FastsdError for others."""
+    results = read_json(path / "results.json" if path.is_dir() else path)
+    if "rows" not in results or "scene" not in results:
+        raise UsageError(f"{path} holds no results of fastsd bench")
+    return results
+
+
+def compare(before: Results, after: Results) -> Table:
+    """Say what changed between two runs, beyond the noise; a row a contender of both.
+
+    Where both runs drew the same reference, speeds are taken in its turns, so that a faster or
+    slower machine does not count as a change; the reference's own row is of plain times.
+    """
+    earlier = {row["name"]: row for row in before["rows"] if "latency_s" in row}
+    later = {row["name"]: row for row in after["rows"] if "latency_s" in row}
+    shared_reference = before["reference"] == after["reference"]
+    table = [
+        ["contender", "before", "after", "change of time", "95 % interval", "verdict", "quality"]
+    ]
+    for name in (name for name in later if name in earlier):
+        old, new = earlier[name], later[name]
+        relative = shared_reference and name != after["reference"]
+        ratio = changed_ratio(
+            _series(new, after if relative else None), _series(old, before if relative else None)
+        )
+        interval = "" if ratio.low is None else f"{_percent(ratio.low)} to {_percent(ratio.high)}"
+        table.append(
+            [
+                name,
+                duration(old["latency_s"]["p50"]),
+                duration(new["latency_s"]["p50"]),
+                _percent(ratio.median) + (" against the reference" if relative else ""),
+                interval,
+                _changed(ratio),
+                _quality_change(old["quality"], new["quality"]),
+            ]
+        )
+    if len(table) == 1:
+        raise UsageError("the two runs have no contender in common")
+    return table
+
+
+def different_scenes(before: Results, after: Results) -> list[str]:
+    """Name what differs between the runs besides the code: then a change may come from there."""
+    facts = {
+        "scene": [{k: v for k, v in r["scene"].items() if k != "prompts"} for r in (before, after)],
+        "cpu": [r["environment"]["cpu"] for r in (before, after)],
+        "devices": [r["environment"]["devices"] for r in (before, after)],
+        "packages": [r["environment"]["packages"] for r in (before, after)],
+    }
+    return [
+        f"{fact}: {key} {a.get(key)} -> {b.get(key)}"
+        for fact, (a, b) in facts.items()
+        for key in sorted({*a, *b})
+        if a.get(key) != b.get(key)
+    ]
+
+
+def _series(row: Row, in_turns_of: Results | None) -> list[float]:
+    samples = list(row["latency_s"]["samples"])
+    if in_turns_of is None:
+        return samples
+    return list(row["ratio"]["samples"])
+
+
+def _percent(ratio: float | None) -> str:
+    return "" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
+
+
+def _changed(ratio: Ratio) -> str:
+    return {"no difference": "no change"}.get(ratio.verdict, ratio.verdict)
+
+
+def _quality_change(before: Row, after: Row) -> str:
+    drop = before["psnr_db"]["worst"] - after["psnr_db"]["worst"]
+    if abs(drop) < QUALITY_DROP_DB:
+        return "no change"
+    word = "worse" if drop > 0 else "better"
+    return f"{word}: {before['psnr_db']['worst']:.1f} -> {after['psnr_db']['worst']:.1f} dB"
+
+
+# --- the README's rows ----------------------------------------------------------------------------
+
+
+def readme_table(folder: Path) -> list[str]:
+    """The rows of every committed run under `folder`, as Markdown."""
+    table = [["model, size, steps", "contender", "hardware", "p20 / p50 / p80", "speed", "quality"]]
+    table[0] += ["share of limit", "run"]
+    for path in sorted(folder.rglob("results.json")):
+        results = read_results(path)
+        scene, environment = results["scene"], results["environment"]
+        hardware = environment["devices"].get("cuda:0", "").split(",")[0]
+        if scene["device"] == "cpu":
+            hardware = f"{environment['cpu']['name']}, {scene['threads']} threads"
+        rows = [row for row in results["rows"] if "latency_s" in row]
+        for row in sorted(rows, key=lambda row: row["latency_s"]["p50"]):
+            latency, reference = row["latency_s"], row["name"] == results["reference"]
+            score = score_text(row["quality"])
+            table.append(
+                [
+                    f"{scene['model']}, {scene['size']}, {scene['steps']}",
+                    row["name"],
+                    hardware,
+                    " / ".join(duration(latency[p]) for p in ("p20", "p50", "p80")),
+                    "reference" if reference else ratio_text(row["ratio"]),
+                    ("reference" if reference else quality_text(row["quality"]))
+                    + (f"; {score} named right" if score else ""),
+                    f"{100 * row['limit']['share']:.0f}%" if "limit" in row else "",
+                    f"[{results['created'][:10]}](benchmarks/results/{path.parent.name}/report.md)",
+                ]
+            )
+    return markdown(table)
+
+
+def update_readme(readme: Path, results: Path) -> bool:
+    """Put the rows of `results` between the README's two marks; say whether that changed it."""
+    text = readme.read_text("utf-8")
+    start, end = MARKS
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise UsageError(f"{readme} must hold the lines {start} and {end}, once each")
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    rows = readme_table(results) if results.is_dir() else []
+    new = "\n".join([f"{before}{start}", *rows, f"{end}{after}"])
+    if new != text:
+        readme.write_text(new, "utf-8")
+    return new != text
+
+
+def to_json_line(data: object) -> str:
+    """One line of JSON."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,629 @@
+"""One run: contenders in processes of their own draw the same scene in turns, A B C A B C.
+
+A turn's times are compared with each other, so that a machine which slows down or speeds up does so
+for all. Contenders that do not fit in memory together draw in rounds, and the results say which. A
+speed is only reported with the quality of its pictures beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, final
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import fastsd
+from fastsd.benchmarks import judge
+from fastsd.benchmarks.contenders import (
+    Contender,
+    Scene,
+    by_default,
+    choose,
+    contenders,
+    reference_among,
+)
+from fastsd.benchmarks.limits import Work, limit
+from fastsd.benchmarks.timing import FEWEST_PAIRS, Latency, paired_ratio
+from fastsd.checkpoints import describe, open_checkpoint
+from fastsd.errors import FastsdError, UsageError
+from fastsd.samplers import build_table
+
+SCHEMA = 1
+SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
+DEFAULT_SCENARIOS = SCENARIOS[:3]
+AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
+MOST_REPEATS = 40
+KEPT_BYTES = 1 << 30  # of pictures, for each contender
+SETTLE_S = 0.02  # between turns, so that one contender's idling threads go to sleep
+ANSWER_S = 3600.0  # after which a contender that does not answer is given up
+BATCHES = (1, 2, 4, 8, 16)
+BYTES_A_PIXEL = 4096  # of activations while the decoder runs, and libraries' own needs:
+LIBRARIES_BYTES = 600 << 20
+MEMORY_SHARE = 0.9  # of what is free
+
+# For models whose pictures have no score: short and long, as people write them.
+PROMPTS = (
+    "a red apple",
+    "a photo of an astronaut riding a horse on mars, highly detailed, 8k",
+    "a castle on a hill at dawn, oil painting, soft light",
+    "portrait of a fox in a suit",
+)
+
+Say = Callable[[str], None]
+
+
+class ContenderFailed(FastsdError):
+    """Say why a contender could not be measured, in its own last words."""
+
+
+# --- one contender --------------------------------------------------------------------------------
+
+
+@final
+class Seat:
+    """A contender in its own process, which stays alive between turns."""
+
+    def __init__(self, contender: Contender, scene: Scene) -> None:
+        self.contender = contender
+        self.scene = scene
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        threads = str(scene.threads)
+        self._spawned = time.time()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fastsd.benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        )
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Send a message and wait for the answer. Raises ContenderFailed."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        watchdog = threading.Timer(ANSWER_S, process.kill)
+        watchdog.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # its last words say more
+                process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+        finally:
+            watchdog.cancel()
+        if not line:
+            raise ContenderFailed(self._last_words())
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def open(self) -> dict[str, Any]:
+        """Open the contender: its cold start, seconds."""
+        contender = self.contender
+        return self.ask(
+            "open",
+            scene=asdict(self.scene),
+            opens=contender.opens,
+            options=_options(contender, self.scene),
+            spawned=self._spawned,
+        )
+
+    def draw(self, draw: int, keep: Path | None) -> dict[str, Any]:
+        """Draw in turn: {"seconds", "memory_bytes"}."""
+        return self.ask("draw", draw=draw, keep=None if keep is None else str(keep))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
+        if code < 0:
+            return f"its process was ended by signal {-code}: memory may have run out"
+        last = next((line for line in reversed(lines) if ": " in line), "no message")
+        kind, _, message = last.partition(": ")
+        return message if kind.startswith("fastsd.") else last
+
+
+def _options(contender: Contender, scene: Scene) -> dict[str, Any]:
+    folder = contender.folder(scene)
+    return dict(contender.options) | ({} if folder is None else {"folder": str(folder)})
+
+
+# --- turns ----------------------------------------------------------------------------------------
+
+
+class Draws(Protocol):
+    """What takes turns."""
+
+    def draw(self, draw: int, keep: Path | None) -> dict[str, Any]:
+        """Draw once; "seconds" says how long it took."""
+        ...
+
+
+@dataclass
+class Record:
+    """What is known of one contender so far. turns: turn -> seconds."""
+
+    contender: Contender
+    turns: dict[int, float] = field(default_factory=dict)
+    cold_starts: list[dict[str, float]] = field(default_factory=list)
+    memory_bytes: int | None = None
+    parts_ms: dict[str, float] | None = None
+    offline: dict[str, Any] | None = None
+    failure: str | None = None
+
+
+def take_turns(
+    seats: Mapping[str, Draws],
+    turns: Sequence[int],
+    records: Mapping[str, Record],
+    keep: Callable[[str, int], Path | None],
+    settle_s: float = SETTLE_S,
+) -> None:
+    """Let every seat draw turn t before any draws turn t + 1; a seat that fails leaves the run."""
+    for turn in turns:
+        for name, seat in seats.items():
+            record = records[name]
+            if record.failure:
+                continue
+            time.sleep(settle_s)
+            try:
+                answer = seat.draw(turn, keep(name, turn))
+            except ContenderFailed as error:
+                record.failure = str(error)
+                continue
+            record.turns[turn] = answer["seconds"]
+            record.memory_bytes = answer.get("memory_bytes")
+
+
+# --- rounds ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups of contenders that are alive together. alone: each contender is loaded anew, twice."""
+
+    groups: tuple[tuple[str, ...], ...]
+    alone: bool
+
+    def rounds(self, repeats: int) -> list[tuple[tuple[str, ...], range]]:
+        """Who draws which turns, one round after the other; each contender draws `repeats`."""
+        if not self.alone:
+            return [
+                (group, range(i * repeats, (i + 1) * repeats))
+                for i, group in enumerate(self.groups)
+            ]
+        half = -(-repeats // 2)
+        halves = [turns for turns in (range(half), range(half, repeats)) if turns]
+        return [(group, turns) for turns in halves for group in self.groups]
+
+
+def plan_rounds(needs: Mapping[str, int], reference: str, available: int) -> Plan:
+    """Pack contenders into groups that fit in `available` bytes, the reference in each of them.
+
+    Where the reference and some contender do not fit together, every one draws alone.
+    """
+    room = available - needs[reference]
+    others = [name for name in needs if name != reference]
+    if any(needs[name] > room for name in others):
+        return Plan(tuple((name,) for name in (reference, *others)), alone=True)
+    groups: list[list[str]] = [[reference]]
+    left = [room]
+    for name in others:
+        fitting = [i for i, free in enumerate(left) if needs[name] <= free]
+        if not fitting:
+            groups.append([reference])
+            left.append(room)
+        i = fitting[0] if fitting else -1
+        groups[i].append(name)
+        left[i] -= needs[name]
+    return Plan(tuple(map(tuple, groups)), alone=False)
+
+
+def memory_need(contender: Contender, scene: Scene) -> int:
+    """Estimate what a contender holds while it draws, bytes."""
+    parts = describe(open_checkpoint(scene.model))["parts"].values()
+    weights = 4 * sum(part["parameters"] for part in parts)
+    activations = BYTES_A_PIXEL * scene.size**2 * scene.batch
+    return int(contender.copies * weights) + activations + LIBRARIES_BYTES
+
+
+def free_memory(device: str) -> int:
+    """How many bytes contenders may take: of the GPU where they run there, else of the machine."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(MEMORY_SHARE * torch.cuda.mem_get_info()[0])
+    try:
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(MEMORY_SHARE * 1024 * int(line.split()[1]))
+    except OSError:
+        pass  # not Linux
+    try:
+        return int(0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows: assume a small machine
+        return 4 << 30
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+@final
+class Run:
+    """A run in progress: opens seats, lets them draw, judges, and writes it all down."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        chosen: Sequence[Contender],
+        *,
+        reference: str,
+        repeats: int | None = None,
+        scenarios: Sequence[str] = DEFAULT_SCENARIOS,
+        left_out: Mapping[str, str] = MappingProxyType({}),
+        say: Say = lambda line: None,
+        available: int | None = None,
+    ) -> None:
+        unknown = set(scenarios) - set(SCENARIOS)
+        if unknown:
+            raise UsageError(
+                f"scenario {unknown.pop()!r} is unknown; they are {', '.join(SCENARIOS)}"
+            )
+        if reference not in {contender.name for contender in chosen}:
+            raise UsageError(f"the reference {reference!r} must take part")
+        self.scene = scene
+        self.reference = reference
+        self.records = {contender.name: Record(contender) for contender in chosen}
+        self.repeats = repeats
+        self.left_out = dict(left_out)
+        self.scenarios = tuple(scenarios)
+        self.rounds: list[tuple[tuple[str, ...], range]] = []
+        self._say = say
+        self._available = free_memory(scene.device) if available is None else available
+        self._seats: dict[str, Seat] = {}
+
+    def measure(self, environment: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run, and return the results as plain data, and each contender's first picture."""
+        with tempfile.TemporaryDirectory(prefix="fastsd-bench-") as folder:
+            try:
+                work, ceilings = self._limits()
+                self._leave_out_missing()
+                self._prepare()
+                self._draw_all(Path(folder))
+            finally:
+                self._close_all()
+            kept = {name: _pictures(Path(folder), name) for name in self.records}
+            rows = [self._row(name, kept, Path(folder), work, ceilings) for name in self.records]
+        rows += [
+            {"name": name, "status": "not measured", "reason": reason}
+            for name, reason in self.left_out.items()
+        ]
+        results = {
+            "schema": SCHEMA,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "fastsd": fastsd.__version__,
+            "commit": commit(),
+            "environment": dict(environment),
+            "scene": {**asdict(self.scene), "prompts": list(self.scene.prompts[:8])},
+            "repeats": self.repeats,
+            "reference": self.reference,
+            "rounds": [list(names) for names, _ in self.rounds],
+            "ceilings": ceilings,
+            "work": {name: asdict(part) for name, part in work.items()},
+            "rows": rows,
+        }
+        first = {
+            name: pictures[min(pictures)][0]
+            for name, pictures in kept.items()
+            if pictures and not self.records[name].failure
+        }
+        return results, first
+
+    def _limits(self) -> tuple[dict[str, Work], dict[str, float]]:
+        self._say("measuring this machine's limits")
+        seat = Seat(self.records[self.reference].contender, self.scene)
+        try:
+            answer = seat.ask(
+                "limits",
+                device=self.scene.device,
+                threads=self.scene.threads,
+                model=self.scene.model,
+                size=self.scene.size,
+                batch=self.scene.batch,
+                evaluations=evaluations(self.scene),
+                guided=self.scene.guided,
+            )
+        finally:
+            seat.close()
+        return {name: Work(**part) for name, part in answer["work"].items()}, answer["ceilings"]
+
+    def _leave_out_missing(self) -> None:
+        for record in self.records.values():
+            if missing := record.contender.missing:
+                record.failure = f"not installed: {', '.join(missing)}; {record.contender.install}"
+
+    def _prepare(self) -> None:
+        """Make what contenders need once; each alone, for it may take all memory."""
+        for record in self.records.values():
+            contender = record.contender
+            folder = contender.folder(self.scene) if not record.failure else None
+            if folder is None or folder.exists():
+                continue
+            self._say(f"preparing {contender.name}, once: this can take minutes")
+            seat = Seat(contender, self.scene)
+            try:
+                answer = seat.ask(
+                    "prepare",
+                    scene=asdict(self.scene),
+                    prepares=contender.prepares,
+                    options=_options(contender, self.scene),
+                )
+                self._say(f"  prepared in {answer['seconds']:.0f} s")
+            except ContenderFailed as error:
+                record.failure = f"could not be prepared: {error}"
+            finally:
+                seat.close()
+
+    def _draw_all(self, folder: Path) -> None:
+        taking_part = {n: r.contender for n, r in self.records.items() if not r.failure}
+        self._require_reference()
+        needs = {name: memory_need(c, self.scene) for name, c in taking_part.items()}
+        plan = plan_rounds(needs, self.reference, self._available)
+        if self.repeats is None and len(plan.groups) == 1:
+            self._open(plan.groups[0], folder)
+            self.repeats = self._fitting_repeats()
+        self.repeats = self.repeats or FEWEST_PAIRS  # what needs rounds is slow
+        self.rounds = plan.rounds(self.repeats)
+        for index, (names, turns) in enumerate(self.rounds):
+            if len(self.rounds) > 1:
+                self._say(f"round {index + 1} of {len(self.rounds)}: {', '.join(names)}")
+            for name in set(self._seats) - set(names):
+                self._seats.pop(name).close()
+            self._open(names, folder)
+            seats = {name: self._seats[name] for name in names if name in self._seats}
+            for turn in tqdm(turns, unit="turn", disable=None, leave=False):
+                take_turns(seats, [turn], self.records, lambda n, t: self._keep(folder, n, t))
+                self._require_reference()
+            for name, seat in seats.items():
+                self._further_scenarios(name, seat)
+            if plan.alone:
+                self._close_all()
+
+    def _require_reference(self) -> None:
+        if failure := self.records[self.reference].failure:
+            raise ContenderFailed(f"the reference {self.reference} cannot draw: {failure}")
+
+    def _open(self, names: Sequence[str], folder: Path) -> None:
+        """Open seats one after the other, so that a cold start has the machine to itself."""
+        for name in names:
+            record = self.records[name]
+            if name in self._seats or record.failure:
+                continue
+            seat = Seat(record.contender, self.scene)
+            try:
+                record.cold_starts.append(seat.open())
+                self._say(f"{name}: first picture after {record.cold_starts[-1]['total_s']:.1f} s")
+                latents = _latents_file(folder, name)
+                if not latents.exists():  # a second draw to warm up, and of use
+                    seat.ask("latents", draw=0, keep=str(latents))
+            except ContenderFailed as error:
+                seat.close()
+                record.failure = str(error)
+                self._say(f"{name}: {error}")
+            else:
+                self._seats[name] = seat
+        self._require_reference()
+
+    def _fitting_repeats(self) -> int:
+        """As many turns as AUTO_SECONDS hold, by one turn of each, which is not counted."""
+        start = time.perf_counter()
+        trial = {name: Record(self.records[name].contender) for name in self._seats}
+        take_turns(self._seats, [0], trial, lambda name, turn: None)
+        seconds = time.perf_counter() - start
+        return max(FEWEST_PAIRS, min(MOST_REPEATS, int(AUTO_SECONDS / seconds)))
+
+    def _keep(self, folder: Path, name: str, turn: int) -> Path | None:
+        size = 3 * self.scene.size**2 * self.scene.batch
+        return folder / f"{_file_name(name)}-{turn}.npy" if turn * size < KEPT_BYTES else None
+
+    def _further_scenarios(self, name: str, seat: Seat) -> None:
+        record = self.records[name]
+        try:
+            if "Parts" in self.scenarios and not record.failure and record.parts_ms is None:
+                slow = record.turns and min(record.turns.values()) > 5
+                record.parts_ms = seat.ask("parts", repeats=1 if slow else 3)["parts_ms"]
+            if "Offline" in self.scenarios and not record.failure and record.offline is None:
+                record.offline = _offline(seat)
+        except ContenderFailed as error:
+            self._say(f"{name}: {error}")
+            self._seats.pop(name).close()
+
+    def _close_all(self) -> None:
+        while self._seats:
+            self._seats.popitem()[1].close()
+
+    def _row(
+        self,
+        name: str,
+        kept: Mapping[str, judge.Pictures],
+        folder: Path,
+        work: dict[str, Work],
+        ceilings: dict[str, float],
+    ) -> dict[str, Any]:
+        record, base = self.records[name], self.records[self.reference]
+        row: dict[str, Any] = {"name": name, "precision": record.contender.precision}
+        if record.failure or not kept[name]:
+            return row | {"status": "not measured", "reason": record.failure or "drew nothing"}
+        quality = judge.judge(
+            kept[name],
+            kept[self.reference],
+            np.load(_latents_file(folder, name)),
+            np.load(_latents_file(folder, self.reference)),
+        )
+        if self.scene.model == "builtin":
+            quality["score"] = judge.score(kept[name])
+        latency = Latency.of(list(record.turns.values()))
+        common = [turn for turn in record.turns if turn in base.turns]
+        own, others = ([r.turns[turn] for turn in common] for r in (record, base))
+        ratio = paired_ratio(own, others)
+        row |= {"status": "measured", "quality": quality}
+        if "SingleStream" in self.scenarios:
+            row["latency_s"] = {
+                **asdict(latency),
+                "samples": list(latency.samples),
+                "n": latency.count,
+            }
+            samples = [time / other for time, other in zip(own, others, strict=True)]
+            row["ratio"] = {**asdict(ratio), "verdict": ratio.verdict, "samples": samples}
+            best = limit(work, ceilings, record.contender.precision)
+            if best:
+                row["limit"] = {**asdict(best), "share": best.seconds / latency.p50}
+        if "ColdStart" in self.scenarios:
+            row["cold_start_s"] = record.cold_starts
+        row["memory_bytes"] = record.memory_bytes
+        row["parts_ms"] = record.parts_ms
+        row["offline"] = record.offline
+        return row
+
+
+def _offline(seat: Seat) -> dict[str, Any]:
+    """Raise the batch while that draws more pictures a second; say what each batch gave."""
+    tried: dict[int, float] = {}
+    for size in BATCHES:
+        seconds = seat.ask("batch", size=size, repeats=2)["seconds"]
+        if not seconds:
+            continue
+        tried[size] = size / min(seconds)
+        if tried[size] < 1.02 * max([0.0, *list(tried.values())[:-1]]):
+            break
+    best = max(tried, key=lambda size: tried[size])
+    return {"pictures_per_s": tried[best], "batch": best, "tried": tried}
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else f"_{ord(c)}_" for c in name)
+
+
+def _latents_file(folder: Path, name: str) -> Path:
+    return folder / f"{_file_name(name)}-latents.npy"
+
+
+def _pictures(folder: Path, name: str) -> dict[int, NDArray[np.uint8]]:
+    prefix = f"{_file_name(name)}-"
+    files = [file for file in folder.glob(f"{prefix}*.npy") if not file.stem.endswith("latents")]
+    return {int(file.stem.removeprefix(prefix)): np.load(file) for file in files}
+
+
+def evaluations(scene: Scene) -> int:
+    """How often the UNet is asked for one draw of the scene."""
+    schedule = open_checkpoint(scene.model).config.schedule
+    return build_table(schedule, scene.steps, sampler=scene.sampler or schedule.sampler).rows
+
+
+def commit() -> str | None:
+    """The commit that runs, with a + where files differ from it; None outside a checkout."""
+    root = Path(fastsd.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "--short", "HEAD")
+        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
+
+
+def scene_of(
+    model: str,
+    *,
+    size: int | None = None,
+    steps: int = 20,
+    guidance: float | None = None,
+    batch: int = 1,
+    sampler: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+) -> Scene:
+    """Fill in what was not asked for: the model's own size, guidance and sampler, this machine's
+    GPU if there is one, and as many threads as torch would take. Raises UsageError."""
+    import torch
+
+    config = open_checkpoint(model).config
+    size = config.default_size if size is None else size
+    if size % config.vae.downscale or size < 1:
+        raise UsageError(f"--size must be a multiple of {config.vae.downscale}, not {size}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    scene = Scene(
+        model=model,
+        size=size,
+        steps=steps,
+        guidance=(5.0 if config.family == "sdxl" else 7.5) if guidance is None else guidance,
+        prompts=judge.builtin_prompts() if model == "builtin" else PROMPTS,
+        batch=batch,
+        sampler=sampler,
+        device=device,
+        threads=threads or torch.get_num_threads(),
+    )
+    evaluations(scene)  # an unknown sampler or an impossible step count is refused here
+    return scene
+
+
+def bench(
+    scene: Scene,
+    patterns: Sequence[str] = (),
+    *,
+    repeats: int | None = None,
+    scenarios: Sequence[str] = DEFAULT_SCENARIOS,
+    environment: Mapping[str, Any],
+    say: Say,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the contenders that `patterns` name, or those that need not compile first.
+
+    Returns the results, plain data, and each contender's first picture, (H, W, 3) uint8.
+    """
+    known = contenders(scene.device.partition(":")[0])
+    reference = reference_among(known)
+    left_out: dict[str, str] = {}
+    if patterns:
+        chosen = choose(known, patterns)
+    else:
+        chosen, left_out = by_default(known, scene)
+    if reference.name not in {contender.name for contender in chosen}:
+        chosen = [reference, *chosen]
+    run = Run(
+        scene,
+        chosen,
+        reference=reference.name,
+        repeats=repeats,
+        scenarios=scenarios,
+        left_out=left_out,
+        say=say,
+    )
+    return run.measure(environment)

@@ -1,0 +1,74 @@
+"""Contenders whose truth is known, opened in real worker processes by the tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastsd.benchmarks.contenders import Scene
+from fastsd.benchmarks.drawing import Drawer, Watch
+from fastsd.errors import MissingDependency
+
+
+class Painter(Drawer):
+    """Paints random pixels from the seed, in a known time, with planted noise."""
+
+    def __init__(self, scene: Scene, seconds: float, noise: float) -> None:
+        self._scene, self._seconds, self._noise = scene, seconds, noise
+        self._unet = lambda: time.sleep(seconds)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        print("what a library prints must not disturb")
+        self._unet()
+        return [Image.fromarray(self._pixels(seed)) for seed in seeds]
+
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        return torch.stack([torch.full((4, 8, 8), seed + 1.0) + self._noise for seed in seeds])
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        unet = self._unet
+        self._unet = watch.wrap("step", watch.wrap("unet", unet))
+        try:
+            yield
+        finally:
+            self._unet = unet
+
+    def _pixels(self, seed: int) -> np.ndarray:
+        generator = np.random.default_rng(seed)
+        shape = (self._scene.size, self._scene.size, 3)
+        clean = generator.uniform(64, 192, shape)
+        return (clean + 255 * self._noise * generator.standard_normal(shape)).astype(np.uint8)
+
+
+def open_painter(scene: Scene, seconds: float = 0.01, noise: float = 0.0) -> Drawer:
+    """A painter that works."""
+    return Painter(scene, seconds, noise)
+
+
+def open_nothing(scene: Scene) -> Drawer:
+    """One whose package is not there."""
+    raise MissingDependency("paint is not installed; run pip install paint")
+
+
+class Dying(Painter):
+    """One whose process ends in its third draw."""
+
+    count = 0
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        self.count += 1
+        if self.count == 3:
+            raise SystemExit("error: the brush broke")
+        return super().draw(prompts, seeds)
+
+
+def open_dying(scene: Scene) -> Drawer:
+    """A painter that dies."""
+    return Dying(scene, 0.01, 0.0)

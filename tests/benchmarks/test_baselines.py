@@ -1,0 +1,128 @@
+"""The baselines draw what fastsd draws: random models handed over in memory, samplers, exports."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastsd.benchmarks import baselines
+from fastsd.benchmarks.contenders import Scene
+from fastsd.benchmarks.drawing import Drawer, Watch, measure_parts, open_fastsd
+from fastsd.config import PRESETS
+from fastsd.quality import psnr
+from tests.checkpoints.test_random_weights import in_small
+
+PROMPTS = ("a red apple", "a house by the sea")
+
+
+def scene(model: str, **changes: Any) -> Scene:
+    settings: dict[str, Any] = {"size": 64, "steps": 3, "guidance": 5.0, "prompts": PROMPTS}
+    return Scene(model=model, **settings | changes)
+
+
+def worst_psnr(ours: Drawer, theirs: Drawer, drawn: Scene) -> float:
+    pictures = zip(
+        ours.draw(drawn.texts(0), drawn.seeds(0)),
+        theirs.draw(drawn.texts(0), drawn.seeds(0)),
+        strict=True,
+    )
+    return min(psnr(a, b) for a, b in pictures)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_diffusers_draws_random_models_as_fastsd_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, name, in_small(PRESETS[name]))
+    drawn = scene(f"random:{name}", batch=2)
+    ours = open_fastsd(drawn, backend="eager", precision="fp32")
+    theirs = baselines.open_diffusers(drawn)
+    assert worst_psnr(ours, theirs, drawn) > 55
+    a, b = (d.latents(drawn.texts(0), drawn.seeds(0)) for d in (ours, theirs))
+    assert torch.linalg.norm(a - b) / torch.linalg.norm(b) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["DPM++ 2M Karras", "unipc", "euler_a"])
+def test_a_sampler_is_the_same_on_both_sides(sampler: str, sd1_folder: Path) -> None:
+    drawn = scene(str(sd1_folder), sampler=sampler, steps=4)
+    ours = open_fastsd(drawn, backend="eager", precision="fp32")
+    assert worst_psnr(ours, baselines.open_diffusers(drawn), drawn) > 55
+
+
+@pytest.mark.parametrize("who", ["fastsd", "diffusers"])
+def test_parts_add_up(who: str, sd1_folder: Path) -> None:
+    drawn = scene(str(sd1_folder), steps=5)
+    drawer = (
+        open_fastsd(drawn, backend="eager", precision="fp32")
+        if who == "fastsd"
+        else baselines.open_diffusers(drawn)
+    )
+    before = np.asarray(drawer.draw(drawn.texts(0), drawn.seeds(0))[0])
+    parts = measure_parts(drawer, drawn, repeats=1)
+    assert {"text_encoder", "unet", "step", "step_rest", "vae", "png", "total"} <= set(parts)
+    assert all(value >= 0 for value in parts.values()), parts
+    assert parts["unet"] + parts["step_rest"] == pytest.approx(parts["step"])
+    inside = parts["text_encoder"] + parts.get("context", 0) + parts["vae"] + parts["other"]
+    steps = (parts["total"] - inside) / parts["step"]
+    assert steps == pytest.approx(round(steps), abs=1e-6) and steps >= 5
+    after = np.asarray(drawer.draw(drawn.texts(0), drawn.seeds(0))[0])
+    assert np.array_equal(before, after), "watching left something behind"
+
+
+def test_a_watch_adds_up_what_it_saw() -> None:
+    watch = Watch("cpu")
+    step = watch.wrap("step", watch.wrap("unet", lambda: None))
+    for _ in range(4):
+        step()
+    parts = watch.parts_ms(total_ms=1000.0)
+    assert parts["other"] == pytest.approx(1000 - 4 * parts["step"])
+    assert "vae" not in parts and parts["unet"] <= parts["step"]
+    assert Watch("cpu").parts_ms(5.0) == {"other": 5.0, "total": 5.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("packages", "prepare", "opener", "options", "floor_db"),
+    [
+        (("onnx", "onnxscript", "onnxruntime"), "prepare_onnx", "open_onnxruntime", {}, 55),
+        (("openvino",), "prepare_openvino", "open_openvino", {}, 55),
+        (("openvino", "nncf"), "prepare_openvino", "open_openvino", {"int8": True}, 15),
+        (("torchao",), "prepare_inductor", "open_inductor", {}, 15),
+    ],
+    ids=["onnxruntime", "openvino", "openvino-int8", "inductor-int8"],
+)
+def test_an_export_draws_what_diffusers_draws(
+    packages: tuple[str, ...],
+    prepare: str,
+    opener: str,
+    options: dict[str, Any],
+    floor_db: float,
+    sdxl_folder: Path,
+    sd1_folder: Path,
+    tmp_path: Path,
+) -> None:
+    for package in packages:
+        pytest.importorskip(package, reason="an optional engine that is not installed here")
+    for model in (sd1_folder, sdxl_folder):
+        drawn = scene(str(model))
+        folder = tmp_path / model.name
+        getattr(baselines, prepare)(drawn, str(folder), **options)
+        assert folder.is_dir()
+        engine = getattr(baselines, opener)(drawn, str(folder), **options)
+        assert engine.fixed_batch
+        assert worst_psnr(engine, baselines.open_diffusers(drawn), drawn) > floor_db
+
+
+def test_contenders_name_functions_that_exist() -> None:
+    from fastsd.benchmarks.contenders import contenders
+
+    for device in ("cpu", "cuda"):
+        for contender in contenders(device).values():
+            for path in filter(None, (contender.opens, contender.prepares)):
+                module, name = path.split(":")
+                assert callable(getattr(importlib.import_module(module), name))

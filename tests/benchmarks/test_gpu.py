@@ -1,0 +1,72 @@
+"""The GPU command's logic: stages that end, go on, and are told in a table. No GPU is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastsd.benchmarks import gpu
+from fastsd.benchmarks.gpu import STAGE_S, STAGES, Stage, run_stages, stages_table
+
+
+def stage(name: str, code: str, results: str | None = None) -> Stage:
+    """A stage that runs a line of Python, as `python -m timeit` does."""
+    return Stage(name, name, ("timeit", "-n1", "-r1", code), results)
+
+
+def test_stages_are_done_once_and_told(tmp_path: Path) -> None:
+    counted = tmp_path / "count"
+    code = f"open({str(counted)!r}, 'a').write('x')"
+    write = Stage("write", "", ("timeit", "-n1", "-r1", ""), None)
+    stages = [stage("first", code), stage("broken", "1 / 0"), write]
+    for _ in range(2):
+        outcomes = run_stages(stages, tmp_path / "gpu", budget_s=60, say=lambda line: None)
+    assert [outcome["outcome"] for outcome in outcomes] == ["done", "failed", "done"]
+    assert counted.read_text() == "x"
+    assert "ZeroDivisionError" in outcomes[1]["reason"]
+    table = stages_table(stages, tmp_path / "gpu", outcomes)
+    assert [row[0] for row in table] == ["stage", "first", "broken", "write"]
+    assert table[2][1].startswith("failed: ZeroDivisionError")
+
+
+def test_a_stage_that_outlasts_the_budget_is_stopped_and_begun_again(tmp_path: Path) -> None:
+    stages = [stage("quick", "0"), stage("long", "import time; time.sleep(30)")]
+    outcomes = run_stages(stages, tmp_path, budget_s=3, say=lambda line: None)
+    assert [outcome["outcome"] for outcome in outcomes] == ["done", "stopped"]
+    # the whole budget is its own now, and does not suffice either
+    outcomes = run_stages(stages, tmp_path, budget_s=1.5, say=lambda line: None)
+    assert [outcome["outcome"] for outcome in outcomes] == ["done", "failed"]
+    assert "more than" in outcomes[1]["reason"]
+
+
+def test_a_stages_rows_are_told(tmp_path: Path) -> None:
+    outcome = {"outcome": "done", "seconds": 1.0, "attempt": "attempt-1"}
+    stage_ = Stage("bench", "", (), "results.json")
+    place = tmp_path / "bench" / "attempt-1"
+    place.mkdir(parents=True)
+    ratio = {"median": 0.5, "low": 0.4, "high": 0.6, "verdict": "faster"}
+    rows = [
+        {"name": "a", "latency_s": {"p50": 0.25}, "ratio": ratio, "limit": {"share": 0.4}},
+        {"name": "b", "reason": "not installed"},
+    ]
+    (place / "results.json").write_text(json.dumps({"rows": rows}))
+    assert stages_table([stage_], tmp_path, [outcome])[1:] == [
+        ["bench", "a", "250 ms", "2.00x (1.67 to 2.50)", "40%"],
+        ["bench", "b: not installed", "", "", ""],
+    ]
+
+
+def test_the_stages_are_well_formed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert STAGE_S <= 540 and len({stage.name for stage in STAGES}) == len(STAGES)
+    for stage_ in STAGES:
+        if stage_.results:
+            assert any("{folder}" in word for word in stage_.command)
+    gpu.main(["--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        stage_.name for stage_ in STAGES
+    ]
+    with pytest.raises(SystemExit):
+        gpu.main(["--stage", "nothing"])
+    assert "sd15" in capsys.readouterr().err

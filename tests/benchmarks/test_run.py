@@ -1,0 +1,425 @@
+"""A run: turns, rounds, workers, quality; and that what is planted is seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastsd.backends import BACKENDS
+from fastsd.benchmarks import judge, report
+from fastsd.benchmarks.contenders import (
+    Contender,
+    Scene,
+    by_default,
+    choose,
+    contenders,
+    reference_among,
+)
+from fastsd.benchmarks.run import (
+    ContenderFailed,
+    Record,
+    Run,
+    memory_need,
+    plan_rounds,
+    scene_of,
+    take_turns,
+)
+from fastsd.benchmarks.timing import paired_ratio
+from fastsd.errors import UsageError
+
+SYNTHETIC = "tests.benchmarks.synthetic"
+SCENE = Scene(model="builtin", size=64, steps=2, guidance=7.5, prompts=("a cat", "a dog"))
+ENVIRONMENT: dict[str, Any] = {
+    "cpu": {"name": "Test CPU", "cores": 2},
+    "devices": {"cpu": "usable"},
+    "packages": {"torch": "2", "diffusers": "not installed"},
+    "system": "Test",
+    "python": "3",
+}
+
+
+# --- turns ----------------------------------------------------------------------------------------
+
+
+class Machine:
+    """A seat whose times are drawn from a machine that slows down while the run goes on."""
+
+    def __init__(self, log: list[tuple[str, int]], name: str, slowdown: float, seed: int) -> None:
+        self._log, self._name, self._slowdown = log, name, slowdown
+        self._generator = np.random.default_rng(seed)
+
+    def draw(self, draw: int, keep: Path | None) -> dict[str, Any]:
+        self._log.append((self._name, draw))
+        drift = 1 + draw / 20
+        noise = self._generator.normal(1, 0.03) + 3 * (self._generator.random() < 0.1)
+        return {"seconds": 0.1 * drift * self._slowdown * noise, "memory_bytes": 1}
+
+
+def simulate(seed: int, turns: int = 20) -> tuple[dict[str, str], list[tuple[str, int]]]:
+    log: list[tuple[str, int]] = []
+    slowdowns = {"a": 1.0, "a again": 1.0, "slowed": 1.1}
+    seats = {n: Machine(log, n, s, 3 * seed + i) for i, (n, s) in enumerate(slowdowns.items())}
+    records = {name: Record(Contender(name, "")) for name in seats}
+    take_turns(seats, range(turns), records, lambda name, turn: None, settle_s=0)
+    times = {name: list(record.turns.values()) for name, record in records.items()}
+    return {name: paired_ratio(times[name], times["a"]).verdict for name in times}, log
+
+
+def test_contenders_draw_in_turns() -> None:
+    _, log = simulate(0, turns=2)
+    assert log == [(name, turn) for turn in (0, 1) for name in ("a", "a again", "slowed")]
+
+
+def test_twice_the_same_and_a_planted_slowdown() -> None:
+    """In 100 runs on a machine that slows to half its speed: 95 see no difference, 95 a tenth."""
+    verdicts = [simulate(seed)[0] for seed in range(100)]
+    same = [verdict["a again"] for verdict in verdicts]
+    assert same.count("no difference") >= 90  # 95 %, less what a hundred runs may miss
+    assert [verdict["slowed"] for verdict in verdicts].count("slower") >= 95
+
+
+def test_a_seat_that_fails_leaves_and_the_others_go_on() -> None:
+    class Failing:
+        def draw(self, draw: int, keep: Path | None) -> dict[str, Any]:
+            raise ContenderFailed("gone")
+
+    log: list[tuple[str, int]] = []
+    seats: dict[str, Any] = {"a": Machine(log, "a", 1, 0), "b": Failing()}
+    records = {name: Record(Contender(name, "")) for name in seats}
+    take_turns(seats, range(3), records, lambda name, turn: None, settle_s=0)
+    assert records["b"].failure == "gone" and len(records["a"].turns) == 3
+
+
+# --- rounds ---------------------------------------------------------------------------------------
+
+
+def test_all_that_fits_draws_together() -> None:
+    plan = plan_rounds({"ref": 4, "a": 4, "b": 4}, "ref", 12)
+    assert plan.groups == (("ref", "a", "b"),)
+    assert plan.rounds(3) == [(("ref", "a", "b"), range(3))]
+
+
+def test_rounds_share_the_reference_and_no_turn() -> None:
+    plan = plan_rounds({"a": 5, "ref": 4, "b": 4, "c": 3}, "ref", 12)
+    assert plan.groups == (("ref", "a", "c"), ("ref", "b"))
+    assert [turns for _, turns in plan.rounds(6)] == [range(6), range(6, 12)]
+
+
+def test_what_does_not_fit_beside_the_reference_draws_alone_twice() -> None:
+    plan = plan_rounds({"ref": 8, "a": 8}, "ref", 12)
+    assert plan.alone
+    assert plan.rounds(5) == [
+        (("ref",), range(3)),
+        (("a",), range(3)),
+        (("ref",), range(3, 5)),
+        (("a",), range(3, 5)),
+    ]
+    assert plan_rounds({"ref": 8}, "ref", 4).rounds(2) == [(("ref",), range(2))]
+
+
+def test_the_need_of_sd15_is_some_gigabytes() -> None:
+    scene = replace(SCENE, model="random:sd15", size=512)
+    need = memory_need(Contender("x", ""), scene)
+    assert 5 < need / 2**30 < 7
+
+
+# --- who takes part -------------------------------------------------------------------------------
+
+
+def test_a_new_backend_takes_part_by_being_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "other", BACKENDS["eager"])
+    known = contenders("cpu")
+    assert {"fastsd/eager/fp32", "fastsd/other/bf16", "diffusers/fp32"} <= set(known)
+    assert known["fastsd/other/bf16"].options == {"backend": "other", "precision": "bf16"}
+    assert "diffusers/fp16" not in known and "diffusers/fp16" in contenders("cuda")
+    assert "openvino/fp32" not in contenders("cuda")
+
+
+def test_choosing() -> None:
+    known = contenders("cpu")
+    names = [c.name for c in choose(known, ["fastsd/eager/*", "again=fastsd/eager/fp32"])]
+    assert names == ["fastsd/eager/fp32", "fastsd/eager/fp16", "fastsd/eager/bf16", "again"]
+    for wrong, message in (("tensorflow", "no contender"), ("x=fastsd/*", "several")):
+        with pytest.raises(UsageError, match=message):
+            choose(known, [wrong])
+
+
+def test_by_default_nobody_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fastsd.benchmarks.contenders.user_cache_path", lambda _: tmp_path)
+    ready = Contender("ready", "", prepares="x:y", kept="ready")
+    folder = ready.folder(SCENE)
+    assert folder is not None and folder.is_relative_to(tmp_path)
+    folder.mkdir(parents=True)
+    known = {
+        "quick": Contender("quick", ""),
+        "compiled": Contender("compiled", "", compiles=True),
+        "exported": Contender("exported", "", prepares="x:y", kept="exported"),
+        "ready": ready,
+        "absent": Contender("absent", "", packages=("no_such_package",), prepares="x:y"),
+    }
+    chosen, left_out = by_default(known, SCENE)
+    assert [c.name for c in chosen] == ["quick", "ready", "absent"]
+    assert set(left_out) == {"compiled", "exported"}
+    assert "--contenders compiled" in left_out["compiled"]
+
+
+def test_an_export_is_kept_by_what_it_depends_on() -> None:
+    contender = Contender("x", "", prepares="x:y", kept="x")
+    folders = {
+        contender.folder(scene)
+        for scene in (
+            SCENE,
+            replace(SCENE, size=128),
+            replace(SCENE, guidance=1.0),
+            replace(SCENE, batch=2),
+            replace(SCENE, model="random:sd15"),
+        )
+    }
+    assert len(folders) == 5
+    assert contender.folder(replace(SCENE, steps=7)) in folders
+    assert Contender("x", "").folder(SCENE) is None
+
+
+def test_the_reference_is_diffusers_where_it_is_installed() -> None:
+    known = contenders("cpu")
+    assert reference_among(known).name == "diffusers/fp32"
+    absent = {**known, "diffusers/fp32": Contender("diffusers/fp32", "", packages=("no_such",))}
+    assert reference_among(absent).name == "fastsd/eager/fp32"
+
+
+def test_a_scene_is_filled_in() -> None:
+    scene = scene_of("random:sdxl")
+    assert (scene.size, scene.guidance, scene.steps) == (1024, 5.0, 20)
+    assert scene.texts(1) == [scene.prompts[1]] and scene.seeds(1) == [1]
+    builtin = scene_of("builtin", batch=2)
+    assert builtin.size == 128 and len(builtin.prompts) == 256 and builtin.seeds(3) == [6, 7]
+    for wrong, message in (({"size": 60}, "multiple"), ({"sampler": "eulr"}, "euler")):
+        with pytest.raises(UsageError, match=message):
+            scene_of("builtin", **wrong)
+
+
+# --- quality --------------------------------------------------------------------------------------
+
+
+def test_planted_noise_in_the_pictures_is_seen() -> None:
+    generator = np.random.default_rng(0)
+    clean = {i: generator.integers(50, 200, (1, 64, 64, 3)).astype(np.uint8) for i in range(3)}
+    noise = generator.normal(0, 2.55, (64, 64, 3)).round()  # 1 % of the range: 40 dB
+    noisy = {i: (picture + noise).astype(np.uint8) for i, picture in clean.items()}
+    latents = generator.standard_normal((1, 4, 8, 8)).astype(np.float32)
+    same = judge.judge(clean, clean, latents, latents)
+    assert same["psnr_db"] == {"median": 100, "worst": 100} and same["verdict"] == "same"
+    seen = judge.judge(noisy, clean, latents + np.float32(0.5), latents)
+    assert seen["psnr_db"]["worst"] == pytest.approx(40, abs=0.5) and seen["verdict"] == "close"
+    assert seen["ssim"]["worst"] < 0.9999
+    assert seen["latents"]["largest_error"] == pytest.approx(0.5)
+    one_bad = {**clean, 2: noisy[2] // 2}
+    assert judge.judge(one_bad, clean, latents, latents)["verdict"] == "different"
+
+
+def test_the_task_score_counts_what_shows_its_name() -> None:
+    from fastsd.quality import builtin_atlas, tasks
+
+    atlas = builtin_atlas()
+    task = tasks(atlas)["english"]
+    right = {i: atlas.pictures[task.expected[i]][None] for i in range(4)}
+    assert judge.score(right) == {"top1": 1, "top5": 1, "pictures": 4, "standard_error": 0}
+    wrong = {**right, 0: 255 - right[0]}
+    assert judge.score(wrong)["top1"] == 0.75
+    pairs = {0: np.concatenate([right[0], right[1]]), 1: np.concatenate([right[2], right[3]])}
+    assert judge.score(pairs)["top1"] == 1
+    assert judge.builtin_prompts() == task.names
+
+
+# --- a whole run ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_run() -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """A run of contenders that are what they say, in real processes."""
+
+    def painter(name: str, **options: Any) -> Contender:
+        return Contender(name, f"{SYNTHETIC}:open_painter", options)
+
+    said: list[str] = []
+    run = Run(
+        SCENE,
+        [
+            painter("exact"),
+            painter("slow", seconds=0.2),
+            painter("noisy", noise=0.01),
+            Contender("uninstalled", "", packages=("no_such",), install="pip install no_such"),
+            Contender("unusable", f"{SYNTHETIC}:open_nothing"),
+            Contender("dying", f"{SYNTHETIC}:open_dying"),
+        ],
+        reference="exact",
+        repeats=7,
+        left_out={"compiled": "left out: it compiles"},
+        say=said.append,
+    )
+    results, pictures = run.measure(ENVIRONMENT)
+    return results, pictures, said
+
+
+def rows_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in results["rows"]}
+
+
+def test_a_run_measures_and_judges(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    results, pictures, said = whole_run
+    rows = rows_of(results)
+    assert json.loads(report.to_json_line(results)) == results
+    assert results["rounds"] == [["exact", "slow", "noisy", "unusable", "dying"]]
+    for name in ("exact", "slow", "noisy"):
+        assert rows[name]["latency_s"]["n"] == 7 and rows[name]["quality"]["pictures"] == 7
+        assert rows[name]["memory_bytes"] > 1 << 20
+        cold = rows[name]["cold_start_s"][0]
+        steps = cold["process_s"] + cold["import_s"] + cold["load_s"] + cold["first_call_s"]
+        assert cold["total_s"] == pytest.approx(steps) and cold["process_s"] > 0
+        assert rows[name]["parts_ms"]["unet"] >= 10 - 1
+    assert rows["exact"]["latency_s"]["p50"] >= 0.01 and rows["slow"]["latency_s"]["p50"] >= 0.2
+    assert rows["slow"]["ratio"]["verdict"] == "slower"
+    assert rows["exact"]["quality"]["verdict"] == rows["slow"]["quality"]["verdict"] == "same"
+    assert rows["noisy"]["quality"]["psnr_db"]["worst"] == pytest.approx(40, abs=1)
+    assert rows["noisy"]["quality"]["latents"]["largest_error"] == pytest.approx(0.01, abs=1e-4)
+    assert set(pictures) == {"exact", "slow", "noisy"}
+    assert results["ceilings"]["fp32"] > 1e9 and results["work"]["unet"]["flop"] > 1e8
+    assert any("first picture after" in line for line in said)
+
+
+def test_a_row_without_quality_is_no_speed(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    results, _, _ = whole_run
+    rows = rows_of(results)
+    reasons = {name: rows[name]["reason"] for name in rows if "reason" in rows[name]}
+    assert reasons == {
+        "uninstalled": "not installed: no_such; pip install no_such",
+        "unusable": "paint is not installed; run pip install paint",
+        "dying": "error: the brush broke",
+        "compiled": "left out: it compiles",
+    }
+    assert not any("latency_s" in rows[name] for name in reasons)
+    speeds = "\n".join(report.aligned(report.speed_table(results)))
+    assert not any(name in speeds for name in reasons)
+    assert [line.split(":")[0] for line in report.unmeasured(results)] == list(reasons)
+
+
+def test_no_reference_no_run() -> None:
+    with pytest.raises(UsageError, match="must take part"):
+        Run(SCENE, [Contender("a", "")], reference="b")
+    with pytest.raises(UsageError, match="SingleStream, ColdStart"):
+        Run(SCENE, [Contender("a", "")], reference="a", scenarios=["Serving"])
+    gone = Contender("gone", "", packages=("no_such",), install="pip install no_such")
+    run = Run(SCENE, [gone], reference="gone")
+    run._limits = lambda: ({}, {})  # type: ignore[method-assign]
+    with pytest.raises(ContenderFailed, match="pip install no_such"):
+        run.measure(ENVIRONMENT)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_the_report_holds_what_it_promises(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    results, pictures, _ = whole_run
+    report.write_report(tmp_path / "new" / "run", results, pictures)
+    folder = tmp_path / "new" / "run"
+    plots = {"latency.png", "quality.png", "limit.png", "parts.png", "contact-sheet.png"}
+    assert {file.name for file in folder.iterdir()} == {"results.json", "report.md", *plots}
+    assert report.read_results(folder) == report.read_results(folder / "results.json") == results
+    text = (folder / "report.md").read_text("utf-8")
+    for name in (*plots, "| exact |", "pip install no_such", "guidance 7.5", "Test CPU"):
+        assert name in text
+    with pytest.raises(UsageError, match="exists already"):
+        report.write_report(folder, results, pictures)
+
+
+def test_the_terminal_shows_speed_and_quality_side_by_side(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    results, _, _ = whole_run
+    lines = report.terminal(results)
+    (noisy,) = (line for line in lines if line.startswith("noisy ") and "dB" in line)
+    assert " ms" in noisy and "close" in noisy
+    brief = report.summary(results)
+    assert "\n" not in report.to_json_line(brief)
+    assert {row["name"]: row["status"] for row in brief["rows"]}["dying"] == "not measured"
+
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def changed(results: dict[str, Any], change: Change) -> dict[str, Any]:
+    copy: dict[str, Any] = json.loads(json.dumps(results))
+    change(copy)
+    return copy
+
+
+def test_compare_says_what_changed_beyond_the_noise(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    results, _, _ = whole_run
+
+    def verdicts(after: dict[str, Any]) -> dict[str, tuple[str, str]]:
+        return {row[0]: (row[-2], row[-1]) for row in report.compare(results, after)[1:]}
+
+    assert set(verdicts(results).values()) == {("no change", "no change")}
+
+    def degrade(copy: dict[str, Any]) -> None:
+        for row in copy["rows"]:
+            if row["name"] == "slow":
+                row["ratio"]["samples"] = [10 * sample for sample in row["ratio"]["samples"]]
+                row["quality"]["psnr_db"]["worst"] = 35.0
+
+    after = verdicts(changed(results, degrade))
+    assert after["slow"] == ("slower", "worse: 100.0 -> 35.0 dB")
+    assert after["noisy"] == ("no change", "no change")
+
+    def another_machine(copy: dict[str, Any]) -> None:
+        copy["environment"]["cpu"]["name"] = "Other CPU"
+        for row in copy["rows"]:
+            if "latency_s" in row:
+                row["latency_s"]["samples"] = [3 * s for s in row["latency_s"]["samples"]]
+
+    moved = changed(results, another_machine)
+    assert verdicts(moved)["slow"] == ("no change", "no change")
+    assert report.different_scenes(results, moved) == ["cpu: name Test CPU -> Other CPU"]
+    with pytest.raises(UsageError, match="no contender in common"):
+        report.compare(results, changed(results, lambda copy: copy.update(rows=[])))
+
+
+def test_the_readme_shows_committed_rows(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    results, pictures, _ = whole_run
+    readme = tmp_path / "README.md"
+    start, end = report.MARKS
+    readme.write_text(f"before\n{start}\nold\n{end}\nafter\n", "utf-8")
+    report.write_report(tmp_path / "results" / "one", results, pictures)
+    assert report.update_readme(readme, tmp_path / "results")
+    assert not report.update_readme(readme, tmp_path / "results")
+    lines = readme.read_text("utf-8").splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert sum(line.startswith("| builtin, 64, 2 |") for line in lines) == 3
+    assert "(benchmarks/results/one/report.md)" in lines[4]
+    readme.write_text("no marks", "utf-8")
+    with pytest.raises(UsageError, match="must hold the lines"):
+        report.update_readme(readme, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0123456, "12.3 ms"), (0.9996, "1 s"), (0.9994, "999 ms"), (12.345, "12.3 s")],
+)
+def test_durations_have_three_digits_and_a_unit(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
