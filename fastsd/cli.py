@@ -51,6 +51,7 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     "crops_coords_top_left": (list, "crops_coords_top_left"),
     **{name: (_NUMBER, name) for name in ("strength", "guidance_rescale", "denoising_end")},
     **{name: (int, name) for name in ("mask_feather", "clip_skip")},
+    **{name: (_NUMBER, name) for name in ("aesthetic_score", "negative_aesthetic_score")},
     "outpaint": (list, "outpaint"),
     "prompt_syntax": (str, "prompt_syntax"),
     # Not in the picture, but known again: the SHA-256 of what has to be given with --again.

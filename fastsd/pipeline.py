@@ -469,6 +469,8 @@ class Pipeline:
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -524,6 +526,8 @@ class Pipeline:
         _check_number("guidance_scale", guidance)
         _check_fraction("guidance_rescale", guidance_rescale)
         _check_number("eta", eta)
+        _check_number("aesthetic_score", aesthetic_score)
+        _check_number("negative_aesthetic_score", negative_aesthetic_score)
         _check_choice("output_type", output_type, OUTPUT_TYPES)
         _check_choice("prompt_syntax", prompt_syntax, SYNTAXES)
         vocabulary = self._vocabulary
@@ -566,7 +570,12 @@ class Pipeline:
                 encoder,
                 count=count,
                 size=size,
-                sizes=Sizes(original=original_size, crop=crops_coords_top_left, target=target_size),
+                sizes=Sizes(
+                    original=original_size,
+                    crop=crops_coords_top_left,
+                    target=target_size,
+                    scores=(aesthetic_score, negative_aesthetic_score),
+                ),
                 guidance=float(guidance),
                 rescale=float(guidance_rescale),
                 source=source,
@@ -609,6 +618,8 @@ class Pipeline:
             "original_size": _numbers(original_size),
             "crops_coords_top_left": _numbers(crops_coords_top_left),
             "target_size": _numbers(target_size),
+            "aesthetic_score": float(aesthetic_score),
+            "negative_aesthetic_score": float(negative_aesthetic_score),
             "batch_invariant": batch_invariant,
             "lora": [f"{title}:{weight:g}" for title, weight in loras.items()] or None,
             "not_recorded": [name for name, value in own_objects.items() if value is not None],
@@ -878,8 +889,13 @@ class Call:
             zero_empty=self._config.zero_empty_negative,
         ).map(lambda t: t.repeat_interleave(count, dim=0))
         if self._config.unet.size_ids:
-            ids = sizes.ids(self._size, len(conditioning), self._backend.device)
-            conditioning = replace(conditioning, size_ids=ids)
+            ids = sizes.ids(
+                self._config,
+                self._size,
+                len(conditioning),
+                guided=self.do_classifier_free_guidance,
+            )
+            conditioning = replace(conditioning, size_ids=ids.to(self._backend.device))
         return conditioning
 
     def _denoiser(self) -> Denoiser:

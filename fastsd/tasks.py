@@ -72,16 +72,26 @@ class Conditioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """SDXL's size conditioning, pixels, height first; None takes the picture's own size."""
+    """SDXL's size conditioning, pixels, height first; None takes the picture's own size.
+
+    scores: of beauty, for what is wanted and what is not; a refiner is told them, and no target.
+    """
 
     original: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
     target: tuple[int, int] | None = None
+    scores: tuple[float, float] = (6.0, 2.5)
 
-    def ids(self, size: tuple[int, int], batch: int, device: torch.device) -> Tensor:
-        """The (B, 6) numbers for pictures of `size`."""
-        row = (*(self.original or size), *self.crop, *(self.target or size))
-        return torch.tensor(row, dtype=torch.float32, device=device).repeat(batch, 1)
+    def ids(
+        self, config: ModelConfig, size: tuple[int, int], batch: int, *, guided: bool
+    ) -> Tensor:
+        """The (B, 6) numbers, (B, 5) for a refiner, for pictures of `size`; unconditional first."""
+        row = (*(self.original or size), *self.crop)
+        if config.unet.size_ids == 6:
+            return torch.tensor([(*row, *(self.target or size))] * batch, dtype=torch.float32)
+        wanted, unwanted = ((*row, score) for score in self.scores)
+        rows = [unwanted] * (batch // 2) + [wanted] * (batch // 2) if guided else [wanted] * batch
+        return torch.tensor(rows, dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -686,10 +696,13 @@ def sample(
         else part(pictures)
     )
     mean, log_variance = moments.float().chunk(2, dim=1)
-    std = torch.exp(0.5 * log_variance.clamp(-30, 20))  # diffusers' limits
-    eps = noise(len(pictures))
-    repeats = len(eps) // len(mean)
-    z = mean.repeat_interleave(repeats, dim=0) + std.repeat_interleave(repeats, dim=0) * eps
+    if config.vae.blocks is None:
+        std = torch.exp(0.5 * log_variance.clamp(-30, 20))  # diffusers' limits
+        eps = noise(len(pictures))
+        repeats = len(eps) // len(mean)
+        z = mean.repeat_interleave(repeats, dim=0) + std.repeat_interleave(repeats, dim=0) * eps
+    else:  # a tiny autoencoder gives no distribution, and nothing is drawn
+        z = mean
     z = z.repeat_interleave(noise.shape[0] // len(z), dim=0)
     return (z - config.vae.shift) * config.vae.scale
 

@@ -1,0 +1,296 @@
+"""Models distilled to few steps, refiners and other VAEs draw diffusers' pictures by default."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastsd.checkpoints import open_checkpoint, save_folder
+from fastsd.config import FEW_STEPS
+from fastsd.errors import CheckpointError, UsageError
+from fastsd.pipeline import Pipeline
+from tests import fixtures
+from tests.checkpoints.rewrite import copied, edit_json
+from tests.checkpoints.singles import SingleFile, ldm_vae, write_refiner, write_sdxl
+
+PROMPT = "a red apple on the table"
+SIZE: dict[str, Any] = dict(height=64, width=64)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(4)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return float(-10 * torch.log10(((a - b) ** 2).mean()))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def theirs(sd1_folder: Path) -> Any:
+    return quiet(diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder))
+
+
+# --- few steps ------------------------------------------------------------------------------------
+
+# preset -> diffusers' scheduler, what differs from the folder's, and the call, as makers document
+DOCUMENTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "lcm": ("LCMScheduler", {}, {"num_inference_steps": 4, "guidance_scale": 1.0}),
+    "sd-turbo": (
+        "EulerDiscreteScheduler",
+        {"timestep_spacing": "trailing"},
+        {"num_inference_steps": 1, "guidance_scale": 0.0},
+    ),
+    "sdxl-turbo": (
+        "EulerAncestralDiscreteScheduler",
+        {"timestep_spacing": "trailing"},
+        {"num_inference_steps": 1, "guidance_scale": 0.0},
+    ),
+    "lightning-1": (
+        "EulerDiscreteScheduler",
+        {"timestep_spacing": "trailing", "prediction_type": "sample"},
+        {"num_inference_steps": 1, "guidance_scale": 0.0},
+    ),
+    **{
+        f"lightning-{n}": (
+            "EulerDiscreteScheduler",
+            {"timestep_spacing": "trailing"},
+            {"num_inference_steps": n, "guidance_scale": 0.0},
+        )
+        for n in (2, 4, 8)
+    },
+    "hyper-1": ("LCMScheduler", {}, {"timesteps": [800], "guidance_scale": 0.0}),
+    **{
+        f"hyper-{n}": (
+            "DDIMScheduler",
+            {"timestep_spacing": "trailing", "clip_sample": False},
+            {"num_inference_steps": n, "guidance_scale": 0.0},
+        )
+        for n in (2, 4, 8)
+    },
+}
+
+
+@pytest.mark.parametrize("preset", list(FEW_STEPS))
+def test_presets_draw_as_their_makers_say(preset: str, sd1_folder: Path, theirs: Any) -> None:
+    name, changes, call = DOCUMENTED[preset]
+    own = theirs.scheduler
+    try:
+        theirs.scheduler = getattr(diffusers, name).from_config(own.config, **changes)
+        expected = theirs(PROMPT, generator=generator(), output_type="pt", **SIZE, **call).images
+    finally:
+        theirs.scheduler = own
+    pipe = Pipeline.from_pretrained(sd1_folder, preset=preset)
+    output = pipe(PROMPT, generator=generator(), output_type="pt", **SIZE)
+    assert psnr(output.images, expected) > 80
+    assert output.metadata[0]["steps"] == call.get("num_inference_steps", 1)
+    assert output.metadata[0]["guidance_scale"] == call["guidance_scale"]
+
+
+def test_an_unknown_preset_names_those_there_are(sd1_folder: Path) -> None:
+    with pytest.raises(UsageError, match="preset 'lightning-3' is unknown; .*lightning-4"):
+        open_checkpoint(sd1_folder, preset="lightning-3")
+
+
+def test_folders_say_what_they_are(sdxl_folder: Path, sd1_folder: Path, tmp_path: Path) -> None:
+    """LCM by its scheduler, Turbo by trailing noise prediction at 512 pixels; others are not."""
+    assert open_checkpoint(sdxl_folder).config.schedule.steps is None
+    turbo = copied(sdxl_folder, tmp_path / "turbo")
+    edit_json(turbo / "unet/config.json", {"sample_size": 64})
+    scheduler = turbo / "scheduler/scheduler_config.json"
+    edit_json(scheduler, {"timestep_spacing": "trailing"})
+    schedule = open_checkpoint(turbo).config.schedule
+    assert (schedule.steps, schedule.guidance, schedule.sampler) == (1, 0.0, "euler")
+    edit_json(scheduler, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    assert open_checkpoint(turbo).config.schedule.steps is None
+
+    lcm = copied(sd1_folder, tmp_path / "lcm")
+    edit_json(lcm / "model_index.json", {"scheduler": ["diffusers", "LCMScheduler"]})
+    edit_json(lcm / "scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"})
+    schedule = open_checkpoint(lcm).config.schedule
+    assert (schedule.steps, schedule.guidance, schedule.sampler) == (4, 1.0, "lcm")
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("sdxl_lightning_4step", "one of lightning-4$"),
+        ("Hyper-SDXL-8steps", "one of hyper-8$"),
+        ("dreamshaperTurbo", "one of sd-turbo, sdxl-turbo$"),
+        ("my-lcm", "one of lcm$"),
+        ("plain", None),
+    ],
+)
+def test_a_name_gives_a_hint_only(
+    name: str,
+    named: str | None,
+    sd1_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / name
+    path.symlink_to(sd1_folder)
+    with caplog.at_level(logging.WARNING):
+        assert open_checkpoint(path).config == open_checkpoint(sd1_folder).config
+    hints = [record.getMessage() for record in caplog.records]
+    assert len(hints) == (named is not None)
+    if named:
+        import re
+
+        assert re.search(named, hints[0])
+        with caplog.at_level(logging.WARNING):
+            open_checkpoint(path, preset="lcm")
+        assert len(caplog.records) == 1
+
+
+# --- the refiner ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[SingleFile, SingleFile]:
+    folder = tmp_path_factory.mktemp("stages")
+    return write_sdxl(folder / "base"), write_refiner(folder / "refiner")
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_the_refiner_goes_on_where_the_base_stopped(
+    form: str, stages: tuple[SingleFile, SingleFile]
+) -> None:
+    call: dict[str, Any] = dict(num_inference_steps=5, guidance_scale=4.0)
+
+    def both(base: Any, refiner: Any) -> Tensor:
+        first = base(
+            PROMPT, generator=generator(), denoising_end=0.6, output_type="latent", **SIZE, **call
+        ).images
+        picture = refiner(
+            PROMPT,
+            image=first,
+            denoising_start=0.6,
+            generator=generator(),
+            output_type="pt",
+            aesthetic_score=7.0,
+            **call,
+        ).images
+        assert isinstance(picture, Tensor)
+        return picture
+
+    options: dict[str, Any] = {"add_watermarker": False}
+    base = diffusers.StableDiffusionXLPipeline.from_pretrained(stages[0].folder, **options)
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline
+    refiner = kind.from_pretrained(stages[1].folder, **options)
+    expected = both(quiet(base), quiet(refiner))
+    if form == "folder":
+        ours = [Pipeline.from_pretrained(stage.folder) for stage in stages]
+    else:
+        ours = [Pipeline.from_pretrained(s.file, tokenizer=s.tokenizer) for s in stages]
+    assert psnr(both(*ours), expected) > 80
+
+
+# --- other VAEs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.manual_seed(3)
+    model = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4
+    )
+    return fixtures.randomise_(model)
+
+
+@pytest.fixture
+def with_tiny(theirs: Any, tiny: Any) -> Any:
+    yield diffusers.StableDiffusionPipeline(**{**theirs.components, "vae": tiny})
+
+
+def write_folder(vae: Any, to: Path) -> Path:
+    vae.save_pretrained(to)
+    return to
+
+
+def write_file(vae: Any, to: Path) -> Path:
+    save_file(vae.state_dict(), to)
+    return to
+
+
+@pytest.mark.parametrize("write", [write_folder, write_file])
+def test_a_tiny_autoencoder_decodes_as_diffusers_does(
+    write: Callable[[Any, Path], Path], with_tiny: Any, tiny: Any, sd1_folder: Path, tmp_path: Path
+) -> None:
+    call: dict[str, Any] = dict(num_inference_steps=2, output_type="pt", **SIZE)
+    expected = quiet(with_tiny)(PROMPT, generator=generator(), **call).images
+    pipe = Pipeline.from_pretrained(sd1_folder, vae=write(tiny, tmp_path / "tiny"))
+    assert psnr(pipe(PROMPT, generator=generator(), **call).images, expected) > 80
+
+
+def test_a_tiny_autoencoder_encodes_as_diffusers_does(
+    with_tiny: Any, tiny: Any, sd1_folder: Path, tmp_path: Path
+) -> None:
+    picture = torch.rand(1, 3, 64, 64, generator=generator())
+    call: dict[str, Any] = dict(num_inference_steps=4, strength=0.5, output_type="pt")
+    changing = diffusers.StableDiffusionImg2ImgPipeline(
+        **with_tiny.components, requires_safety_checker=False
+    )
+    expected = quiet(changing)(PROMPT, image=picture, generator=generator(), **call).images
+    pipe = Pipeline.from_pretrained(sd1_folder, vae=write_folder(tiny, tmp_path / "tiny"))
+    ours = pipe(PROMPT, image=picture, generator=generator(), **call).images
+    assert psnr(ours, expected) > 80
+
+
+@pytest.mark.parametrize("form", ["folder", "original", "original-prefixed", "diffusers"])
+def test_another_vae(form: str, theirs: Any, sd1_folder: Path, tmp_path: Path) -> None:
+    """Of a file the scale is the model's own; every form gives the same picture."""
+    torch.manual_seed(7)
+    other = fixtures.vae(norm_num_groups=8)
+    if form == "folder":
+        path = write_folder(other, tmp_path / "vae")
+    else:
+        tensors = dict(other.state_dict()) if form == "diffusers" else ldm_vae(other.state_dict())
+        if form == "original":
+            tensors = {k.removeprefix("first_stage_model."): v for k, v in tensors.items()}
+        save_file(tensors, path := tmp_path / "vae.safetensors")
+    call: dict[str, Any] = dict(num_inference_steps=2, output_type="pt", **SIZE)
+    pipe = diffusers.StableDiffusionPipeline(**{**theirs.components, "vae": other})
+    expected = quiet(pipe)(PROMPT, generator=generator(), **call).images
+    ours = Pipeline.from_pretrained(sd1_folder, vae=path)
+    assert psnr(ours(PROMPT, generator=generator(), **call).images, expected) > 80
+
+
+def test_what_is_no_vae_for_it(sd1_folder: Path, tiny: Any, tmp_path: Path) -> None:
+    wide = fixtures.vae(latent_channels=16)
+    decoder = {f"decoder.{k}": v for k, v in tiny.decoder.state_dict().items()}
+    save_file(decoder, half := tmp_path / "half.safetensors")
+    for vae, message in (
+        (write_folder(wide, tmp_path / "wide"), "16 channels, .*another family"),
+        (half, "encoder"),
+        (sd1_folder / "unet", "its class is 'UNet2DConditionModel'"),
+        (sd1_folder / "unet/diffusion_pytorch_model.safetensors", "by its keys it is a UNet"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(sd1_folder, vae=vae)
+
+
+def test_a_tiny_autoencoder_is_saved_and_read_again(
+    sd1_folder: Path, tiny: Any, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(sd1_folder, vae=write_folder(tiny, tmp_path / "tiny"))
+    modules = {part: checkpoint.load(part) for part in checkpoint.parts}
+    folder = tmp_path / "saved"
+    save_folder(folder, checkpoint.config, modules, checkpoint.tokenizers, dtype=torch.float32)
+    assert json.loads((folder / "model_index.json").read_text())["vae"][1] == "AutoencoderTiny"
+    assert open_checkpoint(folder).config.vae == checkpoint.config.vae
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert type(pipe.vae).__name__ == "AutoencoderTiny"
