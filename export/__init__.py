@@ -12,6 +12,7 @@ from __future__ import annotations
 
 # target -> its exporter, imported only when asked for: most need a vendor's package.
 EXPORTERS = {
+    "aoti": "fastsd.export.to_aoti:AotiExporter",
     "onnx": "fastsd.export.to_onnx:OnnxExporter",
     "openvino": "fastsd.export.to_openvino:OpenvinoExporter",
     "tensorrt": "fastsd.export.to_tensorrt:TensorrtExporter",

@@ -26,6 +26,10 @@ from fastsd.checkpoints import Checkpoint, save_description
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
 from fastsd.export import EXPORTERS, verify
 from fastsd.export.parts import Request, part_names, source_digest
+from fastsd.files import read_json, write_json
+from fastsd.quant.spec import QuantSpec
+
+QUANTISED = ("int8", "fp8")
 
 
 class Exporter(ABC):
@@ -40,6 +44,7 @@ class Exporter(ABC):
     layouts: tuple[str, ...] = ("standard", "fast")
     native: bool = False
     packages: tuple[str, ...] = ("torch",)
+    spec: QuantSpec | None = None  # what runs in int8 or fp8; set before the first part is written
 
     def __init__(self, checkpoint: Checkpoint, request: Request) -> None:
         """Refuse, before any work, what the target cannot do or lacks a package for."""
@@ -105,6 +110,7 @@ def export(
         Draft(path, key=key, force=force) as draft,
         torch.no_grad(),
     ):
+        exporter.spec = _spec(draft.folder, checkpoint, name, request, tell)
         parts: dict[str, PartEntry] = {}
         for part in exporter.parts:
             entry = draft.finished(part)
@@ -178,6 +184,36 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path} could not be written: {error.strerror or error}; nothing was left there: free "
             "some space, or choose another folder"
         ) from error
+
+
+def _spec(
+    folder: Path,
+    checkpoint: Checkpoint,
+    name: str,
+    request: Request,
+    tell: Callable[[str], None],
+) -> QuantSpec | None:
+    """Return what runs quantised, from an interrupted export or by calibrating; None for floats.
+
+    It stays in the artifact, with what every layer costs.
+    """
+    if request.precision not in QUANTISED:
+        return None
+    file = folder / "quantisation.json"
+    if not file.exists():
+        from fastsd.export.calibration import calibrate_checkpoint, default_prompts
+
+        calibration = calibrate_checkpoint(
+            checkpoint,
+            request.prompts or default_prompts(name),
+            size=request.size,
+            floor=request.floor,
+            tell=tell,
+        )
+        draft = file.with_suffix(".tmp")
+        write_json(draft, calibration.to_json())
+        draft.replace(file)
+    return QuantSpec.from_json(read_json(file)["spec"])
 
 
 def open_exporter(checkpoint: Checkpoint, request: Request) -> Exporter:

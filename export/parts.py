@@ -83,15 +83,22 @@ def part_names(checkpoint: Checkpoint, layout: str) -> tuple[str, ...]:
     return (*encoders, *hoisted, "unet", "vae_decoder", "vae_encoder")
 
 
-def load_part(checkpoint: Checkpoint, name: str, request: Request, dtype: torch.dtype) -> GraphPart:
+def load_part(
+    checkpoint: Checkpoint,
+    name: str,
+    request: Request,
+    dtype: torch.dtype,
+    prepared: Callable[[str, nn.Module], nn.Module] = lambda part, module: module,
+) -> GraphPart:
     """Load one part in the request's layout and sizes.
 
     dtype: of weights and activations. VAEs that overflow in fp16 (`force_upcast`) are rescaled
     inside, so that they do not.
+    prepared: given the part's name and the model loaded for it, returns what is traced instead.
     """
     component = {"vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition("_time")[0])
     component = component.partition("_context")[0]
-    module = checkpoint.load(component, dtype)
+    module = prepared(name, checkpoint.load(component, dtype))
     if component == "vae" and dtype == torch.float16 and checkpoint.config.vae.force_upcast:
         for half in (module.encoder, module.decoder):
             assert isinstance(half, (Encoder, Decoder))
@@ -257,9 +264,14 @@ def _unet_fast(
             torch.zeros(1, unet.pooled_width) if unet.pooled_width else None,
             torch.zeros(1, unet.size_ids) if unet.pooled_width else None,
         ).shape[-1]
+    # Guidance asks twice of one picture. Where the batch is fixed, the graph repeats it itself,
+    # after what the two rows share; were it to vary, the tracer could not tell rows from pictures.
+    once = request.target == "aoti"
+    alike = once and not (unet.pooled_width or unet.guidance_width)  # rows of time alone
+    samples = sizes.pictures if once else sizes.rows
     inputs = [
-        TensorSpec("sample", name, (sizes.rows, unet.in_channels, *sizes.latent)),
-        TensorSpec("row", name, (sizes.rows, width)),
+        TensorSpec("sample", name, (samples, unet.in_channels, *sizes.latent)),
+        TensorSpec("row", name, (1 if alike else sizes.rows, width)),
         *(
             TensorSpec(label, _name(t.dtype), (sizes.rows, *t.shape[1:]))
             for label, t in zip(_kv_names(len(kv)), [t for pair in kv for t in pair], strict=True)

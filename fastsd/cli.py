@@ -539,12 +539,13 @@ def export(
         bool, typer.Option("--dynamic", help="Let size and batch vary when it runs.")
     ] = False,
     layout: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="standard: loads in other tools too. fast: computes once a prompt and once a "
-            "schedule what does not depend on the latents."
+            "schedule what does not depend on the latents. [default: standard; aoti: fast]",
+            show_default=False,
         ),
-    ] = "standard",
+    ] = None,
     floor: Annotated[
         float | None,
         typer.Option(metavar="PSNR", help="Refuse an engine whose worst picture is below, in dB."),
@@ -580,7 +581,7 @@ def export(
         size=_pixels(size) if size else (side, side),
         batch=batch,
         dynamic=dynamic,
-        layout=layout,
+        layout=layout or ("fast" if to == "aoti" else "standard"),
         floor=floor,
         prompts=_read_prompts(prompts) if prompts else (),
         refit=refit,

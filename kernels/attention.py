@@ -1,6 +1,7 @@
 """Scaled dot-product attention: one function for every model, the implementation a value.
 
-softmax(q k^T / sqrt(K)) v. Knows no model. xformers is imported only when asked for.
+softmax(q k^T / sqrt(K)) v. Knows no model. xformers is imported only when asked for; avx512
+(fp32) and vnni (both products in int8) are our own kernels for CPUs, see native.py.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsd.errors import MissingDependency
-from fastsd.kernels import dispatch
+from fastsd.errors import MissingDependency, UsageError
+from fastsd.kernels import dispatch, native
 
 IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS["attention"]
 
@@ -25,8 +26,9 @@ def attention(
 
     q: (B, M, Nq, K); k, v: (B, M, N, K); any strides, one dtype. Returns (B, M, Nq, K).
     causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice); on GPUs also
-    "flash", "efficient" or "cudnn" (torch's kernels by name) or "xformers".
-    Raises MissingDependency if xformers is asked for and absent, UsageError for an unknown name.
+    "flash", "efficient" or "cudnn" (torch's kernels by name) or "xformers"; on CPUs, once
+    `native.load` was called, "avx512" or "vnni" (not causal).
+    Raises MissingDependency if what is asked for is absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
     """
     require_implementation(implementation)
@@ -54,8 +56,8 @@ def candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor
     }
     return {
         name: lambda name=name: attention(q, k, v, implementation=name)  # type: ignore[misc]
-        for name in IMPLEMENTATIONS
-        if able[name]
+        for name, can in able.items()
+        if can
     }
 
 
@@ -99,4 +101,25 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return out.transpose(1, 2)
 
 
-_BY_NAME = {"flash": _flash, "efficient": _efficient, "cudnn": _cudnn, "xformers": _xformers}
+def _avx512(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return _own(q, k, v, causal, int8=False)
+
+
+def _vnni(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return _own(q, k, v, causal, int8=True)
+
+
+def _own(q: Tensor, k: Tensor, v: Tensor, causal: bool, *, int8: bool) -> Tensor:
+    if causal:
+        raise UsageError("our CPU kernels have no causal form; use 'sdpa'")
+    return native.attention(q, k, v, int8=int8)
+
+
+_BY_NAME = {
+    "flash": _flash,
+    "efficient": _efficient,
+    "cudnn": _cudnn,
+    "xformers": _xformers,
+    "avx512": _avx512,
+    "vnni": _vnni,
+}

@@ -21,7 +21,7 @@ from fastsd.errors import MissingDependency, UsageError
 # op -> what can compute it; the first is the library's, and the default
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "attention": ("sdpa", "flash", "efficient", "cudnn", "xformers"),
+        "attention": ("sdpa", "flash", "efficient", "cudnn", "xformers", "avx512", "vnni"),
         "group_norm_silu": ("library", "triton"),
         "sampler_step": ("library", "triton"),
     }

@@ -28,13 +28,14 @@ __all__ = [
 
 # name -> the class, imported only when asked for: a backend may need a vendor's package.
 BACKENDS = {
+    "aoti": "fastsd.backends.aoti:AotiBackend",
     "eager": "fastsd.backends.eager:EagerBackend",
     "ort": "fastsd.backends.ort:OrtBackend",
     "ov": "fastsd.backends.ov:OvBackend",
     "trt": "fastsd.backends.trt:TrtBackend",
 }
 # What an artifact was exported to -> the backend that runs it.
-ENGINES = {"onnx": "ort", "openvino": "ov", "tensorrt": "trt"}
+ENGINES = {"onnx": "ort", "openvino": "ov", "tensorrt": "trt", "aoti": "aoti"}
 
 
 def open_backend(

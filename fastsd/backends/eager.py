@@ -36,7 +36,7 @@ class EagerBackend(Backend):
         if device.type == "cuda":  # the CPU's own convolutions measured slower channels-last
             for name in ("unet", "vae"):
                 modules[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._modules = modules
+        self.modules = modules  # what calibration watches and adapters change
         unet, vae = cast(UNet, modules["unet"]), cast(VAE, modules["vae"])
         if precision == "fp16" and checkpoint.config.vae.force_upcast:
             # fp16 overflows in such a VAE. diffusers upcasts it to fp32, which takes twice the time
@@ -82,6 +82,6 @@ class EagerBackend(Backend):
 
     def weights(self, part: str) -> Mapping[str, torch.Tensor]:
         """Return the modules' own parameters: what is written to them is used at once."""
-        if part not in self._modules:
-            raise UsageError(f"the model has no {part}; it has {', '.join(self._modules)}")
-        return dict(self._modules[part].named_parameters())
+        if part not in self.modules:
+            raise UsageError(f"the model has no {part}; it has {', '.join(self.modules)}")
+        return dict(self.modules[part].named_parameters())

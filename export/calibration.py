@@ -1,0 +1,234 @@
+"""Choose what runs in int8, on real denoising trajectories.
+
+The exact pipeline draws pictures of a prompt set while the UNet and the VAE's decoder are watched
+(fastsd.quant.calibrate). A floor for the pictures' quality is held by keeping the layers that cost
+most in full precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastsd import Pipeline
+from fastsd.backends.eager import EagerBackend
+from fastsd.checkpoints import Checkpoint
+from fastsd.errors import UsageError
+from fastsd.quality import builtin_atlas, first_by_digest, psnr, tasks
+from fastsd.quant.apply import products, swapped
+from fastsd.quant.calibrate import Recorder, calibrate, relative_error, sensitivity, spec_of
+from fastsd.quant.spec import QuantSpec
+
+# For models whose makers give none: things, places, people and styles.
+PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "a bowl of fruit on a wooden table, morning light",
+    "portrait of an old fisherman, oil painting",
+    "a city street at night in the rain, neon signs",
+    "a small red house by the sea, watercolor",
+    "a cat sleeping on a pile of books",
+    "mountains above the clouds at sunset, highly detailed",
+    "an isometric drawing of a tiny workshop",
+)
+GUIDANCE = 7.5
+_FIRST_SEED = 10_000  # far from those that pictures are judged by
+_PICTURES = 16
+SMALLEST_SHARE = 0.5  # of the work in int8; with less of it the engine is not worth its name
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was chosen and what it costs.
+
+    errors: relative L2 at each part's output with the whole spec. table: for each layer its share
+    of its part's products, and the relative L2 if it alone is int8. share: of each part's products
+    that run in int8.
+    """
+
+    spec: QuantSpec
+    errors: dict[str, float]
+    share: dict[str, float]
+    table: dict[str, dict[str, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "spec": self.spec.to_json(),
+            "errors": self.errors,
+            "share": self.share,
+            "layers": self.table,
+        }
+
+
+def default_prompts(model: str) -> tuple[str, ...]:
+    """Return the prompts that a model is calibrated on: never those that it is judged by."""
+    if model != "builtin":
+        return PROMPTS
+    atlas = builtin_atlas()
+    judged = {name for task in tasks(atlas).values() for name in task.names}
+    return tuple(first_by_digest([n for n in atlas.english if n not in judged], _PICTURES))
+
+
+class Calibrator:
+    """Watches a model draw, and quantises it.
+
+    steps: of each trajectory. calls: how many of the model's own calls the choices are measured on.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int],
+        steps: int = 20,
+        calls: int = 4,
+        batch: int = 4,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.pipeline = Pipeline(checkpoint, name="calibration", device="cpu")
+        self.pipeline.set_progress_bar_config(disable=True)
+        backend = self.pipeline._backend
+        assert isinstance(backend, EagerBackend)
+        vae = backend.modules["vae"]
+        decoder = vae.decoder
+        assert isinstance(decoder, nn.Module)
+        self._recorders = (
+            Recorder("unet", backend.modules["unet"], kept_calls=calls),
+            Recorder("vae.decoder", decoder, kept_calls=max(1, calls // 2)),
+        )
+        self._size, self._steps, self._batch, self._calls, self._tell = (
+            size, steps, batch, calls, tell,
+        )  # fmt: skip
+        with ExitStack() as watching:
+            for recorder in self._recorders:
+                watching.enter_context(recorder.watching())
+            self.draw(prompts, _FIRST_SEED)
+        tell(f"watched {len(prompts)} pictures of {steps} steps")
+
+    def draw(self, prompts: Sequence[str], seed: int) -> list[Any]:
+        """Draw one picture a prompt."""
+        height, width = self._size
+        pictures: list[Any] = []
+        for start in range(0, len(prompts), self._batch):
+            pictures += self.pipeline(
+                list(prompts[start : start + self._batch]),
+                seed=seed + start,
+                num_inference_steps=self._steps,
+                guidance_scale=GUIDANCE,
+                height=height,
+                width=width,
+            ).images
+        return pictures
+
+    def choose(self) -> QuantSpec:
+        """Return the spec of least error, with every layer that has an int8 role."""
+        return spec_of({r.part: calibrate(r, calls=self._calls) for r in self._recorders})
+
+    def errors(self, spec: QuantSpec) -> dict[str, float]:
+        """Return the relative L2 at each part's output over the calls kept."""
+        errors = {}
+        for recorder in self._recorders:
+            expected = recorder.outputs()
+            with swapped(recorder.module, spec.only(recorder.part)):
+                errors[recorder.part] = relative_error(recorder.outputs(), expected)
+        return errors
+
+    def work(self) -> dict[str, dict[str, float]]:
+        """Return each layer's share of its part's products, by part and name."""
+        shares = {}
+        for recorder in self._recorders:
+            counts = products(recorder.module, lambda r=recorder: r.module(*r.calls[0]))  # type: ignore[misc]
+            total = sum(counts.values())
+            shares[recorder.part] = {name: count / total for name, count in counts.items()}
+        return shares
+
+    def share(self, spec: QuantSpec) -> dict[str, float]:
+        """Return the share of each part's products that run in int8."""
+        return {
+            part: sum(layers[name] for name in spec.only(part))
+            for part, layers in self.work().items()
+        }
+
+    def table(self, spec: QuantSpec) -> dict[str, dict[str, float]]:
+        """Quantise one layer at a time: what each costs, worst first."""
+        work = self.work()
+        rows = {
+            f"{recorder.part}.{name}": {"error": error, "share": work[recorder.part][name]}
+            for recorder in self._recorders
+            for name, error in sensitivity(recorder, spec.only(recorder.part), calls=1).items()
+        }
+        return dict(sorted(rows.items(), key=lambda row: -row[1]["error"]))
+
+    def judge(self, spec: QuantSpec, prompts: Sequence[str]) -> list[float]:
+        """Return the PSNR in dB of each prompt's picture, int8 against exact, same seeds."""
+        exact = self.draw(prompts, 0)
+        with ExitStack() as stack:
+            for recorder in self._recorders:
+                stack.enter_context(swapped(recorder.module, spec.only(recorder.part)))
+            rounded = self.draw(prompts, 0)
+        return [psnr(a, b) for a, b in zip(rounded, exact, strict=True)]
+
+    def hold(self, spec: QuantSpec, floor: float, prompts: Sequence[str]) -> QuantSpec:
+        """Keep the layers that cost most until the worst picture reaches `floor` dB.
+
+        Raises UsageError, naming the costliest layers, if less than half of the products would be
+        left in int8.
+        """
+        table = self.table(spec)
+        # What a layer costs (errors add up in squares) for what it saves.
+        order = sorted(
+            table, key=lambda n: -(table[n]["error"] ** 2) / max(table[n]["share"], 1e-6)
+        )
+        kept = 0
+        while True:
+            held = spec.keep({n: f"costs {table[n]['error']:.4f}" for n in order[:kept]})
+            reached = min(self.judge(held, prompts))
+            self._tell(f"{kept} layers kept in full precision: worst picture {reached:.1f} dB")
+            if reached >= floor:
+                return held
+            kept = max(2, kept * 2)
+            if (
+                kept >= len(order)
+                or self.share(spec.keep(dict.fromkeys(order[:kept], "")))["unet"] < SMALLEST_SHARE
+            ):
+                worst = ", ".join(f"{n} ({table[n]['error']:.4f})" for n in list(table)[:5])
+                raise UsageError(
+                    f"int8 reaches {reached:.1f} dB, not {floor:g}, with {kept // 2} layers kept "
+                    f"in full precision; the costliest: {worst}. Ask for a lower --floor, or fp32"
+                )
+
+
+@torch.no_grad()
+def calibrate_checkpoint(
+    checkpoint: Checkpoint,
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    floor: float | None = None,
+    judged: Sequence[str] = (),
+    steps: int = 20,
+    calls: int = 4,
+    with_table: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Calibration:
+    """Choose a checkpoint's int8 layers and roundings.
+
+    size: height, width in pixels. floor: in dB, held on the pictures of `judged`.
+    with_table: measure every layer alone (a forward pass a layer).
+    """
+    calibrator = Calibrator(checkpoint, prompts, size=size, steps=steps, calls=calls, tell=tell)
+    spec = calibrator.choose()
+    if floor is not None:
+        spec = calibrator.hold(spec, floor, judged or prompts)
+    errors, share = calibrator.errors(spec), calibrator.share(spec)
+    for part in errors:
+        tell(
+            f"{part}: {share[part]:.1%} of its products in int8, relative error {errors[part]:.4f}"
+        )
+    return Calibration(spec, errors, share, calibrator.table(spec) if with_table else {})

@@ -1,0 +1,102 @@
+"""Packages that AOTInductor compiled: native code with its weights, loaded with no compiler.
+
+What they run on is what they were compiled on: `machine` says it in words, and an artifact of
+another is refused before any of its code runs.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from fastsd.artifact import Artifact
+from fastsd.backends.base import ArtifactBackend
+from fastsd.config import ModelConfig
+from fastsd.errors import ArtifactError, UsageError
+from fastsd.kernels import native
+
+LIBRARY = "kernels.so"  # beside the UNet's package, where it uses kernels of ours
+_SETS = ("avx", "amx", "fma", "f16c", "neon", "sve", "i8mm", "bf16", "dot")  # instruction sets
+
+
+@final
+class AotiBackend(ArtifactBackend):
+    """Run every part's package. The UNet takes each picture once, guided or not."""
+
+    name = "aoti"
+
+    def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise UsageError(f"{artifact.path} was compiled for the CPU; pass device='cpu'")
+        super().__init__(artifact, config, device=device)
+        library = artifact.path / "unet" / LIBRARY
+        if library.is_file():
+            native.load(library)
+        self._packages = {
+            part: self._open(part, entry.file) for part, entry in self.entries.items()
+        }
+
+    @classmethod
+    def machine(cls, device: torch.device) -> dict[str, str]:
+        """Return what the code is bound to: torch, the system, the CPU's instruction sets."""
+        return machine()
+
+    def _open(self, part: str, file: str) -> Any:
+        from torch._inductor import aoti_load_package
+
+        try:
+            return aoti_load_package(str(self.artifact.path / file))
+        except (RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(
+                f"torch {torch.__version__} cannot load {part} of {self.artifact.path}: {reason}; "
+                "export it again with `fastsd export --to aoti`"
+            ) from None
+
+    def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one package."""
+        entry = self.entries[part]
+        out = self._packages[part](*(inputs[spec.name] for spec in entry.inputs))
+        tensors = (out,) if isinstance(out, Tensor) else out
+        return {spec.name: tensor for spec, tensor in zip(entry.outputs, tensors, strict=True)}
+
+    def _unet_fast(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> Tensor:
+        """Give the package as many pictures as it takes at once, each with its rows of kv.
+
+        The package answers `rows` times a picture, twice under guidance. Where only one answer is
+        wanted, it is asked the same twice.
+        """
+        sizes = {spec.name: spec.shape[0] for spec in self.entries["unet"].inputs}
+        pictures, rows = sizes["sample"], sizes["k.0"]
+        assert isinstance(pictures, int) and isinstance(rows, int), "packages have fixed sizes"
+        answers, batch = rows // pictures, len(x)
+        wanted = len(kv["k.0"]) // batch
+        outputs = []
+        for start in range(0, batch, pictures):
+            index = torch.arange(start, start + pictures).clamp(max=batch - 1)
+            at = torch.cat([index + batch * min(i, wanted - 1) for i in range(answers)])
+            whole = rows == len(kv["k.0"]) and pictures == batch  # nothing to pick: no copies
+            inputs = {
+                "sample": x if whole else x[index],
+                "row": row if len(row) == sizes["row"] else row.expand(len(kv["k.0"]), -1)[at],
+                **{name: t if whole else t[at] for name, t in kv.items()},
+            }
+            self._check_sizes("unet", self.entries["unet"], inputs)
+            out = self.run("unet", {name: t.contiguous() for name, t in inputs.items()})
+            outputs.append(out["out_sample"].unflatten(0, (answers, pictures))[:wanted])
+        return torch.cat(outputs, dim=1)[:, :batch].flatten(0, 1)
+
+
+def machine() -> dict[str, str]:
+    """Return what compiled code is bound to, in words that `Artifact.check_machine` compares."""
+    has = torch.cpu.get_capabilities()
+    sets = sorted(name for name in has if name.startswith(_SETS) and has[name] is True)
+    return {
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "instruction sets": " ".join(sets),
+    }

@@ -1,0 +1,90 @@
+"""Put int8 layers in the place of a module's own, and count what share of the work they do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastsd.errors import UsageError
+from fastsd.quant.linear import int8_layer
+from fastsd.quant.spec import Rounding
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return every linear layer and convolution of `module`, by name, in the order defined."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+    }
+
+
+def quantised(module: M, roundings: Mapping[str, Rounding]) -> M:
+    """Return a copy of `module` whose layers named in `roundings` are int8. The rest is shared.
+
+    Raises UsageError for a name that is no linear layer or plain convolution of the module.
+    """
+    found = layers(module)
+    unknown = sorted(set(roundings) - set(found))
+    if unknown:
+        raise UsageError(
+            f"the spec names {len(unknown)} layers that this model does not have, "
+            f"such as {unknown[0]!r}; calibrate on this model"
+        )
+    # Sharing by memo: parameters and buffers are never written, so no copy needs its own.
+    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    clone = copy.deepcopy(module, shared)
+    for name, rounding in roundings.items():
+        _replace(clone, name, int8_layer(found[name], rounding))
+    return clone
+
+
+def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent).register_module(leaf, layer)
+
+
+@contextmanager
+def swapped(module: nn.Module, roundings: Mapping[str, Rounding]) -> Iterator[None]:
+    """Run `module` itself with the layers named in `roundings` in int8; its own come back after."""
+    own = layers(module)
+    try:
+        for name, rounding in roundings.items():
+            _replace(module, name, int8_layer(own[name], rounding))
+        yield
+    finally:
+        for name in roundings:
+            _replace(module, name, own[name])
+
+
+def products(module: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+    """Count the multiply-adds of every linear layer and convolution while `run` runs, by name."""
+    counts: dict[str, int] = {}
+
+    def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def count(layer: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            if weight.ndim == 2:
+                work = out.numel() * weight.shape[1]
+            else:  # (C_out, C_in, h, w): each output is a sum over the rest
+                work = out.numel() * weight[0].numel()
+            counts[name] = counts.get(name, 0) + work
+
+        return count
+
+    hooks = [layer.register_forward_hook(counter(name)) for name, layer in layers(module).items()]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts

@@ -1,0 +1,229 @@
+"""Find how a model's layers are best rounded, on real inputs, and what each costs in int8.
+
+`Recorder` watches while the caller draws pictures. `calibrate` then runs the model over some of its
+own calls, and takes for every layer the rounding whose output is nearest to the exact one;
+`sensitivity` quantises one layer at a time. Knows no pipeline: whoever calls draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsd.errors import UsageError
+from fastsd.quant.apply import layers, swapped
+from fastsd.quant.linear import int8_layer, powers
+from fastsd.quant.spec import INT8_ROLES, QuantSpec, Rounding, role, shares_input
+
+_POSITIONS = 64  # of an input whose channels are kept, a call
+_CUTS = [0.2 + 0.02 * i for i in range(41)]  # shares of the full range that "mse" tries
+METHODS = ("minmax", "percentile", "mse")
+MIGRATIONS = (0.0, 0.5, 0.75)  # how much of the channels' spread moves into the weights
+
+
+class Values:
+    """What was seen at one layer's input: each channel's extremes, and a sample of positions."""
+
+    def __init__(self) -> None:
+        self.low: Tensor = torch.tensor(0.0)
+        self.high: Tensor = torch.tensor(0.0)
+        self._rows: list[Tensor] = []
+
+    def add(self, x: Tensor, generator: torch.Generator) -> None:
+        """Take in one call's input, (…, C) or (B, C, H, W)."""
+        flat = (x.movedim(1, -1) if x.ndim == 4 else x).reshape(-1, _channels(x))
+        low, high = torch.aminmax(flat, dim=0)
+        self.low = torch.minimum(self.low.to(low), low)  # from 0: a range holds zero anyway
+        self.high = torch.maximum(self.high.to(high), high)
+        chosen = torch.randint(len(flat), (_POSITIONS,), generator=generator)
+        self._rows.append(flat[chosen.to(x.device)].float().cpu())
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything was."""
+        return bool(self._rows)
+
+    def exponents(self, weights: Sequence[Tensor], migration: float) -> tuple[int, ...]:
+        """Return log2 of size(x)^a / size(w)^(1 - a) a channel, whole, the largest at 0.
+
+        size: the largest magnitude. a: `migration`; 0 returns (). weights: of all layers that read
+        this input.
+        """
+        if not migration:
+            return ()
+        x = torch.maximum(-self.low, self.high).float().cpu().clamp_min(1e-5)
+        w = torch.stack(
+            [w.detach().float().transpose(0, 1).flatten(1).abs().amax(1) for w in weights]
+        )
+        e = migration * x.log2() - (1 - migration) * w.amax(0).cpu().clamp_min(1e-5).log2()
+        whole = (e - e.max()).round().clamp_min(-12)
+        return tuple(int(value) for value in whole)
+
+    def rounding(self, method: str, exponents: tuple[int, ...] = ()) -> Rounding:
+        """Cut the range by `method`: not at all; at 1 in 10,000 values; at the least error."""
+        low, high, rows = self.low.float().cpu(), self.high.float().cpu(), torch.cat(self._rows)
+        if exponents:
+            grow = powers(exponents)
+            low, high, rows = low / grow, high / grow, rows / grow
+        full = Rounding.of(float(low.min()), float(high.max()), exponents)
+        if method == "minmax":
+            return full
+        x = rows.flatten()
+        if method == "percentile":
+            rank = max(1, round(len(x) * 1e-4))
+            top, bottom = x.topk(rank).values[-1], -(-x).topk(rank).values[-1]
+            return Rounding.of(float(bottom), float(top), exponents)
+        cuts = [Rounding.of(full.low * cut, full.high * cut, exponents) for cut in _CUTS]
+        return min(cuts, key=lambda cut: _rounding_error(x, cut))
+
+
+def _channels(x: Tensor) -> int:
+    return x.shape[1] if x.ndim == 4 else x.shape[-1]
+
+
+def _rounding_error(x: Tensor, rounding: Rounding) -> float:
+    """Mean squared error of rounding x to uint8."""
+    scale, zero = rounding.affine()
+    q = (x / scale).round_().add_(zero).clamp_(0, 255)
+    return float(q.sub_(zero).mul_(scale).sub_(x).square_().mean())
+
+
+class Recorder:
+    """Watches one module: the inputs of its layers, and a few of its own calls, whole.
+
+    kept_calls: how many calls are kept, spread over all that come (reservoir sampling).
+    """
+
+    def __init__(self, part: str, module: nn.Module, *, kept_calls: int = 16) -> None:
+        self.part = part
+        self.module = module
+        self.values: dict[str, Values] = {}
+        self.calls: list[tuple[Any, ...]] = []
+        self._kept, self._seen = kept_calls, 0
+        self._generator = torch.Generator().manual_seed(0)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record while the body runs."""
+
+        def on_layer(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            values = self.values.setdefault(name, Values())
+            return lambda _, args: values.add(args[0], self._generator)
+
+        hooks = [self.module.register_forward_pre_hook(self._on_call)]
+        hooks += [
+            layer.register_forward_pre_hook(on_layer(name))
+            for name, layer in layers(self.module).items()
+            if role(f"{self.part}.{name}") in INT8_ROLES
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.values = {name: values for name, values in self.values.items() if values.seen}
+
+    def _on_call(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._seen += 1
+        if len(self.calls) < self._kept:
+            self.calls.append(args)
+            return
+        place = int(torch.randint(self._seen, (1,), generator=self._generator))
+        if place < self._kept:
+            self.calls[place] = args
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """Run the module, as it stands, over the recorded calls."""
+        return [self.module(*call) for call in self.calls]
+
+
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return |got - expected| / |expected| over all tensors together."""
+    error = sum(float((a - b).double().square().sum()) for a, b in zip(got, expected, strict=True))
+    size = sum(float(b.double().square().sum()) for b in expected)
+    return float((error / size) ** 0.5)
+
+
+@torch.no_grad()
+def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Rounding]:
+    """Choose the rounding of every layer that was recorded, by its name inside the module.
+
+    Tried are all METHODS of cutting the range and MIGRATIONS of the channels' spread; taken is the
+    one with the least squared error at the layer's own output over `calls` of the recorded calls.
+    Raises UsageError if nothing was recorded.
+    """
+    if not recorder.calls or not recorder.values:
+        raise UsageError(f"{recorder.part} did not run while it was watched; give prompts to draw")
+    found = layers(recorder.module)
+    groups: dict[str, list[str]] = {}
+    for name in recorder.values:
+        groups.setdefault(shares_input(name), []).append(name)
+    candidates = {
+        group: _candidates(recorder.values[names[0]], [found[name].weight for name in names])
+        for group, names in groups.items()
+    }
+    errors = {group: [0.0] * len(tried) for group, tried in candidates.items()}
+
+    def measure(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        group = shares_input(name)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            for i, rounding in enumerate(candidates[group]):
+                form = int8_layer(found[name], rounding)  # made anew: nine of all would fill memory
+                errors[group][i] += float((form(args[0]) - out).square().sum())
+
+        return hook
+
+    hooks = [found[name].register_forward_hook(measure(name)) for name in recorder.values]
+    try:
+        for call in recorder.calls[:calls]:
+            recorder.module(*call)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    chosen = {}
+    for name in recorder.values:
+        group = shares_input(name)
+        least = min(range(len(errors[group])), key=lambda i, g=group: errors[g][i])  # type: ignore[misc]
+        chosen[name] = candidates[group][least]
+    return chosen
+
+
+def _candidates(values: Values, weights: Sequence[Tensor]) -> list[Rounding]:
+    """Every way tried, without repeating equal ones."""
+    tried = [
+        values.rounding(method, exponents)
+        for exponents in (values.exponents(weights, migration) for migration in MIGRATIONS)
+        for method in METHODS
+    ]
+    return list(dict.fromkeys(tried))
+
+
+@torch.no_grad()
+def sensitivity(
+    recorder: Recorder, roundings: Mapping[str, Rounding], *, calls: int = 4
+) -> dict[str, float]:
+    """Return, for each layer, the relative L2 at the module's output if it alone is int8."""
+    few = recorder.calls[:calls]
+    expected = [recorder.module(*call) for call in few]
+    table = {}
+    for name, rounding in roundings.items():
+        with swapped(recorder.module, {name: rounding}):
+            table[name] = relative_error([recorder.module(*call) for call in few], expected)
+    return table
+
+
+def spec_of(roundings: Mapping[str, Mapping[str, Rounding]]) -> QuantSpec:
+    """Join what `calibrate` returned for each part into one spec."""
+    return QuantSpec(
+        {
+            f"{part}.{name}": rounding
+            for part, layers_ in roundings.items()
+            for name, rounding in layers_.items()
+        }
+    )

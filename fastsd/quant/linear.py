@@ -1,0 +1,116 @@
+"""Linear layers and convolutions in int8, written as the graph that compilers recognise.
+
+    y = dq(W 2^e) * dq(q(x 2^-e)) + b,   q(x) = clamp(round(x / scale) + zero point, 0, 255)
+
+Eager torch runs this anywhere, in floating point, exactly as rounded; oneDNN (through Inductor) and
+the ONNX runtimes fold quantise, product and dequantise into one int8 product. Weights are int8
+around zero, one scale an output channel (Jacob et al. 2018).
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
+
+from fastsd.errors import UsageError
+from fastsd.quant.spec import Rounding
+
+_ops = torch.ops.quantized_decomposed
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round (C_out, …) to (int8 of -127..127, scales (C_out,) fp32), the largest value at 127."""
+    scale = weight.detach().float().flatten(1).abs().amax(1).clamp_min(1e-12) / 127
+    shape = (-1, *[1] * (weight.ndim - 1))
+    rounded = (weight.detach().float() / scale.view(shape)).round().clamp(-127, 127)
+    return rounded.to(torch.int8), scale
+
+
+def powers(exponents: tuple[int, ...]) -> Tensor:
+    """Return 2^e for each channel, (C,) fp32."""
+    return torch.ldexp(torch.ones(len(exponents)), torch.tensor(exponents))
+
+
+class _Int8(nn.Module):
+    """What the two layers share: int8 weights, the input's rounding."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+    shrink: Tensor | None
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> None:
+        super().__init__()
+        weight = layer.weight
+        shrink = None
+        if rounding.exponents:
+            if len(rounding.exponents) != weight.shape[1]:
+                raise UsageError(
+                    f"a rounding has {len(rounding.exponents)} exponents for a layer of "
+                    f"{weight.shape[1]} channels; calibrate on this model"
+                )
+            trailing = (1,) * (weight.ndim - 2)
+            grow = powers(rounding.exponents).to(weight.device).view(-1, *trailing)
+            weight, shrink = weight * grow, 1 / grow
+        rounded, scale = quantise_weight(weight)
+        self.register_buffer("weight", rounded)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", torch.zeros_like(scale, dtype=torch.int64))
+        self.register_buffer("shrink", shrink)
+        self.bias = layer.bias
+        self.scale, self.zero_point = rounding.affine()
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Quantise and dequantise the input."""
+        how = (self.scale, self.zero_point, 0, 255, torch.uint8)
+        if self.shrink is not None:
+            x = x * self.shrink
+        out: Tensor = _ops.dequantize_per_tensor.default(
+            _ops.quantize_per_tensor.default(x, *how), *how
+        )
+        return out
+
+    def full_weight(self) -> Tensor:
+        """Dequantise the weights."""
+        out: Tensor = _ops.dequantize_per_channel.default(
+            self.weight, self.weight_scale, self.weight_zero, 0, -127, 127, torch.int8
+        )
+        return out
+
+
+@final
+class Int8Linear(_Int8):
+    """nn.Linear in int8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C_in) -> (…, C_out)."""
+        return F.linear(self.rounded(x), self.full_weight(), self.bias)
+
+
+@final
+class Int8Conv2d(_Int8):
+    """nn.Conv2d in int8, ungrouped, with zero padding."""
+
+    def __init__(self, layer: nn.Conv2d, rounding: Rounding) -> None:
+        super().__init__(layer, rounding)
+        self.stride, self.padding = layer.stride, layer.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W')."""
+        return F.conv2d(self.rounded(x), self.full_weight(), self.bias, self.stride, self.padding)
+
+
+def int8_layer(layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> Int8Linear | Int8Conv2d:
+    """Return the int8 form of `layer`, sharing its bias. Raises UsageError for a grouped, dilated
+    or circular convolution."""
+    if isinstance(layer, nn.Linear):
+        return Int8Linear(layer, rounding)
+    if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+        raise UsageError(
+            "a grouped, dilated or circular convolution has no int8 form; keep it as it is"
+        )
+    return Int8Conv2d(layer, rounding)

@@ -1,0 +1,98 @@
+"""Our C++ kernels: compiled where an engine is exported, loaded beside it where it runs.
+
+The library runs on any x86-64 CPU with AVX-512 and VNNI, and needs torch's version it was built
+with. Loading needs no compiler. Knows torch and a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastsd.errors import MissingDependency
+
+SOURCES = (Path(__file__).with_name("attention_cpu.cpp"),)
+NAMESPACE = "fastsd_cpu"
+_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+# No reordering of sums and no contraction beyond what the sources write: they say what they round.
+_FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-DNDEBUG")
+
+
+def obstacle() -> str | None:
+    """Say why this machine cannot run the kernels, or return None if it can."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"they are written for Linux on x86-64, not {platform.system()} {platform.machine()}"
+    has = torch.cpu.get_capabilities()
+    if not all(has.get(feature, False) for feature in ("avx512_f", "avx512_vl", "avx512_vnni")):
+        return "they need a CPU with AVX-512 and VNNI"
+    return None
+
+
+def compiler() -> str:
+    """Return the C++ compiler: $CXX, g++ or clang++. Raises MissingDependency."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise MissingDependency(
+        "compiling an engine needs a C++ compiler, and there is neither $CXX, g++ nor clang++; "
+        "install one (on Debian or Ubuntu: apt install g++)"
+    )
+
+
+def build(library: Path) -> None:
+    """Compile the kernels into `library` (a .so). Raises MissingDependency if that fails."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    command = [
+        compiler(),
+        *_FLAGS,
+        *(f"-m{feature}" for feature in _FEATURES),
+        *(flag for path in include_paths() for flag in ("-isystem", path)),
+        *(str(source) for source in SOURCES),
+        *(f"-L{path}" for path in library_paths()),
+        *("-ltorch", "-ltorch_cpu", "-lc10"),
+        *("-o", str(library)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise MissingDependency(
+            f"{command[0]} could not compile fastsd's kernels; a compiler with C++20 is needed "
+            f"(g++ 11 or newer). It said:\n{done.stderr[-2000:]}"
+        )
+
+
+def loaded() -> bool:
+    """Whether the kernels can be called in this process."""
+    return hasattr(torch.ops, NAMESPACE) and hasattr(torch.ops.fastsd_cpu, "attention")
+
+
+def load(library: Path) -> None:
+    """Load what `build` made. It is native code: whoever calls vouches for it."""
+    if not loaded():  # one library a process: the second would define the same names again
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"{NAMESPACE}::attention")(_attention_shape)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, int8: bool) -> Tensor:
+    """Attend as `kernels.attention.attention` does, in fp32, or with both products in int8.
+
+    q: (B, M, Nq, K), k, v: (B, M, N, K), fp32 on the CPU, K a multiple of 4 and dense.
+    """
+    if not loaded():
+        raise MissingDependency(
+            "fastsd's CPU kernels are not loaded; they come with an engine: "
+            "`fastsd export MODEL --to aoti`"
+        )
+    out: Tensor = torch.ops.fastsd_cpu.attention(q, k, v, int8)
+    return out
+
+
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, int8: bool) -> Tensor:
+    batch, heads, queries, width = q.shape
+    return q.new_empty((batch, queries, heads, width)).transpose(1, 2)

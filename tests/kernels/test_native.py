@@ -1,0 +1,107 @@
+"""Our C++ kernels, compiled here and held to the formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsd.errors import MissingDependency, UsageError
+from fastsd.kernels import native, reference
+from fastsd.kernels.attention import attention
+from tests.kernels.test_attention import draw, relative_l2
+
+pytestmark = pytest.mark.skipif(
+    native.obstacle() is not None, reason=f"our CPU kernels cannot run here: {native.obstacle()}"
+)
+
+# (B, M, Nq, N, K): whole and broken tiles of 64 queries, blocks of 96 keys, groups of 4 and 6
+SHAPES = (
+    (2, 8, 256, 256, 160),
+    (1, 2, 1024, 1024, 40),
+    (2, 4, 256, 77, 80),
+    (1, 2, 257, 1021, 64),
+    (2, 3, 65, 97, 8),
+    (1, 1, 1, 1, 40),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    library = tmp_path_factory.mktemp("native") / "kernels.so"
+    native.build(library)
+    native.load(library)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fp32_equals_the_formula(shape: tuple[int, ...]) -> None:
+    q, k, v = draw(shape)
+    out = attention(q, k, v, implementation="avx512")
+    assert relative_l2(out, reference.attention(q, k, v)) <= 2e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_stays_near_the_formula(shape: tuple[int, ...]) -> None:
+    """Values around 1, for a norm that is not all noise; keys around 3, which must not matter."""
+    q, k, v = draw(shape)
+    k, v = k + 3, v + 1
+    out = attention(q, k, v, implementation="vnni")
+    assert relative_l2(out, reference.attention(q, k, v)) <= 0.012
+
+
+def test_int8_keeps_what_many_weak_keys_sum_to() -> None:
+    """One key 400 times as strong as 1023 others, which hold 72 % of the weight together."""
+    q = torch.ones(1, 1, 64, 8)
+    k = torch.zeros(1, 1, 1024, 8)
+    k[0, 0, 500] = 6 / 8**0.5  # exp(6) = 403
+    v = torch.ones(1, 1, 1024, 8)
+    v[0, 0, 500] = -1
+    truth = reference.attention(q, k, v)
+    assert relative_l2(attention(q, k, v, implementation="vnni"), truth) <= 0.05
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = draw((1, 2, 64, 300, 40))
+    out = attention(q * 100, k * 100, v, implementation="avx512")
+    assert relative_l2(out, reference.attention(q * 100, k * 100, v)) <= 1e-4
+    out = attention(q * 100, k * 100, v, implementation="vnni")
+    assert torch.isfinite(out).all() and out.abs().max() <= 1.01 * v.abs().max()
+
+
+def test_many_threads_give_the_same_bits() -> None:
+    q, k, v = draw((2, 4, 300, 300, 40))
+    once = attention(q, k, v, implementation="vnni")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(attention(q, k, v, implementation="vnni"), once)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_it_is_traced_with_its_true_strides() -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention(q, k, v, implementation="vnni").transpose(1, 2).flatten(2)
+
+    q, k, v = draw((2, 4, 64, 33, 40))
+    traced = torch.export.export(Attend(), (q, k, v)).module()
+    assert torch.equal(traced(q, k, v), Attend()(q, k, v))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, k, v = draw((1, 2, 64, 64, 40))
+    with pytest.raises(UsageError, match="no causal form"):
+        attention(q, k, v, causal=True, implementation="avx512")
+    with pytest.raises(RuntimeError, match="multiple of 4"):
+        attention(q[..., :6], k[..., :6], v[..., :6], implementation="avx512")
+    with pytest.raises(RuntimeError, match="fp32"):
+        attention(q.double(), k.double(), v.double(), implementation="avx512")
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(MissingDependency, match="apt install g\\+\\+"):
+        native.build(tmp_path / "kernels.so")
