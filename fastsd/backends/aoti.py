@@ -86,7 +86,8 @@ class AotiBackend(ArtifactBackend):
                 **{name: t if whole else t[at] for name, t in kv.items()},
             }
             self._check_sizes("unet", self.entries["unet"], inputs)
-            out = self.run("unet", {name: t.contiguous() for name, t in inputs.items()})["out_sample"]
+            dense = {name: t.contiguous() for name, t in inputs.items()}
+            out = self.run("unet", dense)["out_sample"]
             outputs.append(out.reshape(answers, pictures, *out.shape[1:])[:wanted])
         return torch.cat(outputs, dim=1)[:, :batch].flatten(0, 1)
 
