@@ -912,6 +912,21 @@ def list_samplers(as_json: Json = False) -> None:
     print('* takes Karras or Exponential after its name, as in --sampler "DPM++ 2M Karras"')
 
 
+@app.command("models")
+def list_models(as_json: Json = False) -> None:
+    """List which models, files, adapters and tasks are supported, and how each was verified."""
+    from dataclasses import asdict
+
+    from fastsd.supported import ROWS
+
+    if as_json:
+        print(json.dumps([asdict(row) for row in ROWS], indent=2))
+        return
+    rows = [[row.kind, row.name, row.note, row.held_to] for row in ROWS]
+    _print_table([["kind", "name", "how", "held to"], *rows])
+    print("each row is held by a test of the suite; --json names it")
+
+
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each row may import the rows above it. Units in one row do not import each other.
 ORDER = (
-    ("errors",),
+    ("errors", "supported"),
     ("kernels", "files"),
     ("config", "images", "prompts", "tokenizers"),
     ("samplers", "artifact"),
@@ -64,7 +64,7 @@ VENDORS = {
     "skimage": ("quality.py", "benchmarks/"),
     "scipy": ("quality.py", "benchmarks/"),
 }
-WITHOUT_TORCH = ("__init__", "errors", "config", "prompts", "samplers", "tokenizers")
+WITHOUT_TORCH = ("__init__", "errors", "supported", "config", "prompts", "samplers", "tokenizers")
 # A script beside such a file would import it in its library's place; these two are the house's own
 # words, and are only ever imported under `fastsd`.
 NAMED_LIKE_THEIR_LIBRARY = ("tokenizers.py", "benchmarks/emoji")

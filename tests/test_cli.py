@@ -577,3 +577,10 @@ def test_help_teaches(command: str, run: Run) -> None:
             " precision device output again batch"
         ).split():
             assert f"--{option} " in page
+
+
+def test_models_are_listed_with_their_proof(run: Run) -> None:
+    text, data = run("models"), json.loads(run("models", "--json").out)
+    assert text.code == 0 and len(data) > 20
+    for row in data:
+        assert row["name"] in text.out and row["test"].startswith("tests/")

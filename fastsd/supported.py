@@ -1,0 +1,147 @@
+"""What is supported, and what proves it: the rows that `fastsd models` prints.
+
+One row a family, file form, adapter or task. `test` names the test that holds it, which the suite
+checks to exist; `held_to` says against what and how closely. Knows nothing of the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("family", "few steps", "file", "VAE", "adapter", "task")
+
+
+@dataclass(frozen=True)
+class Row:
+    """kind: one of KINDS. note: how to ask for it, or its limits. test: path::function."""
+
+    kind: str
+    name: str
+    note: str
+    held_to: str
+    test: str
+
+
+_PICTURES = "diffusers' pictures"
+_PIPELINE = "tests/test_pipeline.py::test_equals_diffusers"
+_SINGLE = "tests/checkpoints/test_single.py::test_every_tensor_is_what_diffusers_converts"
+_FEW = "tests/test_families.py::test_presets_draw_as_their_makers_say"
+_LORA = "tests/test_adapters.py::test_pictures_equal_diffusers"
+_CONVERTED = "diffusers' converter: identical tensors"
+_CLOSE = f"{_PICTURES}, > 80 dB"
+_TASKS = "tests/test_tasks.py::"
+
+ROWS = (
+    Row("family", "Stable Diffusion 1.x", "eps; PNDM and others", _PICTURES, _PIPELINE),
+    Row("family", "Stable Diffusion 2.x", "v or eps (--prediction)", _PICTURES, _PIPELINE),
+    Row("family", "SDXL", "sizes and crops as arguments", _PICTURES, _PIPELINE),
+    Row(
+        "family",
+        "SDXL refiner",
+        "second stage: denoising_end, denoising_start",
+        _CLOSE,
+        "tests/test_families.py::test_the_refiner_goes_on_where_the_base_stopped",
+    ),
+    Row(
+        "family",
+        "inpainting models",
+        "UNets of 9 channels: 1.x, 2.x, SDXL",
+        _PICTURES,
+        _TASKS + "test_inpainting_with_its_own_checkpoint",
+    ),
+    Row("few steps", "LCM", "by its scheduler, or --preset lcm", _CLOSE, _FEW),
+    Row(
+        "few steps",
+        "Turbo",
+        "by its schedule, or --preset sd-turbo, sdxl-turbo",
+        _CLOSE,
+        "tests/test_families.py::test_folders_say_what_they_are",
+    ),
+    Row("few steps", "Lightning", "--preset lightning-1, -2, -4, -8", _CLOSE, _FEW),
+    Row("few steps", "Hyper-SD", "--preset hyper-1, -2, -4, -8", _CLOSE, _FEW),
+    Row(
+        "file",
+        "diffusers folders",
+        "safetensors, shards, variants, old forms",
+        "the files' own tensors",
+        "tests/checkpoints/test_load.py::test_every_tensor_is_the_files",
+    ),
+    Row("file", "single file: SD 1.x, 2.x", "original layout, inpainting too", _CONVERTED, _SINGLE),
+    Row(
+        "file", "single file: SDXL, refiner", "original layout, inpainting too", _CONVERTED, _SINGLE
+    ),
+    Row(
+        "VAE",
+        "another AutoencoderKL",
+        "--vae: a folder, or a file of either layout",
+        _CLOSE,
+        "tests/test_families.py::test_another_vae",
+    ),
+    Row(
+        "VAE",
+        "tiny autoencoder (TAESD)",
+        "--vae: a folder or a file in diffusers' layout",
+        _CLOSE,
+        "tests/test_families.py::test_a_tiny_autoencoder_decodes_as_diffusers_does",
+    ),
+    Row("adapter", "LoRA of kohya's", "--lora FILE:WEIGHT; convolutions, text", _CLOSE, _LORA),
+    Row("adapter", "LoRA of PEFT and diffusers", "--lora FILE:WEIGHT", _CLOSE, _LORA),
+    Row(
+        "adapter",
+        "SDXL's LoRAs in the original names",
+        "--lora FILE:WEIGHT",
+        _CLOSE,
+        "tests/test_adapters.py::test_sdxl_pictures_equal_diffusers",
+    ),
+    Row(
+        "adapter",
+        "several LoRAs",
+        "set_adapters; on the eager backend, in place",
+        f"{_CLOSE}; taken off to the last bit",
+        "tests/test_adapters.py::test_several_are_mixed_as_diffusers_mixes_them",
+    ),
+    Row("task", "text to image", "", _PICTURES, _PIPELINE),
+    Row("task", "image to image", "--image, --strength", _PICTURES, _TASKS + "test_image_to_image"),
+    Row(
+        "task",
+        "inpainting with any model",
+        "--image, --mask",
+        _PICTURES,
+        _TASKS + "test_inpainting_with_any_checkpoint",
+    ),
+    Row(
+        "task",
+        "outpainting",
+        "--outpaint",
+        "the picture's own pixels, kept",
+        _TASKS + "test_outpainting_keeps_the_picture_and_draws_the_rest",
+    ),
+    Row(
+        "task",
+        "variations",
+        "--image, several seeds",
+        _PICTURES,
+        _TASKS + "test_variations_are_image_to_image_under_several_seeds",
+    ),
+    Row(
+        "task",
+        "guidance rescale",
+        "guidance_rescale=",
+        _PICTURES,
+        _TASKS + "test_guidance_rescale",
+    ),
+    Row(
+        "task",
+        "two stages",
+        "denoising_end, denoising_start",
+        _PICTURES,
+        _TASKS + "test_two_stages",
+    ),
+    Row(
+        "task",
+        "prompt weights",
+        "(word:1.3), [word], BREAK, any length",
+        "the web UI's rules",
+        "tests/test_prompts.py::test_weights",
+    ),
+)
