@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -23,11 +23,13 @@ import torch
 import fastsd
 from fastsd.artifact import Artifact, Draft, Manifest, PartEntry, engines_folder, list_files
 from fastsd.checkpoints import Checkpoint, save_description
+from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
 from fastsd.export import EXPORTERS, verify
 from fastsd.export.parts import Request, part_names, source_digest
 from fastsd.files import read_json, write_json
 from fastsd.quant.spec import QuantSpec
+from fastsd.tokenizers import CLIPTokenizer
 
 QUANTISED = ("int8", "fp8")
 
@@ -67,6 +69,13 @@ class Exporter(ABC):
     @abstractmethod
     def write(self, part: str, folder: Path) -> PartEntry:
         """Write one part below `folder` and say what it takes and gives."""
+
+    def described(self) -> ModelConfig:
+        """Return the model as the artifact's JSON describes it: not as it is only if tools differ.
+
+        Graphs are always the model's own.
+        """
+        return self.checkpoint.config
 
     def write_extras(self, folder: Path) -> None:  # noqa: B027  (most targets have none)
         """Write what other tools look for beside the parts."""
@@ -125,7 +134,7 @@ def export(
                 )
                 tell(f"{part}: {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s")
             parts[part] = entry
-        _describe(draft.folder, checkpoint)
+        _describe(draft.folder, exporter.described(), checkpoint.tokenizers)
         exporter.write_extras(draft.folder)
         manifest = Manifest(
             target=request.target,
@@ -147,9 +156,9 @@ def export(
         return draft.publish(replace(manifest, receipt=receipt))
 
 
-def _describe(folder: Path, checkpoint: Checkpoint) -> None:
+def _describe(folder: Path, config: ModelConfig, tokenizers: Sequence[CLIPTokenizer]) -> None:
     """Write the checkpoint's JSON, the VAE's where other tools look for it."""
-    save_description(folder, checkpoint.config, checkpoint.tokenizers)
+    save_description(folder, config, tokenizers)
     for part in ("vae_decoder", "vae_encoder"):
         shutil.copy(folder / "vae" / "config.json", folder / part / "config.json")
 

@@ -134,6 +134,11 @@ class _Sizes:
         return self.request.size
 
     @property
+    def tokens(self) -> int | str:
+        """Of the context: one chunk, or any number of them."""
+        return "tokens" if self.request.dynamic else self.config.text_encoders[0].max_tokens
+
+    @property
     def latent(self) -> tuple[int | str, int | str]:
         factor = self.config.vae.downscale
         height, width = self.request.size
@@ -147,6 +152,7 @@ _TRACED = {
     "rows": 2,
     "pictures": 2,
     "steps": 3,
+    "tokens": 154,
     "latent_height": 16,
     "latent_width": 24,
 }
@@ -223,12 +229,11 @@ def _unet_standard(
     module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
 ) -> GraphPart:
     unet, sizes, name = config.unet, _Sizes(request, config), _name(dtype)
-    tokens = config.text_encoders[0].max_tokens
     whole = request.target == "openvino"  # openvino-genai gives int64 of shape (1,), nothing else
     inputs = [
         TensorSpec("sample", name, (sizes.rows, unet.in_channels, *sizes.latent)),
         TensorSpec("timestep", "int64", (1,)) if whole else TensorSpec("timestep", "float32", ()),
-        TensorSpec("encoder_hidden_states", name, (sizes.rows, tokens, unet.context_width)),
+        TensorSpec("encoder_hidden_states", name, (sizes.rows, sizes.tokens, unet.context_width)),
     ]
     if unet.pooled_width:
         inputs += [
@@ -273,7 +278,7 @@ def _unet_fast(
         TensorSpec("sample", name, (samples, unet.in_channels, *sizes.latent)),
         TensorSpec("row", name, (1 if alike else sizes.rows, width)),
         *(
-            TensorSpec(label, _name(t.dtype), (sizes.rows, *t.shape[1:]))
+            TensorSpec(label, _name(t.dtype), (sizes.rows, t.shape[1], sizes.tokens, t.shape[3]))
             for label, t in zip(_kv_names(len(kv)), [t for pair in kv for t in pair], strict=True)
         ),
     ]
@@ -323,7 +328,7 @@ def _unet_context(
     spec = TensorSpec(
         "encoder_hidden_states",
         _name(dtype),
-        (sizes.rows, config.text_encoders[0].max_tokens, config.unet.context_width),
+        (sizes.rows, sizes.tokens, config.unet.context_width),
     )
 
     def project(context: Tensor) -> tuple[Tensor, ...]:

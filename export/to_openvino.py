@@ -1,13 +1,14 @@
 """OpenVINO: the parts' ONNX graphs as its IR, in a folder that openvino-genai opens too.
 
 `<part>/openvino_model.xml` and `.bin`; beside the tokenizers' files, the tokenizers as OpenVINO
-graphs. In fp16 the weights are stored in half precision; what a device computes in is its own
-choice (our backend asks for fp32).
+graphs; DDIM for a scheduler where that tool lacks the model's own. In fp16 the weights are stored
+in half precision; what a device computes in is its own choice (our backend asks for fp32).
 """
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -15,9 +16,12 @@ import torch
 
 from fastsd.artifact import PartEntry
 from fastsd.checkpoints import Checkpoint
+from fastsd.config import ModelConfig
 from fastsd.errors import MissingDependency
 from fastsd.export.build import Exporter
 from fastsd.export.parts import Request, load_part
+
+SAMPLERS = ("ddim", "pndm", "euler", "euler_a", "lcm")  # of openvino-genai 2026.4
 
 try:
     import openvino
@@ -57,6 +61,14 @@ class OpenvinoExporter(Exporter):
             entry.outputs,
             (f"{part}/openvino_model.bin",),
         )
+
+    def described(self) -> ModelConfig:
+        """Name a sampler that openvino-genai has: it does not open the folder otherwise."""
+        config = super().described()
+        if config.schedule.sampler in SAMPLERS:
+            return config
+        schedule = replace(config.schedule, sampler="ddim", sigma_spacing="schedule", order=None)
+        return replace(config, schedule=schedule)
 
     def write_extras(self, folder: Path) -> None:
         """Write every tokenizer as a graph, for openvino-genai."""

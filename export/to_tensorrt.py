@@ -38,6 +38,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Where sizes may vary: smallest, best and largest, as multiples of what was asked for.
 RANGE = (0.5, 1.0, 2.0)
 STEPS = (1, 20, 1000)  # of a schedule
+TOKENS = (1, 77, 4 * 77)  # of a prompt
 # The builder holds the parsed weights, its own copy and the engine: 3.0 x the weights were seen at
 # SD1.5's UNet (3.4 GB). The rest is the library itself.
 _COPIES, _BASE_BYTES = 3.0, 1 << 30
@@ -138,6 +139,7 @@ def profile_shapes(spec: TensorSpec, request: Request) -> tuple[tuple[int, ...],
             "rows": (1, 2 * request.batch, max(8, 4 * request.batch)),
             "pictures": (1, request.batch, max(4, 2 * request.batch)),
             "steps": STEPS,
+            "tokens": TOKENS,
             "latent_height": tuple(side(f, height) for f in RANGE),
             "latent_width": tuple(side(f, width) for f in RANGE),
         }

@@ -288,11 +288,19 @@ class TextEncoder:
     def _layer(self, part: str, output: Any) -> Tensor:
         """Choose the hidden state that the UNet reads, (B, N, D)."""
         layer = self.config.text_layer
+        if layer == -1 and not self.clip_skip:
+            last: Tensor = output.last
+            return last
+        if not output.hidden:
+            raise UsageError(
+                "clip_skip needs hidden states of the text encoder that this exported engine does "
+                "not give; drop it, or use the checkpoint itself"
+            )
         hidden: Tensor = output.hidden[layer - self.clip_skip]
         if layer != -1:
             return hidden
-        last: Tensor = output.last
-        return self.backend.part(f"{part}_norm")(hidden) if self.clip_skip else last
+        normed: Tensor = self.backend.part(f"{part}_norm")(hidden)
+        return normed
 
     def _read(
         self, index: int, tokenizer: CLIPTokenizer, texts: Sequence[str], chunks: int

@@ -158,8 +158,14 @@ class ArtifactBackend(Backend):
 
     # --- the contract's parts -------------------------------------------------------------------
 
-    def _encode(self, part: str, input_ids: Tensor) -> CLIPOutput:
+    def _encode(self, part: str, input_ids: Tensor, vectors: Tensor | None = None) -> CLIPOutput:
+        if vectors is not None:
+            raise UsageError(
+                f"{self.artifact.path} cannot be taught words (textual inversion): its graphs are "
+                "fixed; use the checkpoint itself"
+            )
         out = self._run(part, {"input_ids": input_ids})
+        # Where the UNet reads the last layer, no other leaves the graph: clip_skip finds none.
         hidden = [out[name] for name in out if name.startswith("hidden_states.")]
         last = out["last_hidden_state"]
         embeds = out.get("text_embeds")
@@ -282,8 +288,8 @@ class ArtifactBackend(Backend):
             if wrong:
                 raise UsageError(
                     f"{part} of {self.artifact.path} takes {spec.name} of shape {spec.shape}, not "
-                    f"{given}; it was exported for pictures of {_size(self.artifact)}: ask for "
-                    "that size, or export again with --size or --dynamic"
+                    f"{given}; it was exported for pictures of {_size(self.artifact)} and prompts "
+                    "of one chunk: ask for those, or export again with --size or --dynamic"
                 )
 
 

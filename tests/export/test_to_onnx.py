@@ -136,7 +136,7 @@ def test_weights_beyond_the_limit_lie_beside_the_graph(
 
 
 def test_a_static_engine_refuses_another_size(sd1_onnx: Path) -> None:
-    with pytest.raises(UsageError, match=r"exported for pictures of 96x64 pixels: ask for"):
+    with pytest.raises(UsageError, match=r"exported for pictures of 96x64 pixels and prompts of"):
         draw(sd1_onnx, size=(64, 64))
     with pytest.raises(UsageError, match="has 'fp32'; leave precision out"):
         Pipeline.from_pretrained(sd1_onnx, precision="fp16")
