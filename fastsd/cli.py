@@ -878,6 +878,45 @@ def bench_readme(
     print(f"{readme}: {'updated' if changed else 'up to date'}")
 
 
+# --- convert --------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  fastsd convert model.safetensors model/            # a folder that diffusers loads
+  fastsd convert model/ model.safetensors --dtype fp16
+  fastsd convert old.ckpt model.safetensors          # the pickle's tensors, and nothing else
+  fastsd convert lora.pt lora.safetensors
+
+A pickle is read by torch's weights-only loader in a process of its own, with bounds on its memory,
+time and files; one that asks for more than weights is refused.
+"""
+)
+def convert(
+    source: Annotated[str, typer.Argument(help="A file, a folder, a hub id, or a pickle.")],
+    target: Annotated[
+        Path, typer.Argument(help="A new folder, or a new file that ends in .safetensors.")
+    ],
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16. [default: the source's own]")
+    ] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="eps or v, for a file that does not say: SD 2.x.")
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE to put in.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its folder, for a file whose vocabulary is not CLIP's.")
+    ] = None,
+) -> None:
+    """Write a model in another form: safetensors only, whole or not at all; print its path."""
+    from fastsd.checkpoints import convert as run
+
+    run(source, target, dtype=dtype, prediction=prediction, vae=vae, tokenizer=tokenizer)
+    print(target)
+
+
 # --- samplers, inspect, env ----------------------------------------------------------------------
 
 

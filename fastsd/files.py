@@ -63,6 +63,23 @@ def published_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(draft)
 
 
+@contextmanager
+def published_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; on success that file becomes `path`.
+
+    Raises UsageError if `path` exists already.
+    """
+    check_free(path, "choose another name or move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield folder / path.name
+        sync(folder)
+        (folder / path.name).rename(path)
+    finally:
+        shutil.rmtree(folder)
+
+
 def check_free(path: Path, advice: str) -> None:
     """Raise UsageError, with what to do, if `path` exists and is not an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -71,6 +71,20 @@ ROWS = (
         "file", "single file: SDXL, refiner", "original layout, inpainting too", _CONVERTED, _SINGLE
     ),
     Row(
+        "file",
+        "pickles (.ckpt, .pt, .bin)",
+        "fastsd convert, weights only, in a process of its own",
+        "the pickle's own tensors",
+        "tests/checkpoints/test_convert.py::test_a_pickled_checkpoint",
+    ),
+    Row(
+        "file",
+        "file <-> folder",
+        "fastsd convert",
+        "diffusers' folders, bit for bit",
+        "tests/checkpoints/test_convert.py::test_file_to_folder_to_file",
+    ),
+    Row(
         "VAE",
         "another AutoencoderKL",
         "--vae: a folder, or a file of either layout",

@@ -7,6 +7,7 @@ from fastsd.checkpoints.checkpoint import (
     open_checkpoint,
     open_description,
 )
+from fastsd.checkpoints.convert import convert
 from fastsd.checkpoints.embeddings import Embedding, read_embedding
 from fastsd.checkpoints.lora import open_lora
 from fastsd.checkpoints.save import save_description, save_folder
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "Embedding",
     "PartFiles",
+    "convert",
     "describe",
     "open_checkpoint",
     "open_description",

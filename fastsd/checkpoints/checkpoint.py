@@ -23,7 +23,7 @@ from fastsd.checkpoints.layout import (
     weight_files,
 )
 from fastsd.checkpoints.random_weights import PREFIX, preset, random_module
-from fastsd.checkpoints.single import part_names, read_single, read_vae_file
+from fastsd.checkpoints.single import read_single, read_vae_file
 from fastsd.checkpoints.weights import Use, empty_module, load_module, read_header
 from fastsd.config import FEW_STEPS, CLIPConfig, ModelConfig, sampled_as
 from fastsd.errors import CheckpointError, UsageError
@@ -213,7 +213,7 @@ def _exists(path: Path) -> bool:
 
 def _open(folder: Path, variant: str | None) -> Checkpoint:
     layout = read_layout(folder)
-    names = iter(part_names(len(layout.config.text_encoders)))  # a refiner's only one is the second
+    names = iter(layout.config.text_parts)  # a refiner's only one is the folder's second
     parts = {
         next(names) if part.startswith("text_encoder") else part: PartFiles(
             weight_files(folder, part, variant)

@@ -37,7 +37,7 @@ def save_folder(
     tokenizers: one for each text encoder. Raises UsageError if `path` exists, or a part lacks.
     """
     encoders = _encoders(config)
-    parts = (*encoders, "unet", "vae")
+    parts = (*config.text_parts, "unet", "vae")
     if set(modules) != set(parts) or len(tokenizers) != len(encoders):
         raise UsageError(
             f"a {config.family} folder needs {', '.join(parts)} and {len(encoders)} tokenizers; "
@@ -45,15 +45,15 @@ def save_folder(
         )
     with published_folder(Path(path)) as folder:
         save_description(folder, config, tokenizers)
-        for name in parts:
-            _save_weights(folder / name / f"{STEMS[name]}.safetensors", name, modules[name], dtype)
+        for part, name in zip(parts, (*encoders, "unet", "vae"), strict=True):
+            _save_weights(folder / name / f"{STEMS[name]}.safetensors", part, modules[part], dtype)
 
 
 def save_description(
     folder: Path, config: ModelConfig, tokenizers: Sequence[CLIPTokenizer]
 ) -> None:
     """Write all of a diffusers folder but its weights: index, configs, tokenizers, scheduler."""
-    sdxl = config.family == "sdxl"
+    sdxl = config.family.startswith("sdxl")
     encoders = _encoders(config)
     schedule = write_schedule(config.schedule)
     configs: dict[str, dict[str, Any]] = {
@@ -62,13 +62,16 @@ def save_description(
     }
     configs |= {"unet": write_unet(config.unet), "vae": write_vae(config.vae)}
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline",
+        "_class_name": _pipeline_class(config),
         "_diffusers_version": _LAYOUT_VERSION,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }
     if sdxl:
         index["force_zeros_for_empty_prompt"] = config.zero_empty_negative
+        if config.family == "sdxl-refiner":
+            index |= {"requires_aesthetics_score": True}
+            index |= dict.fromkeys(("text_encoder", "tokenizer"), [None, None])
     else:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     for name, part in configs.items():
@@ -93,7 +96,16 @@ def save_description(
 
 
 def _encoders(config: ModelConfig) -> tuple[str, ...]:
-    return ("text_encoder", "text_encoder_2")[: len(config.text_encoders)]
+    """Name the folders of the text encoders: a refiner's only one is SDXL's second."""
+    return ("text_encoder_2",) if config.family == "sdxl-refiner" else config.text_parts
+
+
+def _pipeline_class(config: ModelConfig) -> str:
+    sdxl = "XL" if config.family.startswith("sdxl") else ""
+    task = "Inpaint" if config.inpaints else ""
+    if config.family == "sdxl-refiner":
+        task = "Img2Img"
+    return f"StableDiffusion{sdxl}{task}Pipeline"
 
 
 def _save_weights(path: Path, part: str, module: nn.Module, dtype: torch.dtype) -> None:

@@ -48,14 +48,10 @@ Uses = dict[str, tuple[Use, ...]]
 
 @dataclass(frozen=True)
 class TextKeys:
-    """A text encoder of a file: the prefix of its keys, and whose layout it is.
-
-    penultimate: the last layer is in the file and is not used.
-    """
+    """A text encoder of a file: the prefix of its keys, and whose layout it is."""
 
     prefix: str
     open_clip: bool = False
-    penultimate: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ _FIRST, _SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders
 _REFINER = "conditioner.embedders.0.model."
 FAMILIES = (
     Family("Stable Diffusion 1.x", SD15, (TextKeys(_CLIP),), head_width=None),
-    Family("Stable Diffusion 2.x", SD21, (TextKeys(_OPEN_CLIP, open_clip=True, penultimate=True),)),
+    Family("Stable Diffusion 2.x", SD21, (TextKeys(_OPEN_CLIP, open_clip=True),)),
     Family("SDXL", SDXL, (TextKeys(_FIRST), TextKeys(_SECOND, open_clip=True))),
     Family("SDXL refiner", SDXL_REFINER, (TextKeys(_REFINER, open_clip=True),)),
 )
@@ -171,11 +167,12 @@ def _sort_keys(
     owners = [(UNET, "unet", unet_names(_below(header, UNET)))]
     owners.append((VAE, "vae", vae_names(_below(header, VAE))))
     skipped = []
-    for part, text in zip(part_names(len(family.texts)), family.texts, strict=True):
-        keys = _below(header, text.prefix)
-        layers = _count(keys, _LAYERS)
-        if text.penultimate:
-            layers -= 1
+    preset = family.preset
+    for part, text, known in zip(
+        preset.text_parts, family.texts, preset.text_encoders, strict=True
+    ):
+        layers = min(_count(_below(header, text.prefix), _LAYERS), known.layers)
+        if known.projection is None:  # Stable Diffusion 2 leaves out what follows its layer 22
             skipped += [
                 f"{text.prefix}transformer.resblocks.{layers}.",
                 f"{text.prefix}text_projection",
@@ -192,11 +189,6 @@ def _sort_keys(
         else:
             unknown.append(key)
     return mapped, unknown, unused
-
-
-def part_names(encoders: int) -> tuple[str, ...]:
-    """Name the parts that are text encoders."""
-    return ("text_encoder", "text_encoder_2")[:encoders]
 
 
 def _below(keys: Iterable[str], prefix: str) -> list[str]:
@@ -278,9 +270,7 @@ def _config(family: Family, shapes: Mapping[str, Shapes]) -> ModelConfig:
     preset = family.preset
     texts = tuple(
         clip_config(base, shapes[part])
-        for base, part in zip(
-            preset.text_encoders, part_names(len(preset.text_encoders)), strict=True
-        )
+        for base, part in zip(preset.text_encoders, preset.text_parts, strict=True)
     )
     unet = unet_config(
         preset.unet, shapes["unet"], head_width=family.head_width, pooled=texts[-1].projection

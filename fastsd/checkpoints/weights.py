@@ -31,10 +31,7 @@ WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _SHOWN = 5  # keys in a message
 
-CONVERT = (
-    "if you trust its source, convert it with diffusers: "
-    "StableDiffusionPipeline.from_pretrained(old).save_pretrained(new)"
-)
+CONVERT = "fastsd convert FILE NEW reads its weights, and nothing else, in a process of its own"
 # How files begin that are often found where weights should be -> what they are, and what to do.
 _BEGINNINGS = (
     (b"PK\x03\x04", f"a PyTorch pickle in a zip: loading it could run any code; {CONVERT}"),

@@ -1,0 +1,196 @@
+"""Turn a checkpoint into another form: a single file, a diffusers folder, safetensors for a pickle.
+
+A pickle is opened only here, and only in a process of its own (unpickle.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastsd.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from fastsd.checkpoints.ldm import (
+    OPEN_CLIP_TENSORS,
+    STACKED,
+    clip_map,
+    open_clip_map,
+    unet_map,
+    vae_map,
+)
+from fastsd.checkpoints.save import save_folder
+from fastsd.checkpoints.single import FAMILIES, UNET, VAE, Family
+from fastsd.checkpoints.weights import read_header
+from fastsd.config import CLIPConfig
+from fastsd.errors import CheckpointError, UsageError
+from fastsd.files import check_free, published_file
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_OWN_DTYPES = {"F16": "fp16", "BF16": "bf16"}  # others are written as fp32
+_SECONDS = 1800
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    prediction: str | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> None:
+    """Write the checkpoint `source` as `target`, which appears whole or not at all.
+
+    source: whatever opens, or a pickle (.ckpt, .pt, .bin). target: a folder in the diffusers
+    layout; or, by the ending .safetensors, a single file in the original layout. A pickle becomes
+    safetensors of the same names, whatever it holds. dtype: fp32, fp16 or bf16; None keeps the
+    UNet's. The rest is as in open_checkpoint. Raises CheckpointError or UsageError.
+    """
+    target = Path(target)
+    check_free(target, "choose another name or move it away")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; it is one of {', '.join(DTYPES)}")
+    single = target.suffix == ".safetensors"
+    pickled = isinstance(source, (str, Path)) and _is_pickle(Path(source))
+    if pickled and single:
+        with unpickled(Path(source)) as tensors, published_file(target) as draft:
+            shutil.move(tensors, draft)
+        return
+    if pickled:
+        with unpickled(Path(source)) as tensors:
+            convert(
+                tensors, target, dtype=dtype, prediction=prediction, vae=vae, tokenizer=tokenizer
+            )
+        return
+    checkpoint = open_checkpoint(source, prediction=prediction, vae=vae, tokenizer=tokenizer)
+    chosen = DTYPES[dtype or _own_dtype(checkpoint)]
+    modules = {part: checkpoint.load(part, chosen) for part in checkpoint.parts}
+    if single:
+        tensors_of = _original(checkpoint, modules)
+        written = {key: t.to(chosen).contiguous() for key, t in tensors_of.items()}
+        marks = {"v": "v", "eps": "epsilon"}
+        spec = marks.get(checkpoint.config.schedule.prediction)
+        metadata = {"format": "pt"} | ({"modelspec.prediction_type": spec} if spec else {})
+        with published_file(target) as draft:
+            save_file(written, draft, metadata=metadata)
+    else:
+        save_folder(target, checkpoint.config, modules, checkpoint.tokenizers, dtype=chosen)
+
+
+def _own_dtype(checkpoint: Checkpoint) -> str:
+    files = checkpoint.parts["unet"].weights
+    kinds = {info.dtype for file in files for info in read_header(file).values()}
+    return next((ours for theirs, ours in _OWN_DTYPES.items() if theirs in kinds), "fp32")
+
+
+# --- pickles --------------------------------------------------------------------------------------
+
+
+def _is_pickle(path: Path) -> bool:
+    """Judge by the first bytes: a zip of torch's, or a bare pickle."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(16)
+    bare = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return start.startswith(b"PK\x03\x04") or (bare and start[8:9] != b"{")
+
+
+@contextmanager
+def unpickled(path: Path) -> Iterator[Path]:
+    """Yield a safetensors file of a pickle's tensors, gone afterwards.
+
+    They are read by another process, which may not run what the pickle holds, has bounds on memory,
+    time and files, and knows nothing of this one's environment. Raises CheckpointError.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastsd-") as folder:
+        target = Path(folder) / f"{path.stem}.safetensors"
+        script = Path(__file__).with_name("unpickle.py")
+        command = [sys.executable, "-I", str(script), str(path.absolute()), str(target)]
+        kept = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "TMPDIR", "TEMP", "TMP")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        try:
+            result = subprocess.run(
+                command,
+                cwd=folder,
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise CheckpointError(f"{path} took longer than {_SECONDS} s to read") from None
+        if result.returncode or not target.is_file():
+            said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+            raise CheckpointError(f"{path} was not converted: {said[-1]}")
+        yield target
+
+
+# --- the original layout --------------------------------------------------------------------------
+
+
+def _original(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return every tensor under its original name."""
+    config = checkpoint.config
+    family = next((f for f in FAMILIES if f.preset.family == config.family), None)
+    if family is None or config.vae.blocks is not None or config.unet.guidance_width:
+        raise CheckpointError(
+            f"{checkpoint.path} has no form in the original layout; give a folder's name"
+        )
+    unet, vae = config.unet, config.vae
+    names = unet_map([depth > 0 for depth in unet.depths], unet.layers_per_level)
+    tensors = {
+        f"{UNET}{names.original(name)}": tensor
+        for name, tensor in modules["unet"].state_dict().items()
+    }
+    names = vae_map(len(vae.widths), vae.layers_per_level)
+    for name, tensor in modules["vae"].state_dict().items():
+        convolution = ".attentions." in name and tensor.ndim == 2  # 1x1 there
+        tensors[f"{VAE}{names.original(name)}"] = (
+            tensor[:, :, None, None] if convolution else tensor
+        )
+    for keys, text, part in zip(family.texts, config.text_encoders, config.text_parts, strict=True):
+        state = modules[part].state_dict()
+        write = _open_clip if keys.open_clip else _clip
+        tensors |= {f"{keys.prefix}{key}": t for key, t in write(state, text, family).items()}
+    return tensors
+
+
+def _clip(state: Mapping[str, Tensor], text: CLIPConfig, _: Family) -> dict[str, Tensor]:
+    names = clip_map(text.layers)
+    return {f"{names.original(name)}": tensor for name, tensor in state.items()}
+
+
+def _open_clip(state: Mapping[str, Tensor], text: CLIPConfig, family: Family) -> dict[str, Tensor]:
+    names = open_clip_map(text.layers)
+    ours = {name: key for key, name in OPEN_CLIP_TENSORS.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in ours:
+            tensors[ours[name]] = tensor.t() if ours[name] == "text_projection" else tensor
+        elif not any(f".{third}." in name for third in STACKED):
+            tensors[f"{names.original(name)}"] = tensor
+    for i in range(text.layers):
+        for leaf in ("weight", "bias"):
+            thirds = [state[f"encoder.layers.{i}.self_attn.{name}.{leaf}"] for name in STACKED]
+            tensors[f"transformer.resblocks.{i}.attn.in_proj_{leaf}"] = torch.cat(thirds)
+    if text.projection is None:
+        # Stable Diffusion 2 leaves OpenCLIP's last layer out; programs that read the original
+        # layout build it all the same, and want something there.
+        last = f"transformer.resblocks.{text.layers - 1}."
+        for key in [key for key in tensors if key.startswith(last)]:
+            tensors[key.replace(last, f"transformer.resblocks.{text.layers}.")] = tensors[
+                key
+            ].clone()
+        tensors["text_projection"] = torch.eye(text.width)
+    return tensors

@@ -1,0 +1,154 @@
+"""Conversion between files, folders and pickles: the same tensors, and nothing run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastsd.checkpoints import convert, open_checkpoint
+from fastsd.checkpoints.convert import unpickled
+from fastsd.errors import CheckpointError, UsageError
+from tests.checkpoints.singles import TRAINING, WRITERS, SingleFile, Singles
+
+FORMS = list(WRITERS)
+
+
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory: pytest.TempPathFactory) -> Singles:
+    return Singles(tmp_path_factory.mktemp("singles"))
+
+
+def used(file: Path, single: SingleFile) -> dict[str, torch.Tensor]:
+    """The tensors of a file that some part uses."""
+    checkpoint = open_checkpoint(file, tokenizer=single.tokenizer)
+    keys = {key for files in checkpoint.parts.values() for key in files.uses or ()}
+    return {key: tensor for key, tensor in load_file(file).items() if key in keys}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_file_to_folder_to_file(name: str, singles: Singles, tmp_path: Path) -> None:
+    """The folder is what diffusers wrote; the file again what the tests' own key map writes."""
+    single = singles[name]
+    folder, file = tmp_path / "folder", tmp_path / "again.safetensors"
+    convert(single.file, folder, tokenizer=single.tokenizer)
+    ours, theirs = open_checkpoint(folder), open_checkpoint(single.folder)
+    for part in ours.parts:
+        a, b = ours.load(part).state_dict(), theirs.load(part).state_dict()
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    convert(folder, file)
+    expected, written = used(single.file, single), used(file, single)
+    assert written.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert written[key].shape == tensor.shape and torch.equal(written[key], tensor), key
+    again = open_checkpoint(file, tokenizer=single.tokenizer).config
+    assert again == open_checkpoint(single.file, tokenizer=single.tokenizer).config
+
+
+def test_diffusers_loads_what_was_written(singles: Singles, tmp_path: Path) -> None:
+    import diffusers
+
+    for name in ("sd2", "sdxl-refiner", "sd1-inpaint"):
+        single = singles[name]
+        convert(single.file, tmp_path / name, tokenizer=single.tokenizer)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / name)
+        assert type(pipe).__name__ == single.pipeline
+
+
+def test_dtypes(singles: Singles, tmp_path: Path) -> None:
+    single = singles["sd1"]
+    half = tmp_path / "half.safetensors"
+    convert(single.folder, half, dtype="fp16")
+    assert {t.dtype for t in load_file(half).values()} == {torch.float16}
+    convert(half, tmp_path / "half", tokenizer=single.tokenizer)
+    weights = load_file(tmp_path / "half/unet/diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float16}
+    with pytest.raises(UsageError, match="'int8' is unknown; it is one of fp32"):
+        convert(single.file, tmp_path / "x", dtype="int8")
+
+
+# --- pickles --------------------------------------------------------------------------------------
+
+
+def test_a_pickled_checkpoint(singles: Singles, tmp_path: Path) -> None:
+    single = singles["sd1"]
+    tensors = load_file(single.file)
+    pickled = tmp_path / "old.ckpt"
+    torch.save({"state_dict": tensors, "epoch": 3, "global_step": 7}, pickled)
+    convert(pickled, tmp_path / "new.safetensors")
+    written = load_file(tmp_path / "new.safetensors")
+    assert written.keys() == tensors.keys() >= TRAINING.keys()
+    assert all(torch.equal(written[key], tensors[key]) for key in tensors)
+    convert(pickled, tmp_path / "new", tokenizer=single.tokenizer)
+    a, b = (
+        open_checkpoint(tmp_path / "new").load("unet"),
+        open_checkpoint(single.folder).load("unet"),
+    )
+    assert all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
+    with pytest.raises(CheckpointError, match="fastsd convert"):
+        open_checkpoint(pickled)
+
+
+class Hostile:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_hostile_pickle_runs_nothing(bare: bool, tmp_path: Path) -> None:
+    proof, file = tmp_path / "proof", tmp_path / "evil.ckpt"
+    data = {"state_dict": {"w": torch.zeros(2)}, "x": Hostile(f"touch {proof}")}
+    if bare:
+        file.write_bytes(pickle.dumps(data, protocol=2))
+    else:
+        torch.save(data, file)
+    with pytest.raises(
+        CheckpointError, match="evil.ckpt was not converted: .*nothing of it was run"
+    ):
+        convert(file, tmp_path / "out.safetensors")
+    assert not proof.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["evil.ckpt"]
+
+
+def test_a_pickle_sees_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    seen: list[dict[str, str]] = []
+
+    def run(*arguments: Any, env: dict[str, str], **options: Any) -> Any:
+        seen.append(env)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subprocess.run", run)
+    torch.save({"w": torch.zeros(1)}, file := tmp_path / "a.pt")
+    with pytest.raises(KeyboardInterrupt), unpickled(file):
+        pass
+    assert "SECRET_TOKEN" not in seen[0] and "HOME" not in seen[0]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage", "empty", "number"])
+def test_damaged_pickles(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.pt"
+    torch.save({"w": torch.zeros(1000)} if kind != "number" else 5, file)
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-900])
+    elif kind == "garbage":
+        file.write_bytes(b"PK\x03\x04" + bytes(1000))
+    elif kind == "empty":
+        torch.save({}, file)
+    with pytest.raises(CheckpointError, match="bad.pt was not converted: it (is|holds)"):
+        convert(file, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_is_there_stays(singles: Singles, tmp_path: Path) -> None:
+    (tmp_path / "kept.safetensors").write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
+        convert(singles["sd1"].file, tmp_path / "kept.safetensors")
+    assert (tmp_path / "kept.safetensors").read_text() == "mine"
