@@ -59,9 +59,9 @@ def diffusers_pipeline(
             folder, local_files_only=True, **given
         )
     pipeline.set_progress_bar_config(disable=True)
-    if dtype != torch.float32:  # as loaded; the argument for it changed its name between releases
-        pipeline.to(dtype)
-    return pipeline
+    # Explicitly: parts come in whatever dtype their files or that library's release prefers. And not
+    # by an argument: its name changed between releases.
+    return pipeline.to(dtype)
 
 
 def _assemble(checkpoint: Checkpoint, components: dict[str, Any]) -> Any:

@@ -385,7 +385,7 @@ def _speed_against_quality(axes: Any, rows: Sequence[Row], results: Results) -> 
     axes.set_title("Speed against quality", loc="left", fontsize=12)
     axes.set_xlabel("pictures a second")
     axes.set_ylabel(f"worst PSNR against {results['reference']}, dB (100: equal)")
-    axes.set_xlim(0, 1.35 * max(batch / row["latency_s"]["p50"] for row in rows))
+    axes.set_xlim(0, 1.05 * max(batch / row["latency_s"]["p50"] for row in rows))
     axes.set_ylim(0, 110)
     for height, word in ((50, "the same picture"), (30, "close")):
         axes.axhline(height, color="#b8bcc4", linewidth=1, linestyle="--")
@@ -397,22 +397,22 @@ def _speed_against_quality(axes: Any, rows: Sequence[Row], results: Results) -> 
 
 
 def _label_points(axes: Any, rows: Sequence[Row], batch: int) -> None:
-    """Write each name beside its point, moved down where it would cover another's."""
-    width = 1.35 * max(batch / row["latency_s"]["p50"] for row in rows)
-    taken: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda row: -row["quality"]["psnr_db"]["worst"]):
-        x, y = batch / row["latency_s"]["p50"], row["quality"]["psnr_db"]["worst"]
-        at = y
-        while any(abs(at - other) < 5 and abs(x - left) < 0.3 * width for left, other in taken):
-            at -= 5
-        taken.append((x, at))
+    """Write the names in a column on the right, in the order of the points, with lines to them."""
+    spacing = min(5.5, 105 / len(rows))
+    points = [(batch / row["latency_s"]["p50"], row["quality"]["psnr_db"]["worst"]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-points[i][1], -points[i][0]))
+    height = 107.0
+    for place, i in enumerate(order):
+        below = (len(order) - place - 1) * spacing + 2  # what those still to come need
+        height = max(min(height - spacing, points[i][1]), below)
         axes.annotate(
-            row["name"],
-            (x, y),
-            xytext=(x + 0.02 * width, at),
+            rows[i]["name"],
+            points[i],
+            xytext=(1.02, height),
+            textcoords=axes.get_yaxis_transform(),
             fontsize=9,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "#b8bcc4"} if at != y else None,
+            arrowprops={"arrowstyle": "-", "color": "#c9ccd2", "linewidth": 0.8, "shrinkB": 5},
         )
 
 
@@ -443,7 +443,8 @@ def _where_time_goes(axes: Any, rows: Sequence[Row], results: Results) -> None:
         left += widths
     _bars(axes, rows, "Where a picture's time goes", f"{unit} (means of a draw, PNG included)")
     axes.set_xlim(0, 1.05 * max(left))
-    axes.legend(ncols=4, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axes.set_title("Where a picture's time goes", loc="left", fontsize=12, pad=42)
+    axes.legend(ncols=4, fontsize=8, loc="lower left", bbox_to_anchor=(-0.01, 1), frameon=False)
 
 
 def _part_totals(parts: Mapping[str, float]) -> dict[str, float]:

@@ -47,6 +47,14 @@ def test_diffusers_draws_random_models_as_fastsd_does(
     assert torch.linalg.norm(a - b) / torch.linalg.norm(b) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+def test_weights_stored_in_half_are_drawn_in_full() -> None:
+    """The built-in model's are, and transformers would compute in what it finds."""
+    drawn = scene("builtin", steps=2)
+    ours = open_fastsd(drawn, backend="eager", precision="fp32")
+    assert worst_psnr(ours, baselines.open_diffusers(drawn), drawn) > 55
+
+
 @pytest.mark.parametrize("sampler", ["DPM++ 2M Karras", "unipc", "euler_a"])
 def test_a_sampler_is_the_same_on_both_sides(sampler: str, sd1_folder: Path) -> None:
     drawn = scene(str(sd1_folder), sampler=sampler, steps=4)
