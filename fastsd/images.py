@@ -331,6 +331,7 @@ _FIELDS: dict[str, tuple[str, type[Any]]] = {
     "CFG scale": ("guidance_scale", float),
     "Seed": ("seed", int),
     "Size": ("size", str),
+    "Denoising strength": ("strength", float),
     "Model": ("model", str),
     "RNG": ("rng", str),
     "Version": ("version", str),

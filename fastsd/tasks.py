@@ -38,8 +38,8 @@ Texts = str | Sequence[str]
 class Conditioning:
     """What the UNet is told of a batch of pictures; all that does not depend on x or the row.
 
-    context: (B, N, C), what cross-attention reads. pooled: (B, P) and size_ids: (B, 6), or None
-    outside SDXL. Under guidance the batch is doubled, the unconditional half first.
+    context: (B, N, C), what cross-attention reads. pooled: (B, P) and size_ids: (B, 6 or 5), or
+    None outside SDXL. Under guidance the batch is doubled, the unconditional half first.
     """
 
     context: Tensor
@@ -144,8 +144,8 @@ class Prompts:
         encoded "".
         """
         encoders = len(encoder.tokenizers)
-        texts = [self.texts, _listed(self.prompt_2) or self.texts][-encoders:]
-        negatives = self._negatives()[-encoders:]
+        texts = [self.texts, _listed(self.prompt_2) or self.texts][:encoders]
+        negatives = self._negatives()[:encoders]
         zeros = self.negative_prompt is None and zero_empty
         chunks = encoder.held(self.prompt_embeds, self.negative_prompt_embeds)
         if self.prompt_embeds is None:

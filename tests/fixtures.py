@@ -223,6 +223,41 @@ def write_sdxl(folder: Path) -> Path:
     return folder
 
 
+def write_refiner(folder: Path) -> Path:
+    """Write SDXL's refiner in small: the second text encoder alone, a score in place of a size."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+
+    torch.manual_seed(4)
+    tokenizer = clip_tokenizer(folder.with_name(f"{folder.name}-tokenizer"), pad="!")
+    pooled = 40
+    StableDiffusionXLImg2ImgPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=text_encoder(
+            tokenizer, width=48, activation="gelu", projection=pooled, layers=3
+        ),
+        tokenizer_2=tokenizer,
+        unet=unet(
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=48,
+            attention_head_dim=(2, 4, 4),
+            transformer_layers_per_block=2,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=5 * 8 + pooled,
+        ),
+        vae=vae(scaling_factor=0.13025, force_upcast=True),
+        scheduler=EulerDiscreteScheduler(**STABLE_BETAS, timestep_spacing="leading"),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def write_inpainting(folder: Path, base: Path) -> Path:
     """Write `base` with a random UNet that inpaints: nine channels in."""
     from diffusers import (

@@ -364,6 +364,35 @@ def test_two_stages(sdxl_folder: Path) -> None:
     assert_same_picture(ours, whole, 80)
 
 
+def test_the_refiner_as_second_stage(sdxl_folder: Path, tmp_path: Path) -> None:
+    """One text encoder, and a score in place of the target size: another for the negative half."""
+    folder = fixtures.write_refiner(tmp_path / "refiner")
+    base: dict[str, Any] = dict(num_inference_steps=8, denoising_end=0.7, output_type="latent")
+    latents = quiet(sdxl_folder)(PROMPT, seed=0, **base).images
+    settings: dict[str, Any] = dict(
+        num_inference_steps=8,
+        denoising_start=0.7,
+        negative_prompt="fog",
+        prompt_2="never read",
+        original_size=(100, 120),
+        crops_coords_top_left=(8, 0),
+        output_type="np",
+    )
+    pipe, theirs = quiet(folder), diffusers_pipeline(folder)
+    assert pipe.config.family == "sdxl-refiner" and pipe.config.unet.size_ids == 5
+    told: dict[str, Any] = dict(aesthetic_score=8.0, negative_aesthetic_score=1.0)
+    for scores in ({}, told):
+        ours = pipe(PROMPT, image=latents, seed=1, **settings, **scores)
+        reference = theirs(
+            PROMPT, image=latents, generator=generator(1), **settings, **scores
+        ).images
+        assert_same_picture(ours.images, reference)
+    assert ours.metadata[0]["aesthetic_score"] == 8.0
+    settings = dict(image=picture(), num_inference_steps=5, output_type="np")
+    ours = pipe(PROMPT, seed=1, **settings)  # a picture, and the defaults
+    assert_same_picture(ours.images, theirs(PROMPT, generator=generator(1), **settings).images)
+
+
 # --- mistakes ------------------------------------------------------------------------------------
 
 NAN = np.full((*SIZE, 3), np.nan, np.float32)

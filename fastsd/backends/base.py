@@ -285,6 +285,11 @@ class ArtifactBackend(Backend):
                 isinstance(fixed, int) and fixed != size
                 for fixed, size in zip(spec.shape[first:], given[first:], strict=True)
             )
+            if wrong and spec.name == "encoder_hidden_states":
+                raise UsageError(
+                    f"{self.artifact.path} reads texts of {spec.shape[1]} tokens, not "
+                    f"{given[1]}; shorten the prompt, or pass prompt_syntax='plain' to cut it"
+                )
             if wrong:
                 raise UsageError(
                     f"{part} of {self.artifact.path} takes {spec.name} of shape {spec.shape}, not "
