@@ -32,6 +32,7 @@ Step = Callable[[], None]
 Predict = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 
 # A captured step has room for any sampler and for this many rows; more rows capture it anew.
+GRAPHS = ("step", "loop", "none")
 CAPTURED_SLOTS = 4
 CAPTURED_ROWS = 128
 
@@ -78,6 +79,7 @@ class Run:
     known: laid over x after every row, at the level where the next row finds it.
     finish: makes what is wanted of the final latents, such as a picture; a part of the graph where
     the whole loop is one.
+    kernel: what computes the sampler's step, as `fastsd.kernels.dispatch` has it.
     """
 
     table: StepTable
@@ -87,6 +89,7 @@ class Run:
     rescale: float = 0.0
     known: Known | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    kernel: str = "library"
 
     @property
     def guided(self) -> bool:
@@ -98,6 +101,7 @@ class Run:
         return (
             self.denoiser.predict,
             self.finish,
+            self.kernel,
             self.guided,
             self.rescale > 0,
             _layout(self.latents),
@@ -130,7 +134,7 @@ class SamplingLoop:
             tuple(map(torch.zeros_like, run.denoiser.fixed)),
         )
         self._known = run.known and Known(*map(torch.zeros_like, run.known.tensors))
-        self._finish = run.finish
+        self._finish, self._kernel = run.finish, run.kernel
         self._finished = self.latents
         self._replay: Step = self._step
         self._replay_all: Step | None = None
@@ -237,7 +241,14 @@ class SamplingLoop:
             prediction = unconditional + guidance * (conditional - unconditional)
             prediction = _rescaled(prediction, conditional, self._rescale)
             guidance = None
-        sampler_step_(self._sources, prediction, self._coefficients, self._row, guidance)
+        sampler_step_(
+            self._sources,
+            prediction,
+            self._coefficients,
+            self._row,
+            guidance,
+            implementation=self._kernel,
+        )
         if self._known is not None:
             mask, x = self._known.mask, self._sources[0]
             kept = coefficient[-2] * self._known.latents + coefficient[-1] * self._known.noise
@@ -264,18 +275,19 @@ class Capturer(Protocol):
 class Loops:
     """The loops of one backend: a fresh one a run, or where steps are captured, kept ones.
 
-    Kept loops are replaced by loops for the same structure only when a table has more rows than
-    there is room for; beyond `limit_bytes` the least recently used are dropped. whole: capture all
-    rows and the finish as one, for every row count anew, where a run has a finish.
+    graph: what is captured: "step"; "loop", all rows and the finish as one, for every row count
+    anew, where a run has a finish; or "none". Kept loops are replaced by loops for the same
+    structure only when a table has more rows than there is room for; beyond `limit_bytes` the least
+    recently used are dropped.
     """
 
     def __init__(
-        self, backend: Capturer, *, limit_bytes: int = 8 << 30, whole: bool = False
+        self, backend: Capturer, *, graph: str = "step", limit_bytes: int = 8 << 30
     ) -> None:
         self.captures = 0  # how many times a step was captured
         self.backend = backend
+        self.graph = graph
         self._limit_bytes = limit_bytes
-        self._whole = whole
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._lock = threading.Lock()
         self._failure: str | None = None
@@ -286,10 +298,10 @@ class Loops:
 
         From inside a callback of the same structure a fresh, uncaptured one is lent.
         """
-        kept = self._find(run) if self.backend.captures else None
+        kept = self._find(run) if self._keeps else None
         if kept is None or kept.owner == threading.get_ident():
             loop = SamplingLoop(run, slots=run.table.slots, rows=run.table.rows)
-            if kept is None:
+            if not self.backend.captures:
                 loop.capture(self.backend.capture)
             loop.load(run)
             yield loop
@@ -308,8 +320,9 @@ class Loops:
 
     def explain(self) -> list[str]:
         """Say what is captured, how large it is, and why what is not is not."""
-        if not self.backend.captures:
-            return ["steps run as they are: this backend captures none here"]
+        if not self._keeps:
+            asked = self.backend.captures
+            return [f"steps run uncaptured: {'as asked' if asked else 'there is no GPU'}"]
         with self._lock:
             lines = [f"{kept.what}: {kept.size_bytes / 2**20:.0f} MiB" for kept in self._all()]
         return [*lines, *([] if self._failure is None else [self._failure])]
@@ -318,6 +331,10 @@ class Loops:
         """Drop every kept loop that is not in use."""
         with self._lock:
             self._kept.clear()
+
+    @property
+    def _keeps(self) -> bool:
+        return self.backend.captures and self.graph != "none"
 
     def _all(self) -> list[_Kept]:
         return list(self._kept.values())
@@ -335,7 +352,7 @@ class Loops:
             return self._kept[key]
 
     def _is_whole(self, run: Run) -> bool:
-        return self._whole and run.finish is not None
+        return self.graph == "loop" and run.finish is not None
 
     def _build(self, run: Run) -> tuple[SamplingLoop, int]:
         """Make a loop and capture its step; where that fails, say so and leave it uncaptured."""

@@ -34,9 +34,10 @@ from fastsd.checkpoints import (
     open_lora,
     read_embedding,
 )
-from fastsd.engine import Denoiser, Loops, Run, check_finite, explained_memory_errors
+from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import to_pil
+from fastsd.kernels import dispatch
 from fastsd.prompts import SYNTAXES
 from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
 from fastsd.tasks import (
@@ -55,6 +56,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
 
+TILE = 64  # latents along a side that low_memory decodes at once
 _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
 # Names that diffusers scripts use and fastsd does not have -> what stands in their place.
 INSTEAD = {
@@ -65,10 +67,10 @@ INSTEAD = {
     "device_map": "choose the device with device=",
     "enable_attention_slicing": _MEMORY_EFFICIENT,
     "enable_xformers_memory_efficient_attention": _MEMORY_EFFICIENT,
-    "enable_model_cpu_offload": "lower the need with precision='fp16' or a smaller size",
-    "enable_sequential_cpu_offload": "lower the need with precision='fp16' or a smaller size",
+    "enable_model_cpu_offload": "load with low_memory=True and precision='fp16'",
+    "enable_sequential_cpu_offload": "load with low_memory=True and precision='fp16'",
     "enable_vae_slicing": "pass batch_invariant=True, which decodes one picture at a time",
-    "enable_vae_tiling": "lower the need with a smaller height and width",
+    "enable_vae_tiling": "load with low_memory=True",
     "fuse_lora": "LoRAs are always merged into the weights; drop the call",
     "unfuse_lora": "unload_lora_weights takes LoRAs out of the weights, to the last bit",
     "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
@@ -144,7 +146,14 @@ class Pipeline:
         precision: str | None = None,
         device: str | torch.device | None = None,
         artifact: Artifact | None = None,
+        graph: str = "step",
+        low_memory: bool = False,
     ) -> None:
+        _check_choice("graph", graph, GRAPHS)
+        if low_memory and graph == "loop":
+            raise UsageError(
+                "low_memory moves the VAE, and graph='loop' captures it; use graph='step'"
+            )
         self.checkpoint = checkpoint
         self.artifact = artifact
         self.config = checkpoint.config
@@ -153,9 +162,11 @@ class Pipeline:
         self._table(1)  # an unknown sampler is refused here, not at the first call
         self._vocabulary = Vocabulary.of(checkpoint)
         self._progress: dict[str, Any] = {"disable": None}  # None: a bar only on a terminal
+        self._graph = graph
+        self._low_memory = low_memory
+        self._kernels: dict[str, str] = {}  # op -> what `use` asked for
         self._backend = self._open_backend(backend, precision, _device(device))
-        self._loops = Loops(self._backend)
-
+        self._loops = self._new_loops(self._backend)
         self._adapters = Adapters()
 
     @classmethod
@@ -168,6 +179,8 @@ class Pipeline:
         precision: str | None = None,
         device: str | torch.device | None = None,
         trust_native: bool = False,
+        graph: str = "step",
+        low_memory: bool = False,
         revision: str | None = None,
         variant: str | None = None,
         prediction: str | None = None,
@@ -201,6 +214,11 @@ class Pipeline:
         dtype (or torch_dtype), use_safetensors, safety_checker=None: as diffusers scripts have
         them.
         trust_native: load an exported engine that holds native code although you did not export it.
+        graph: what is one CUDA graph: "step"; "loop", all steps and the decoding, captured for each
+        step count anew; or "none".
+        low_memory: on a GPU, keep the text encoders and the VAE in the host's memory but while they
+        run, and one captured step at a time; decode in tiles of 512 pixels, which is near the same
+        picture only.
         Raises CheckpointError for a model that cannot be read, ArtifactError for an engine that
         cannot be used, UsageError for a wrong argument.
         """
@@ -243,6 +261,8 @@ class Pipeline:
             precision=_precision(precision, dtype or torch_dtype),
             device=device,
             artifact=artifact,
+            graph=graph,
+            low_memory=low_memory,
         )
 
     @classmethod
@@ -272,6 +292,8 @@ class Pipeline:
         if (device, precision) != (self._backend.device, self._backend.precision):
             with self._adapters.rebound() as new:
                 opened = self._open_backend(name, precision, device)
+                for op, implementation in self._kernels.items():
+                    opened.use(op, implementation)
                 self._backend.close()
                 self._backend = opened
                 new.append(opened)
@@ -281,9 +303,12 @@ class Pipeline:
         self, backend: str | None, precision: str | None, device: torch.device
     ) -> Backend:
         if self.artifact is None:
-            return open_backend(
+            opened = open_backend(
                 backend or "eager", self.checkpoint, precision=precision or "fp32", device=device
             )
+            if self._low_memory:
+                opened.keep_on_host(("text_encoder", "text_encoder_2", "vae"))
+            return opened
         manifest = self.artifact.manifest
         for what, given, fixed in (
             ("backend", backend, ENGINES.get(manifest.target)),
@@ -362,8 +387,26 @@ class Pipeline:
 
     def _loops_of(self, backend: Backend) -> Loops:
         if self._loops.backend is not backend:  # another device or precision since
-            self._loops = Loops(backend)
+            self._loops = self._new_loops(backend)
         return self._loops
+
+    def _new_loops(self, backend: Backend) -> Loops:
+        limit = {"limit_bytes": 0} if self._low_memory else {}
+        return Loops(backend, graph=self._graph, **limit)
+
+    def use(self, **implementations: str) -> Pipeline:
+        """Compute ops by other kernels: pipe.use(attention="cudnn", group_norm_silu="triton").
+
+        Ops and implementations are those of fastsd.kernels.dispatch; what cannot run here raises
+        UsageError or MissingDependency. Not during a call. Returns the pipeline itself.
+        """
+        for op, implementation in implementations.items():
+            dispatch.require(op, implementation, self.device)
+            if op != "sampler_step":
+                self._backend.use(op, implementation)
+            self._kernels[op] = implementation
+        self._loops = self._new_loops(self._backend)  # what is captured are the old kernels
+        return self
 
     def prepare(
         self,
@@ -394,7 +437,8 @@ class Pipeline:
 
     def explain(self) -> list[str]:
         """Say how the parts run and what is captured, a line a fact."""
-        return self._loops_of(self._backend).explain()
+        step = dispatch.explain("sampler_step", self.device, self._kernels.get("sampler_step"))
+        return [*self._backend.explain(), step, *self._loops_of(self._backend).explain()]
 
     def load_textual_inversion(
         self, source: str | Path | Mapping[str, Tensor], token: str | None = None, **unknown: object
@@ -841,6 +885,16 @@ class Call:
         """Sample and decode; return the pictures in the form of `output_type`."""
         noise = Noise(generators, self._latent_shape, self._backend.device)
         self._start = self._prepare(noise, latents)
+        loops = self._pipeline._loops_of(self._backend)
+        decoder = tasks.bind_decoder(
+            self._backend,
+            self._config,
+            one_at_a_time=self._one_at_a_time,
+            tile=TILE if self._pipeline._low_memory else None,
+        )
+        whole = loops.graph == "loop" and self._callback is None and output_type != "latent"
+        asked = self._pipeline._kernels.get("sampler_step")
+        step = dispatch.choose("sampler_step", self._backend.device, asked)
         run = Run(
             table=self._table,
             latents=self._start.latents,
@@ -848,17 +902,17 @@ class Call:
             guidance=self._guidance,
             rescale=self._rescale,
             known=self._start.known,
+            finish=decoder if whole else None,
+            kernel=step.implementation,
         )
         with (
-            self._pipeline._loops_of(self._backend).take(run) as self._loop,
+            loops.take(run) as self._loop,
             tqdm(total=self._table.rows, **self._pipeline._progress) as bar,
         ):
             final = self._loop.run(noise, lambda row: self._end_row(row, bar)).clone()
         if output_type == "latent":
             return final
-        pictures = tasks.decode(
-            self._backend, self._config, final, one_at_a_time=self._one_at_a_time
-        )
+        pictures = final if whole else decoder(final)
         check_finite(pictures, "the picture")
         pictures = (pictures / 2 + 0.5).clamp(0, 1)
         if self._source is not None and self._feather is not None:

@@ -715,13 +715,72 @@ def sample(
     return (z - config.vae.shift) * config.vae.scale
 
 
-def decode(
-    backend: Backend, config: ModelConfig, latents: Tensor, *, one_at_a_time: bool = False
-) -> Tensor:
-    """Decode latents (B, C, h, w) to pictures (B, 3, H, W), fp32, about [-1, 1]."""
-    z = latents / config.vae.scale + config.vae.shift
-    part: Callable[[Tensor], Tensor] = backend.part("vae_decoder")
-    pictures = (
-        torch.cat([part(single) for single in torch.split(z, 1)]) if one_at_a_time else part(z)
-    )
-    return pictures.float()
+@dataclass(frozen=True)
+class Decode:
+    """Latents to pictures, as the end of a run; equal ones compute the same.
+
+    one_at_a_time: each picture by itself, so that its bits do not depend on the batch.
+    tile: decode squares of so many latents, for less memory, and blend them where they overlap.
+    Norms and attention then see a tile where they saw the picture, so it is near the same only.
+    """
+
+    part: Part
+    scale: float
+    shift: float
+    one_at_a_time: bool = False
+    tile: int | None = None
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> pictures (B, 3, H, W), fp32, about [-1, 1]."""
+        z = latents / self.scale + self.shift
+        if self.tile is not None and max(z.shape[-2:]) > self.tile:
+            return torch.cat([self._tiled(single, self.tile) for single in torch.split(z, 1)])
+        if self.one_at_a_time:
+            z_each = torch.split(z, 1)
+            return torch.cat([self.part(single) for single in z_each]).float()
+        return self._whole(z)
+
+    def _whole(self, z: Tensor) -> Tensor:
+        pictures: Tensor = self.part(z)
+        return pictures.float()
+
+    def _tiled(self, z: Tensor, tile: int) -> Tensor:
+        """Add up tiles, each weighted by the distance to its border, and divide by the weights."""
+        sides = [min(tile, side) for side in z.shape[-2:]]
+        total = weights = None
+        for top in _tile_starts(z.shape[-2], sides[0]):
+            for left in _tile_starts(z.shape[-1], sides[1]):
+                picture = self._whole(z[..., top : top + sides[0], left : left + sides[1]])
+                factor = picture.shape[-1] // sides[1]
+                ramps = [_ramp(n * factor, tile * factor // 4, z.device) for n in sides]
+                weight = ramps[0][:, None] * ramps[1]
+                if total is None or weights is None:
+                    shape = [side * factor for side in z.shape[-2:]]
+                    total = picture.new_zeros((1, picture.shape[1], *shape))
+                    weights = picture.new_zeros(shape)
+                rows = slice(top * factor, top * factor + weight.shape[0])
+                columns = slice(left * factor, left * factor + weight.shape[1])
+                total[..., rows, columns] += weight * picture
+                weights[rows, columns] += weight
+        assert total is not None and weights is not None
+        return total / weights
+
+
+def _tile_starts(side: int, tile: int) -> list[int]:
+    """Where tiles begin that cover `side`, evenly, each over a quarter of the next or more."""
+    count = 1 + -(-(side - tile) // (tile - tile // 4))
+    return [round(i * (side - tile) / max(1, count - 1)) for i in range(count)]
+
+
+def _ramp(length: int, ramp: int, device: torch.device) -> Tensor:
+    """Weights (length,) that rise from a border over `ramp` pixels, and fall to the other."""
+    i = torch.arange(length, device=device) + 0.5
+    return (torch.minimum(i, length - i) / ramp).clamp(max=1.0)
+
+
+def bind_decoder(
+    backend: Backend, config: ModelConfig, *, one_at_a_time: bool = False, tile: int | None = None
+) -> Decode:
+    """Bind the VAE's decoder and the latents' scale."""
+    part, vae = backend.part("vae_decoder"), config.vae
+    return Decode(part, vae.scale, vae.shift, one_at_a_time, tile)

@@ -115,4 +115,7 @@ def time_ms(
             end.record()
             marks[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: median(a.elapsed_time(b) for a, b in pairs) for name, pairs in marks.items()}
+    times: dict[str, float] = {}
+    for name, pairs in marks.items():
+        times[name] = median(start.elapsed_time(end) for start, end in pairs)
+    return times

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastsd import SAMPLERS, Pipeline, engine
 from fastsd.backends.eager import EagerBackend
 from fastsd.engine import Loops
+from fastsd.errors import UsageError
 from tests import replay
 
 Draw = Callable[..., np.ndarray]
@@ -126,21 +127,15 @@ def test_nothing_that_a_request_changes_captures_anew(plain: Pipeline, captured:
 def test_every_family(family: str, capturing: None, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(family)
     captured, plain = open_quietly(folder), open_quietly(folder)
-    plain._loops = Loops(_Uncaptured(), limit_bytes=0)
+    plain._loops = uncaptured(plain)
     for prompt, seed in (("a red apple", 0), ("a house by the sea", 4)):
         ours = draw(captured, prompt, seed=seed)
         np.testing.assert_array_equal(ours, draw(plain, prompt, seed=seed))
     assert captured._loops.captures == 1
 
 
-class _Uncaptured:
-    captures = False
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        return step
-
-    def memory_bytes(self) -> int:
-        return 0
+def uncaptured(pipeline: Pipeline) -> Loops:
+    return Loops(pipeline._backend, graph="none")
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -160,7 +155,9 @@ def test_prepared_is_captured(captured: Pipeline) -> None:
     draw(captured, ["a cat", "a dog"], height=72, width=136, num_inference_steps=7)
     draw(captured, ["a cat", "a dog"], height=72, width=136, guidance_scale=1.0)
     assert captured._loops.captures == 2
-    assert len(captured.explain()) == 2 and "guided, one step" in captured.explain()[0]
+    said = captured.explain()
+    assert said[0] == "backend: eager, fp32, on cpu"
+    assert sum("guided, one step" in line for line in said) == 2
 
 
 def test_weights_are_replaced_in_place(sd1_folder: Path, captured: Pipeline) -> None:
@@ -173,9 +170,68 @@ def test_weights_are_replaced_in_place(sd1_folder: Path, captured: Pipeline) -> 
         generator = torch.Generator().manual_seed(0)
         for weight in backend.part("unet").parameters():  # type: ignore[attr-defined]
             weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.02)
-    changed._loops = Loops(_Uncaptured())
+    changed._loops = uncaptured(changed)
     np.testing.assert_array_equal(draw(captured), draw(changed))
     assert captured._loops.captures == 1
+
+
+# --- the whole loop and the picture as one --------------------------------------------------------
+
+
+def test_a_whole_loop_draws_the_same_pictures(
+    plain: Pipeline, sd1_folder: Path, capturing: None
+) -> None:
+    """One capture a row count; a callback or latents as output take the steps one by one."""
+    whole = Pipeline.from_pretrained(sd1_folder, graph="loop")
+    whole.set_progress_bar_config(disable=True)
+    requests: list[dict[str, Any]] = [
+        dict(),
+        dict(prompt="a blue house", seed=5, guidance_scale=3.0),
+        dict(sampler="euler_a", num_inference_steps=4),
+        dict(sampler="dpmpp_2m", num_inference_steps=4),
+    ]
+    for request in requests:
+        np.testing.assert_array_equal(draw(whole, **request), draw(plain, **request))
+    assert whole._loops.captures == 1, "PNDM's three steps are four rows, as the others have"
+    ours = draw(whole, num_inference_steps=5)
+    np.testing.assert_array_equal(ours, draw(plain, num_inference_steps=5))
+    assert whole._loops.captures == 2
+    assert "rows and the finish" in whole.explain()[-1]
+    seen: list[int] = []
+
+    def see(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        return {}
+
+    np.testing.assert_array_equal(draw(whole, callback_on_step_end=see), draw(plain))
+    assert seen == [0, 1, 2, 3]
+    latents = whole("a red apple", num_inference_steps=3, seed=0, output_type="latent").images
+    expected = plain("a red apple", num_inference_steps=3, seed=0, output_type="latent").images
+    assert torch.equal(latents, expected) and whole._loops.captures == 3
+
+
+def test_graph_none_captures_nothing(plain: Pipeline, sd1_folder: Path, capturing: None) -> None:
+    never = Pipeline.from_pretrained(sd1_folder, graph="none")
+    never.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(draw(never), draw(plain))
+    assert never._loops.captures == 0 and "uncaptured: as asked" in never.explain()[-1]
+    with pytest.raises(UsageError, match="step, loop, none"):
+        Pipeline.from_pretrained(sd1_folder, graph="lop")
+    with pytest.raises(UsageError, match="use graph='step'"):
+        Pipeline.from_pretrained(sd1_folder, graph="loop", low_memory=True)
+
+
+def test_kernels_can_be_chosen_and_say_so(captured: Pipeline) -> None:
+    draw(captured)
+    captured.use(group_norm_silu="library", sampler_step="library")
+    assert "group_norm_silu: library (asked for)" in captured.explain()
+    assert "sampler_step: library (asked for)" in captured.explain()
+    draw(captured)
+    assert captured._loops.captures == 1, "what was captured before ran other kernels"
+    with pytest.raises(UsageError, match="runs on GPUs, not on cpu"):
+        captured.use(attention="cudnn")
+    with pytest.raises(UsageError, match="op 'convolution' is unknown"):
+        captured.use(convolution="triton")
 
 
 # --- room and memory ------------------------------------------------------------------------------
@@ -193,7 +249,7 @@ def test_more_rows_than_there_is_room_for_capture_once(
 
 def test_the_least_recently_used_goes_first(captured: Pipeline) -> None:
     sizes = (64, 72, 80)
-    for side in sizes:
+    for side in sizes:  # once, to see how much they take
         draw(captured, height=side, width=side)
     held = sum(kept.size_bytes for kept in captured._loops._kept.values())
     assert held > 0

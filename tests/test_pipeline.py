@@ -313,7 +313,7 @@ def test_a_diffusers_script_moves_over(sd1_folder: Path) -> None:
     ("name", "advice"),
     [
         ("enable_xformers_memory_efficient_attention", "memory"),
-        ("enable_vae_tiling", "smaller"),
+        ("enable_vae_tiling", "low_memory=True"),
         ("scheduler", "sampler="),
         ("devise", "device"),
     ],

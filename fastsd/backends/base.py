@@ -23,7 +23,7 @@ only runs a graph. Knows nothing of prompts, samplers or the loop.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,21 @@ class Backend(ABC):
             f"the {self.name} backend's weights are fixed when it is built: adapters need "
             f"backend='eager' (asked for {part})"
         )
+
+    def use(self, op: str, implementation: str) -> None:
+        """Compute an op of fastsd.kernels otherwise from now on. Not while a call runs."""
+        raise UsageError(
+            f"the {self.name} backend's kernels were chosen when it was built; use 'eager' for "
+            f"{op}={implementation!r}"
+        )
+
+    def keep_on_host(self, parts: Sequence[str]) -> None:
+        """Move these parts to the device only while they run. Not while a call runs."""
+        raise UsageError(f"the {self.name} backend cannot move its parts; leave low_memory out")
+
+    def explain(self) -> list[str]:
+        """Say what runs, a line a fact."""
+        return [f"backend: {self.name}, {self.precision}, on {self.device}"]
 
     def close(self) -> None:  # noqa: B027  (not abstract: most backends hold nothing to release)
         """Release what garbage collection would not."""

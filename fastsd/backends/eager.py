@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast, final
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
+from torch import nn
 
 from fastsd.backends import cuda_graph
 from fastsd.backends.base import Backend, Part, Shapes, dtype_of
+from fastsd.backends.measured import fastest
 from fastsd.errors import UsageError
+from fastsd.kernels import dispatch
+from fastsd.kernels.attention import candidates
 from fastsd.models.clip import CLIPText
+from fastsd.models.layers import Attention, TransformerBlock, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, scale_activations_
 
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
     from fastsd.checkpoints import Checkpoint
 
 
+_PARTS_OF = {"vae": ("vae_decoder", "vae_encoder")}
 FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
 
 
@@ -37,6 +44,7 @@ class EagerBackend(Backend):
             for name in ("unet", "vae"):
                 modules[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules = modules  # what calibration watches and adapters change
+        self._choices: dict[str, str] = {}  # op -> which kernel computes it, and why
         unet, vae = cast(UNet, modules["unet"]), cast(VAE, modules["vae"])
         if precision == "fp16" and checkpoint.config.vae.force_upcast:
             # fp16 overflows in such a VAE. diffusers upcasts it to fp32, which takes twice the time
@@ -57,6 +65,40 @@ class EagerBackend(Backend):
             "vae_decoder": lambda z: vae.decode(z.to(vae.dtype)),
             "vae_encoder": lambda picture: vae.encode(picture.to(vae.dtype)),
         }
+        choice = dispatch.choose("group_norm_silu", device)
+        self._use(choice.op, choice.implementation, str(choice))
+        if device.type == "cuda":
+            self._choices["attention"] = "attention: " + "; ".join(
+                fastest_attention(unet, self.dtype, device)
+            )
+        else:
+            self._choices["attention"] = dispatch.explain("attention", device)
+
+    def use(self, op: str, implementation: str) -> None:
+        """Compute `op` by `implementation` in every part."""
+        self._use(op, implementation, dispatch.explain(op, self.device, implementation))
+
+    def _use(self, op: str, implementation: str, why: str) -> None:
+        for module in self.modules.values():
+            use_kernel(module, op, implementation)
+        self._choices[op] = why
+
+    def keep_on_host(self, parts: Sequence[str]) -> None:
+        """Keep the weights of these modules in the host's memory; on the CPU they are there."""
+        if self.device.type == "cpu":
+            return
+        for name in parts:
+            module = self.modules.get(name)
+            if module is None:
+                continue
+            module.to("cpu")
+            for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
+                self._parts[part] = visiting(module, self._parts[part], self.device)
+            self._choices[name] = f"{name}: in the host's memory, on the GPU while it runs"
+
+    def explain(self) -> list[str]:
+        """Say what runs, and which kernels."""
+        return [*super().explain(), *self._choices.values()]
 
     @property
     def captures(self) -> bool:
@@ -85,3 +127,77 @@ class EagerBackend(Backend):
         if part not in self.modules:
             raise UsageError(f"the model has no {part}; it has {', '.join(self.modules)}")
         return dict(self.modules[part].named_parameters())
+
+
+def visiting(module: nn.Module, part: Part, device: torch.device) -> Part:
+    """Return `part` with the module's weights on `device` while it runs, one call at a time."""
+    lock = threading.Lock()
+    holder = _Holder(module, part)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            weights = {
+                name: parameter.to(device, non_blocking=True)
+                for name, parameter in holder.named_parameters()
+            }
+            return torch.func.functional_call(holder, weights, args, kwargs)
+
+    return call
+
+
+@final
+class _Holder(nn.Module):
+    """A part as the call of a module."""
+
+    def __init__(self, module: nn.Module, part: Part) -> None:
+        super().__init__()
+        self.module = module
+        self._part = (part,)  # hidden: a module here would be a submodule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._part[0](*args, **kwargs)
+
+
+def fastest_attention(unet: UNet, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Let every attention use what is fastest at its shape, at the model's own size; say what.
+
+    A guidance pair's shapes; measured once for each kind of GPU and version of torch.
+    """
+    gpu = torch.cuda.get_device_name(device)
+    said = []
+    for shape, modules in attention_shapes(unet).items():
+        tokens, keys, heads, width, upcast = shape
+        own = torch.float32 if upcast else dtype
+        title = f"{tokens}x{keys}x{width}"
+
+        def measure() -> dict[str, float]:
+            q, k, v = (
+                torch.randn(2, n, heads, width, dtype=own, device=device).transpose(1, 2)  # noqa: B023
+                for n in (tokens, keys, keys)  # noqa: B023
+            )
+            return dispatch.time_ms(candidates(q, k, v))
+
+        key = f"attention {title}x{heads} {own} {gpu} torch {torch.__version__}"
+        name, ms = fastest(key, measure)
+        for module in modules:
+            module.implementation = name
+        said.append(f"{name} at {title} ({1000 * ms:.0f} us, the fastest measured)")
+    return said
+
+
+def attention_shapes(unet: UNet) -> dict[tuple[int, int, int, int, bool], list[Attention]]:
+    """Group attentions by (queries, keys, heads, head width, upcast) at the model's own size."""
+    side, depth = unet.config.sample_size, len(unet.config.widths)
+    levels = [*enumerate(unet.down_blocks), (depth - 1, unet.mid_block)]
+    levels += [(depth - 1 - i, level) for i, level in enumerate(unet.up_blocks)]
+    shapes: dict[tuple[int, int, int, int, bool], list[Attention]] = {}
+    for i, level in levels:
+        rows = -(-side // 2**i)  # an odd side is rounded up
+        tokens = rows * rows
+        for block in level.modules():
+            if isinstance(block, TransformerBlock):
+                for module, keys in ((block.attn1, tokens), (block.attn2, 77)):
+                    width = module.to_q.out_features // module.heads
+                    shape = (tokens, keys, module.heads, width, module.upcast)
+                    shapes.setdefault(shape, []).append(module)
+    return shapes

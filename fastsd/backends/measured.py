@@ -1,0 +1,55 @@
+"""What was measured once on this kind of GPU, remembered for the next time.
+
+A JSON file in the user's cache. It holds names and times, so losing it costs a second's measuring.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastsd.artifact import cache_folder
+from fastsd.errors import CheckpointError
+from fastsd.files import read_json, write_json
+
+Timed = Callable[[], Mapping[str, float]]
+
+
+def fastest(key: str, measure: Timed) -> tuple[str, float]:
+    """Return the fastest of what `measure` times (name -> ms) and its time, measured once a key.
+
+    key: all that the times depend on: the op, its shape and dtype, the GPU model, versions.
+    """
+    file = cache_folder() / "measured.json"
+    times = _times(_read(file).get(key))
+    if not times:
+        times = dict(measure())
+        _write(file, {**_read(file), key: times})  # read anew: others may have measured meanwhile
+    name = min(times, key=times.__getitem__)
+    return name, times[name]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except CheckpointError:  # not there yet, or broken: measure again
+        return {}
+
+
+def _times(given: object) -> dict[str, float]:
+    """Return what is name -> ms in `given`, which a file said."""
+    if not isinstance(given, dict):
+        return {}
+    return {str(name): float(ms) for name, ms in given.items() if isinstance(ms, int | float)}
+
+
+def _write(file: Path, data: Mapping[str, Any]) -> None:
+    """Replace the file at once: a reader sees the old one or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    os.close(handle)
+    write_json(Path(draft), data)
+    os.replace(draft, file)

@@ -1,0 +1,70 @@
+"""What only a GPU can show: CUDA graphs, half precision. tests/test_graphs.py holds the logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastsd import Pipeline
+from fastsd.quality import psnr
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def open_on_gpu(folder: Path | str, **options: Any) -> Pipeline:
+    pipeline = Pipeline.from_pretrained(folder, device="cuda", **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: Pipeline, prompt: str = "a red apple", **settings: Any) -> Any:
+    return pipeline(prompt, **dict(num_inference_steps=6, seed=0) | settings).images[0]
+
+
+@pytest.mark.parametrize("graph", ["step", "loop"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_graph_draws_what_uncaptured_steps_draw(
+    sd1_folder: Path, graph: str, precision: str
+) -> None:
+    captured = open_on_gpu(sd1_folder, graph=graph, precision=precision)
+    plain = open_on_gpu(sd1_folder, graph="none", precision=precision)
+    captured.prepare(num_inference_steps=6)
+    captures = captured._loops.captures
+    requests: list[dict[str, Any]] = [
+        dict(),
+        dict(prompt="a dog", seed=3),
+        dict(sampler="ddim", guidance_scale=2.0),
+    ]
+    for request in requests:
+        ours, expected = draw(captured, **request), draw(plain, **request)
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+    # the checkpoint's PNDM has a row more than DDIM, which matters to a whole loop only
+    assert captured._loops.captures - captures == (1 if graph == "loop" else 0)
+
+
+@pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_near_fp32(
+    family: str, precision: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    exact = draw(open_on_gpu(folder, precision="fp32"))
+    assert psnr(draw(open_on_gpu(folder, precision=precision)), exact) >= 25
+
+
+def test_low_memory_draws_the_same_picture(sd1_folder: Path) -> None:
+    """64 latents and fewer are one tile: nothing but the place of the weights differs."""
+    low, plain = open_on_gpu(sd1_folder, low_memory=True), open_on_gpu(sd1_folder)
+    for seed in (0, 1):
+        ours, expected = draw(low, seed=seed), draw(plain, seed=seed)
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+
+
+@pytest.mark.parametrize("op", ["group_norm_silu", "sampler_step"])
+def test_our_kernels_draw_the_same_picture(sd1_folder: Path, op: str) -> None:
+    ours = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: "triton"}))
+    assert psnr(ours, draw(open_on_gpu(sd1_folder, precision="fp16"))) >= 35
