@@ -1,0 +1,184 @@
+"""AOTInductor: compiled layers against eager ones, and whole engines against the exact pictures.
+
+Compiling a model's parts takes minutes, so that the default tests compile a few layers only.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastsd import Pipeline
+from fastsd.artifact import PartEntry, TensorSpec
+from fastsd.backends.aoti import AotiBackend
+from fastsd.checkpoints import open_checkpoint
+from fastsd.errors import (
+    MissingDependency,
+    UsageError,
+)
+from fastsd.export.build import export, open_exporter
+from fastsd.export.parts import GraphPart, Request
+from fastsd.export.to_aoti import compile_part
+from fastsd.models.layers import Resnet
+from fastsd.quality import psnr
+from fastsd.quant.apply import quantised
+from fastsd.quant.spec import Rounding
+from tests.fixtures import write_sd1
+
+SIZE = (64, 64)
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler here"
+)
+
+
+class Layers(nn.Module):
+    """A resnet, then a linear layer over its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnet = Resnet(32, 32, groups=8, eps=1e-5)
+        self.linear = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.resnet(x).flatten(2).transpose(1, 2))
+        return out
+
+
+@needs_compiler
+def test_int8_layers_become_integer_products_of_onednn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 16, 16)
+    exact = Layers().eval().requires_grad_(False)
+    exponents = tuple(-(i % 3) for i in range(32))
+    roundings = {
+        "resnet.conv1": Rounding(-0.3, 5.0),
+        "resnet.conv2": Rounding(-1.2, 20.0, exponents),
+        "linear": Rounding(-5.0, 5.0),
+    }
+    rounded = quantised(exact, roundings)
+    spec = TensorSpec("x", "float32", tuple(x.shape))
+    package = tmp_path / "model.pt2"
+    (output,) = compile_part(GraphPart("layers", rounded, (spec,), ("y",), (x,)), package)
+    assert output == TensorSpec("y", "float32", (2, 256, 64))
+    with zipfile.ZipFile(package) as opened:
+        code = "".join(
+            opened.read(name).decode() for name in opened.namelist() if name.endswith("wrapper.cpp")
+        )
+    assert code.count("aoti_torch_cpu__qconv_pointwise_tensor(") == 2
+    assert code.count("aoti_torch_cpu__qlinear_pointwise_tensor(") == 1
+    got = torch._inductor.aoti_load_package(str(package))(x)
+    assert _relative(got, rounded(x)) < 0.01, "a rounding may fall the other way"
+    assert 1e-4 < _relative(got, exact(x)) < 0.05
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+class _Counted:
+    """Stands for a compiled UNet: answers x + 100 kv, and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor, row: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert x.shape[0] * 2 == k.shape[0] == v.shape[0] == 4 and row.shape[0] == 1
+        self.calls += 1
+        return torch.cat([x, x]) + row.sum() + 100 * k.sum(dim=(1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("batch", (1, 2, 3, 4))
+@pytest.mark.parametrize("guided", (True, False))
+def test_a_unet_of_two_pictures_draws_any_number(batch: int, guided: bool) -> None:
+    """Every answer comes from its own picture and its own text, whatever the padding."""
+    inputs = (
+        TensorSpec("sample", "float32", (2, 1, 2, 2)),
+        TensorSpec("row", "float32", (1, 3)),
+        TensorSpec("k.0", "float32", (4, 1, 1, 1)),
+        TensorSpec("v.0", "float32", (4, 1, 1, 1)),
+    )
+    outputs = (TensorSpec("out_sample", "float32", (4, 1, 2, 2)),)
+    backend = AotiBackend.__new__(AotiBackend)
+    backend.entries = {"unet": PartEntry("unet/model.pt2", inputs, outputs)}
+    unet = _Counted()
+    backend._packages = {"unet": unet}
+    x = torch.arange(batch, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    rows = batch * (2 if guided else 1)
+    k = torch.arange(1.0, rows + 1).view(-1, 1, 1, 1)
+    out = backend._unet_fast(x, torch.ones(1, 3), {"k.0": k, "v.0": k})
+    expected = torch.cat([x, x])[:rows] + 3 + 100 * k
+    assert torch.equal(out, expected)
+    assert unet.calls == -(-batch // 2)
+
+
+def test_what_cannot_be_compiled_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    checkpoint = open_checkpoint("builtin")
+    request = Request(target="aoti", layout="fast", size=(128, 128))
+    assert open_exporter(checkpoint, request).parts[0] == "text_encoder"
+    for change, told in (
+        ({"dynamic": True}, "drop --dynamic"),
+        ({"precision": "fp8"}, "it has fp32, int8"),
+        ({"layout": "standard"}, "it has fast"),
+    ):
+        changed = {"target": "aoti", "layout": "fast", "size": (128, 128), **change}
+        with pytest.raises(UsageError, match=told):
+            open_exporter(checkpoint, Request(**changed))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(MissingDependency, match="C\\+\\+ compiler"):
+        open_exporter(checkpoint, request)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_an_engine_draws_the_exact_pictures_without_a_compiler(tmp_path: Path) -> None:
+    source = write_sd1(tmp_path / "sd1")
+    request = Request(target="aoti", layout="fast", size=SIZE, prompts=("a cat", "a dog"))
+    engine = export(open_checkpoint(source), "sd1", request, tmp_path / "engine")
+    assert max(engine.manifest.receipt["parts"].values()) <= 1e-4
+    exact = Pipeline.from_pretrained(source)
+    compiled = Pipeline.from_pretrained(engine.path)
+    settings = {"num_inference_steps": 4, "seed": 0, "height": SIZE[0], "width": SIZE[1]}
+    for prompts, guidance in ((["a cat"], 7.5), (["a", "b", "c"], 7.5), (["a cat"], 1.0)):
+        pairs = zip(
+            compiled(prompts, guidance_scale=guidance, **settings).images,
+            exact(prompts, guidance_scale=guidance, **settings).images,
+            strict=True,
+        )
+        assert min(psnr(a, b) for a, b in pairs) >= 60
+    with pytest.raises(UsageError, match="64x64"):
+        compiled("a cat", height=128, width=128, num_inference_steps=1)
+
+    script = (
+        "import sys; from fastsd import Pipeline; "
+        f"Pipeline.from_pretrained({str(engine.path)!r})('a', num_inference_steps=1, height=64, width=64)"
+    )
+    alone = subprocess.run([sys.executable, "-c", script], env={"PATH": str(tmp_path)}, text=True,
+                           capture_output=True)  # fmt: skip
+    assert alone.returncode == 1 and "trust" in alone.stderr, "another user did not export it"
+    trusted = script.replace("})(", "})(").replace(")('a'", ", trust_native=True)('a'")
+    alone = subprocess.run([sys.executable, "-c", trusted], env={"PATH": str(tmp_path)}, text=True,
+                           capture_output=True)  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_an_int8_engine_carries_its_spec_and_its_receipt(tmp_path: Path) -> None:
+    source = write_sd1(tmp_path / "sd1")
+    request = Request(
+        target="aoti", precision="int8", layout="fast", size=SIZE, prompts=("a cat", "a dog")
+    )
+    engine = export(open_checkpoint(source), "sd1", request, tmp_path / "engine")
+    assert (engine.path / "quantisation.json").is_file()
+    parts = engine.manifest.receipt["parts"]
+    assert 1e-3 < parts["unet"] < 0.1 and parts["text_encoder"] < 1e-5
+    assert engine.manifest.receipt["pictures"]["psnr_db"]["worst"] > 15
