@@ -113,7 +113,7 @@ def export(
         raise UsageError("--floor needs pictures to measure; give prompts with --prompts FILE")
     source = source_digest(checkpoint)
     key = _key(source, request, exporter.versions())
-    path = engines_folder() / f"{name}-{request.target}-{key[:12]}" if path is None else path
+    path = _own_path(name, request, key) if path is None else path
     with (
         _explained(path),
         Draft(path, key=key, force=force) as draft,
@@ -154,6 +154,16 @@ def export(
         )
         receipt = _measure(Artifact(draft.folder, manifest, ""), checkpoint, request, prompts, tell)
         return draft.publish(replace(manifest, receipt=receipt))
+
+
+def own_engine(checkpoint: Checkpoint, name: str, request: Request) -> Path:
+    """Return where `export` puts this request among the user's own engines, there or not."""
+    exporter = open_exporter(checkpoint, request)
+    return _own_path(name, request, _key(source_digest(checkpoint), request, exporter.versions()))
+
+
+def _own_path(name: str, request: Request, key: str) -> Path:
+    return engines_folder() / f"{name}-{request.target}-{key[:12]}"
 
 
 def _describe(folder: Path, config: ModelConfig, tokenizers: Sequence[CLIPTokenizer]) -> None:

@@ -613,6 +613,60 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
+# --- tune ----------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  fastsd tune builtin --floor 20
+  fastsd generate "a red apple" --backend auto -o apple.png
+
+It compiles engines for this CPU (minutes, once) and draws with each in turns. What it finds is kept
+for this machine and this torch.
+"""
+)
+def tune(
+    model: Annotated[str, typer.Argument(help="builtin, a folder, a hub id, or random:sd15.")],
+    floor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PSNR",
+            help="Keep layers out of int8 until the worst picture is this near to exact, in dB.",
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="Pixels, multiples of 8. [default: the model's own]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the picture that is timed.")] = 20,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to calibrate and judge with, one a line."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure which way of drawing a model is fastest here; --backend auto then takes it."""
+    from dataclasses import asdict
+
+    from fastsd.benchmarks.tune import tune as run
+    from fastsd.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    side = checkpoint.config.default_size
+    rows = run(
+        checkpoint,
+        Path(model).name if Path(model).is_dir() else model,
+        floor=floor,
+        size=_pixels(size) if size else (side, side),
+        steps=steps,
+        prompts=_read_prompts(prompts) if prompts else (),
+        tell=_say,
+    )
+    print(json.dumps([asdict(r) for r in rows], indent=2) if as_json else "\n".join(map(str, rows)))
+
+
 # --- cache ---------------------------------------------------------------------------------------
 
 cache = typer.Typer(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from fastsd import tasks
 from fastsd.adapters import Adapters
 from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends import ENGINES, PRECISIONS, Backend, open_artifact, open_backend
+from fastsd.backends.auto import choose
 from fastsd.checkpoints import (
     Checkpoint,
     Embedding,
@@ -51,6 +53,8 @@ from fastsd.tasks import (
     Texts,
 )
 from fastsd.tokenizers import CLIPTokenizer
+
+log = logging.getLogger("fastsd")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -178,6 +182,7 @@ class Pipeline:
         backend: str | None = None,
         precision: str | None = None,
         device: str | torch.device | None = None,
+        floor: float | None = None,
         trust_native: bool = False,
         graph: str = "step",
         low_memory: bool = False,
@@ -204,6 +209,8 @@ class Pipeline:
         sampler: a name or alias from `fastsd samplers`; None takes the checkpoint's own.
         backend, precision: None takes "eager" and "fp32", the exact path; fp16 and bf16 are faster
         on GPUs.
+        backend "auto" takes what `fastsd tune` found fastest here; floor: of those, one whose worst
+        picture is within so many dB of the exact one.
         device: "cpu", "cuda", …; None takes a GPU where there is one.
         prediction: "eps", "v" or "x0" where a file does not say (Stable Diffusion 2.x) or is wrong.
         preset: "lightning-4", "hyper-8", "sdxl-turbo", "lcm", … (config.FEW_STEPS): how to sample a
@@ -228,6 +235,8 @@ class Pipeline:
         if use_safetensors is False:
             raise UsageError("only safetensors are loaded; drop use_safetensors=False")
         artifact = None
+        if floor is not None and backend != "auto":
+            raise UsageError("floor chooses among what was tuned; pass backend='auto' with it")
         if is_artifact(model):
             changes = {
                 "prediction": prediction,
@@ -253,6 +262,13 @@ class Pipeline:
                 cache_dir=cache_dir,
                 token=token,
             )
+        if backend == "auto":
+            backend = None
+            if artifact is None:
+                choice = choose(checkpoint, floor)
+                log.info(choice.reason)
+                if choice.engine is not None:
+                    artifact = Artifact.open(choice.engine)
         return cls(
             checkpoint,
             name=Path(model).name if Path(model).exists() else str(model),

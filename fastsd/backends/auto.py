@@ -1,0 +1,113 @@
+"""backend="auto": which of this user's engines draws a model fastest, as `fastsd tune` measured.
+
+The runtime measures and builds nothing: it looks up. What was tuned is kept under the user's cache,
+a file a model, and holds for the weights, machine and torch it was measured with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsd.artifact import cache_folder, is_artifact
+from fastsd.backends.aoti import machine
+from fastsd.checkpoints import Checkpoint
+from fastsd.errors import CheckpointError, UsageError
+from fastsd.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of drawing a model, as measured here.
+
+    engine: the folder of the exported engine; None for the exact path, eager. seconds: a picture.
+    worst_db: PSNR of the worst of its receipt's pictures to the exact path; None: exact, or not
+    measured as `exact` says.
+    """
+
+    backend: str
+    precision: str
+    seconds: float
+    exact: bool
+    worst_db: float | None = None
+    engine: str | None = None
+
+    def holds(self, floor: float | None) -> bool:
+        """Whether its pictures are as near to the exact ones as `floor` dB asks."""
+        if self.exact:
+            return True
+        return self.worst_db is not None and (floor is None or self.worst_db >= floor)
+
+    def __str__(self) -> str:
+        quality = "exact" if self.exact else f"worst picture {self.worst_db} dB"
+        return f"{self.backend} {self.precision}: {self.seconds:.2f} s a picture, {quality}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, and the reason in one line."""
+
+    measured: Measured | None
+    reason: str
+
+    @property
+    def engine(self) -> Path | None:
+        """The engine to open; None for eager."""
+        found = self.measured.engine if self.measured else None
+        return Path(found) if found else None
+
+
+def remember(checkpoint: Checkpoint, rows: list[Measured]) -> Path:
+    """Keep what was measured of a model in place of what was known before; return the file."""
+    file = _file(checkpoint)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".tmp")
+    write_json(draft, {"machine": machine(), "rows": [asdict(row) for row in rows]})
+    draft.replace(file)
+    return file
+
+
+def recall(checkpoint: Checkpoint) -> list[Measured]:
+    """Return what was measured of a model on this machine, with this torch; [] if nothing was."""
+    file = _file(checkpoint)
+    if not file.is_file():
+        return []
+    try:
+        data: dict[str, Any] = read_json(file)
+        rows = [Measured(**row) for row in data["rows"]]
+    except (CheckpointError, KeyError, TypeError):
+        return []  # cut or of another version: as if it were not there, until it is tuned again
+    return rows if data.get("machine") == machine() else []
+
+
+def choose(checkpoint: Checkpoint, floor: float | None = None) -> Choice:
+    """Return the fastest way that holds `floor` (dB, worst picture) and whose engine is there."""
+    rows = recall(checkpoint)
+    if not rows:
+        return Choice(None, "auto: eager fp32; nothing was measured here, see `fastsd tune`")
+    there = [row for row in rows if row.engine is None or is_artifact(row.engine)]
+    fit = [row for row in there if row.holds(floor)]
+    if not fit:
+        raise UsageError(f"nothing that was tuned holds {floor} dB; run `fastsd tune` again")
+    best = min(fit, key=lambda row: row.seconds)
+    others = len(there) - 1
+    asked = "" if floor is None else f" of those that hold {floor:g} dB"
+    return Choice(best, f"auto: {best} (the fastest of {others + 1} measured{asked})")
+
+
+def _file(checkpoint: Checkpoint) -> Path:
+    """Name a model by its config and its files as the disk lists them: hashing takes seconds."""
+    weights = [
+        [part, file.name, stat.st_size, stat.st_mtime_ns]
+        for part, files in sorted(checkpoint.parts.items())
+        for file in files.weights
+        for stat in [file.stat()]
+    ]
+    facts = json.dumps({"config": asdict(checkpoint.config), "weights": weights}, sort_keys=True)
+    name = hashlib.sha256(facts.encode()).hexdigest()[:24]
+    return cache_folder() / "tuned" / f"{name}-{torch.get_num_threads()}.json"
