@@ -676,7 +676,7 @@ def prepare(
     mask = _to_latent_size(source.mask, config.vae.downscale).to(backend.device)
     mask = mask.repeat_interleave(batch // len(mask), dim=0)
     if not config.inpaints:
-        if not source.latent:
+        if not source.latent and config.vae.blocks is None:
             noise(len(pictures))  # diffusers encodes the rest of the picture here, and drops it
         assert clean is not None
         return Start(latents=x, known=Known(clean, first, mask))
