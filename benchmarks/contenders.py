@@ -230,12 +230,39 @@ def own_contenders() -> list[Contender]:
             f"{_DRAWING}:open_fastsd",
             {"backend": backend, "precision": precision},
             precision=precision,
+            compiles=backend == "inductor",
             copies=1.0 if precision == "fp32" else 0.5,
         )
         for backend, home in BACKENDS.items()
         if backend not in ENGINES.values()
         for precision in _precisions(home)
-    ] + engines
+    ] + [*engines, *(_setting(name, options) for name, options in GPU_SETTINGS.items())]
+
+
+# What a GPU must show of the eager backend in fp16: name -> options beside backend and precision.
+GPU_SETTINGS: dict[str, dict[str, Any]] = {
+    "graph-none": {"graph": "none"},
+    "graph-loop": {"graph": "loop"},
+    "low-memory": {"low_memory": True},
+    "attention-sdpa": {"use": {"attention": "sdpa"}},
+    "attention-flash": {"use": {"attention": "flash"}},
+    "attention-efficient": {"use": {"attention": "efficient"}},
+    "attention-cudnn": {"use": {"attention": "cudnn"}},
+    "norm-triton": {"use": {"group_norm_silu": "triton"}},
+    "step-triton": {"use": {"sampler_step": "triton"}},
+    "all-triton": {"use": {"group_norm_silu": "triton", "sampler_step": "triton"}},
+}
+
+
+def _setting(name: str, options: Mapping[str, Any]) -> Contender:
+    return Contender(
+        f"fastsd-{name}/fp16",
+        f"{_DRAWING}:open_fastsd",
+        {"backend": "eager", "precision": "fp16", **options},
+        precision="fp16",
+        copies=0.5,
+        only_on="cuda",
+    )
 
 
 def _engine(target: str, precision: str) -> Contender:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -150,16 +151,27 @@ class PipelineDrawer(Drawer):
         ).images
 
 
-def open_fastsd(scene: Scene, *, backend: str, precision: str) -> Drawer:
-    """Open the scene's model with one of fastsd's backends."""
+def open_fastsd(
+    scene: Scene,
+    *,
+    backend: str,
+    precision: str,
+    use: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
+) -> Drawer:
+    """Open the scene's model with one of fastsd's backends.
+
+    use: op -> kernel, as Pipeline.use has them. options: what else from_pretrained takes.
+    """
     pipeline = Pipeline.from_pretrained(
         scene.model,
         sampler=scene.sampler,
         backend=backend,
         precision=precision,
         device=scene.device,
+        **options,
     )
-    return PipelineDrawer(pipeline, scene, _watch_fastsd)
+    return PipelineDrawer(pipeline.use(**use), scene, _watch_fastsd)
 
 
 def prepare_engine(scene: Scene, folder: str, *, target: str, precision: str) -> None:

@@ -45,9 +45,20 @@ def _bench(name: str, what: str, *options: str) -> Stage:
 
 _EAGER = ("--contenders", "fastsd/eager/*", "--contenders", "diffusers/*")
 
+
+def _own(model: str, steps: str, *names: str) -> tuple[str, ...]:
+    """Our own contenders of these names, against fp16 as it comes."""
+    asked = ("fastsd/eager/fp16", *(f"fastsd{n}" if n[0] == "/" else f"fastsd-{n}" for n in names))
+    return ("--model", model, "--steps", steps, *(w for n in asked for w in ("--contenders", n)))
+
+
 STAGES = (
     Stage("env", "what this machine is", ("fastsd", "env")),
-    Stage("tests", "the kernels and the pipeline, on the GPU", ("pytest", "-q", "tests/kernels")),
+    Stage(
+        "tests",
+        "kernels, graphs and half precision, on the GPU",
+        ("pytest", "-q", "tests/kernels", "tests/backends"),
+    ),
     Stage(
         "ops-fp16",
         "every op, half precision",
@@ -65,6 +76,26 @@ STAGES = (
         "sd15",
         "SD1.5 at 512, 20 steps",
         *("--model", "random:sd15", "--steps", "20", *_EAGER),
+    ),
+    *(
+        _bench(f"{model}-{name}", what, *_own(f"random:{model}", steps, *contenders))
+        for model, steps in (("sd15", "20"), ("sdxl", "30"))
+        for name, what, *contenders in (
+            ("graphs", "a step, the whole loop or nothing as one graph", "graph-*/fp16"),
+            ("attention", "one attention for all against the measured ones", "attention-*/fp16"),
+            ("kernels", "our kernels against the library's", "*-triton/fp16"),
+            ("memory", "what low memory costs", "low-memory/fp16"),
+            ("inductor", "torch.compile's code in our graph", "/inductor/fp16"),
+        )
+    ),
+    *(
+        Stage(
+            f"{model}-profile",
+            "where a step's time goes, kernel by kernel",
+            ("fastsd.benchmarks.step_profile", "--model", f"random:{model}", "--precision", "fp16")
+            + ("--output", "{folder}/profile.md"),
+        )
+        for model in ("sd15", "sdxl")
     ),
     _bench(
         "sd15-offline",

@@ -20,7 +20,10 @@ from fastsd.benchmarks.limits import measure_ceilings
 from fastsd.benchmarks.timing import Latency, paired_ratio
 from fastsd.errors import FastsdError, UsageError
 from fastsd.kernels import reference
-from fastsd.kernels.attention import IMPLEMENTATIONS, attention
+from fastsd.kernels.attention import attention
+from fastsd.kernels.dispatch import IMPLEMENTATIONS
+from fastsd.kernels.group_norm import group_norm_silu
+from fastsd.kernels.sampler_step import sampler_step_
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TURNS = 20
@@ -62,12 +65,96 @@ def attention_case(
         op="attention",
         shape=f"{title}: {batch}x{heads}x{queries}x{keys}x{width}",
         reference=lambda: reference.attention(q, k, v),
-        implementations={name: call(name) for name in IMPLEMENTATIONS},
+        implementations={name: call(name) for name in IMPLEMENTATIONS["attention"]},
         flop=4 * batch * heads * queries * keys * width,
         bytes=(2 * q.numel() + 2 * k.numel()) * q.element_size(),
     )
 
 
+def group_norm_case(
+    title: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str
+) -> Case:
+    """silu(group_norm(x)) over a channels-last map, 32 groups."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    x = numbers(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight, bias = numbers(channels), numbers(channels)
+
+    def call(name: str) -> Callable[[], Tensor]:
+        return lambda: group_norm_silu(x, weight, bias, 32, 1e-5, implementation=name)
+
+    return Case(
+        op="group_norm_silu",
+        shape=f"{title}: {batch}x{channels}x{side}x{side}",
+        reference=lambda: reference.group_norm_silu(x, weight, bias, 32, 1e-5),
+        implementations={name: call(name) for name in IMPLEMENTATIONS["group_norm_silu"]},
+        flop=10 * x.numel(),
+        bytes=2 * x.numel() * x.element_size(),
+    )
+
+
+def sampler_step_case(
+    title: str, batch: int, side: int, slots: int, dtype: torch.dtype, device: str
+) -> Case:
+    """A guided row of a table, over latents of four channels; the state grows no larger by it."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    sources = numbers(slots + 3, batch, 4, side, side)
+    prediction = numbers(2 * batch, 4, side, side).to(dtype)
+    prediction = prediction.contiguous(memory_format=torch.channels_last)
+    coefficients = 0.1 * numbers(1, 3 + (1 + slots) * (3 + slots) + 2)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+    guidance = torch.tensor(7.5, device=device)
+
+    def call(name: str) -> Callable[[], Tensor]:
+        state = sources.clone()
+
+        def step() -> Tensor:
+            sampler_step_(state, prediction, coefficients, row, guidance, implementation=name)
+            return state[:-2]
+
+        return step
+
+    def truth() -> Tensor:
+        state = sources.clone()
+        reference.sampler_step_(state, prediction, coefficients, row, guidance)
+        return state[:-2]
+
+    state_bytes = sources[0].numel() * sources.element_size()
+    return Case(
+        op="sampler_step",
+        shape=f"{title}: {batch}x4x{side}x{side}, {slots} slots",
+        reference=truth,
+        implementations={name: call(name) for name in IMPLEMENTATIONS["sampler_step"]},
+        flop=2 * (1 + slots) * (3 + slots) * sources[0].numel(),
+        bytes=(2 * slots + 3) * state_bytes + prediction.numel() * prediction.element_size(),
+    )
+
+
+# every width of SD1.5's and SDXL's UNets, and the decoder's: (title, batch, channels, side)
+GROUP_NORM = (
+    ("SD1.5 512, level 1", 2, 320, 64),
+    ("SD1.5 512, level 1 with its skip", 2, 960, 64),
+    ("SD1.5 512, level 2", 2, 640, 32),
+    ("SD1.5 512, level 3 with its skip", 2, 2560, 16),
+    ("SD1.5 512, level 4", 2, 1280, 8),
+    ("SDXL 1024, level 1", 2, 320, 128),
+    ("SDXL 1024, level 2 with its skip", 2, 1920, 64),
+    ("SDXL 1024, level 3", 2, 1280, 32),
+    ("decoder 512, first", 1, 512, 64),
+    ("decoder 512, last", 1, 128, 512),
+)
+SAMPLER_STEP = (
+    ("SD1.5 512, as captured", 1, 64, 4),
+    ("SDXL 1024, as captured", 1, 128, 4),
+    ("SD1.5 512, a batch of 8", 8, 64, 4),
+)
 # what is asked, per guidance pair: (title, batch, heads, queries, keys, head width)
 ATTENTION = (
     ("SD1.5 512 self, level 1", 2, 8, 4096, 4096, 40),
@@ -81,6 +168,8 @@ ATTENTION = (
 # op -> its cases for a dtype and a device, made one at a time: the largest take gigabytes
 OPS: dict[str, Sequence[Callable[[torch.dtype, str], Case]]] = {
     "attention": [partial(attention_case, *shape) for shape in ATTENTION],
+    "group_norm_silu": [partial(group_norm_case, *shape) for shape in GROUP_NORM],
+    "sampler_step": [partial(sampler_step_case, *shape) for shape in SAMPLER_STEP],
 }
 
 

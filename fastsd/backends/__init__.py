@@ -30,6 +30,7 @@ __all__ = [
 BACKENDS = {
     "aoti": "fastsd.backends.aoti:AotiBackend",
     "eager": "fastsd.backends.eager:EagerBackend",
+    "inductor": "fastsd.backends.inductor:InductorBackend",
     "ort": "fastsd.backends.ort:OrtBackend",
     "ov": "fastsd.backends.ov:OvBackend",
     "trt": "fastsd.backends.trt:TrtBackend",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastsd.benchmarks import gpu
+from fastsd.benchmarks.contenders import choose, contenders
 from fastsd.benchmarks.gpu import STAGE_S, STAGES, Stage, run_stages, stages_table
 
 
@@ -70,3 +71,26 @@ def test_the_stages_are_well_formed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--stage", "nothing"])
     assert "sd15" in capsys.readouterr().err
+
+
+def test_every_stage_names_contenders_that_there_are() -> None:
+    known = contenders("cuda")
+    asked = 0
+    for stage_ in STAGES:
+        words = stage_.command
+        for option, pattern in zip(words, words[1:], strict=False):
+            if option == "--contenders":
+                assert choose(known, [pattern]), pattern
+                asked += 1
+    assert asked > 20
+    assert not any(contender.only_on == "cuda" for contender in contenders("cpu").values())
+
+
+def test_a_profile_names_what_takes_the_time(tmp_path: Path) -> None:
+    from fastsd.benchmarks import step_profile
+
+    report = tmp_path / "profile.md"
+    step_profile.main(["--device", "cpu", "--output", str(report)])
+    lines = report.read_text().splitlines()
+    assert lines[0].startswith("| kernel") and len(lines) > 10
+    assert any("conv" in line for line in lines[:12])

@@ -19,7 +19,7 @@ def test_an_ops_row_says_speed_share_and_error(monkeypatch: pytest.MonkeyPatch) 
         "small", 1, 2, 64, 77, 8, dtype, device
     )
     monkeypatch.setitem(ops.OPS, "attention", [small])
-    results = measure_ops([], precision="fp32", device="cpu", turns=6)
+    results = measure_ops(["attention"], precision="fp32", device="cpu", turns=6)
     rows = {row["implementation"]: row for row in results["rows"]}
     sdpa = rows["sdpa"]
     assert sdpa["largest_error"] < 1e-5 and sdpa["ratio"]["verdict"] == "no difference"
@@ -55,3 +55,18 @@ def test_unknown_names_are_refused() -> None:
         measure_ops(["attentoin"], precision="fp32", device="cpu")
     with pytest.raises(UsageError, match="fp32"):
         measure_ops([], precision="fp12", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ops.group_norm_case("small", 2, 64, 9, torch.float32, "cpu"),
+        ops.sampler_step_case("small", 1, 8, 4, torch.float32, "cpu"),
+    ],
+    ids=lambda case: case.op,
+)
+def test_our_kernels_are_held_to_the_librarys(case: ops.Case) -> None:
+    rows = measure_case(case, CEILINGS, precision="fp32", device="cpu", turns=6)
+    by_name = {row["implementation"]: row for row in rows}
+    assert by_name["library"]["largest_error"] < 1e-5 and by_name["library"]["p50_s"] > 0
+    assert "runs on GPUs, not on cpu" in by_name["triton"]["reason"]

@@ -1,0 +1,100 @@
+"""torch.compile's code for the UNet and the VAE's decoder, made at the first use of each shape.
+
+That takes from half a minute to several; `explain` counts it. Weights stay the modules' own, so
+adapters change them in place. `fastsd export --to aoti` compiles ahead of time instead.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastsd.backends.base import Backend, Part, Shapes
+from fastsd.backends.eager import EagerBackend
+
+if TYPE_CHECKING:
+    from fastsd.checkpoints import Checkpoint
+
+COMPILED = ("unet", "vae_decoder")
+
+
+@final
+class InductorBackend(Backend):
+    """Run the parts that take the time compiled, the others as the eager backend does."""
+
+    name = "inductor"
+    precisions = EagerBackend.precisions
+
+    def __init__(self, checkpoint: Checkpoint, *, precision: str, device: torch.device) -> None:
+        self._eager = EagerBackend(checkpoint, precision=precision, device=device)
+        self.precision, self.device, self.dtype = precision, device, self._eager.dtype
+        self._compiled = {
+            name: CompiledPart(self._eager.part(name), tune=device.type == "cuda")
+            for name in COMPILED
+        }
+
+    @property
+    def captures(self) -> bool:
+        """On a GPU, steps are CUDA graphs, as the eager backend's are."""
+        return self._eager.captures
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Capture as the eager backend does; what must be compiled is, before that."""
+        return self._eager.capture(step)
+
+    def memory_bytes(self) -> int:
+        """What torch holds of the GPU."""
+        return self._eager.memory_bytes()
+
+    def part(self, name: str, shapes: Shapes | None = None) -> Part:
+        """Return the part, compiled or as it is."""
+        return self._compiled.get(name) or self._eager.part(name, shapes)
+
+    def weights(self, part: str) -> Mapping[str, Tensor]:
+        """Return the modules' own parameters: what is written to them is used at once."""
+        return self._eager.weights(part)
+
+    def keep_on_host(self, parts: Sequence[str]) -> None:
+        """Move the text encoders alone: the compiled decoder keeps its weights where they are."""
+        self._eager.keep_on_host([part for part in parts if part != "vae"])
+
+    def explain(self) -> list[str]:
+        """Say what runs, and what compiling took."""
+        lines = super().explain()
+        for name, part in self._compiled.items():
+            for shape, seconds in part.seconds.items():
+                lines.append(f"{name}: compiled for {shape} in {seconds:.1f} s")
+        return lines
+
+
+@final
+class CompiledPart:
+    """A part that is compiled anew for every shape, never for any shape: that is slower.
+
+    tune: try out kernels for each product and convolution (torch's max-autotune; the CUDA graph is
+    the engine's, around the whole step).
+    """
+
+    def __init__(self, part: Part, *, tune: bool) -> None:
+        mode = "max-autotune-no-cudagraphs" if tune else None
+        self.seconds: dict[str, float] = {}  # shape -> what the first call took
+        self._call = torch.compile(part, fullgraph=True, dynamic=False, mode=mode)
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        shape = "x".join(map(str, args[0].shape)) + f" and {len(tree_leaves(args))} tensors"
+        if shape in self.seconds:
+            return self._call(*args)
+        with self._lock:  # one compilation at a time
+            start = time.perf_counter()
+            # As many shapes as a server sees; beyond its limit torch would go on uncompiled.
+            with torch._dynamo.config.patch(recompile_limit=1024):
+                out = self._call(*args)
+            self.seconds.setdefault(shape, time.perf_counter() - start)
+            return out
