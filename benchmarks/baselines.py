@@ -59,8 +59,8 @@ def diffusers_pipeline(
             folder, local_files_only=True, **given
         )
     pipeline.set_progress_bar_config(disable=True)
-    # Explicitly: parts come in whatever dtype their files or that library's release prefers. And not
-    # by an argument: its name changed between releases.
+    # Explicitly: parts come in whatever dtype their files or that library's release prefers. And
+    # not by an argument: its name changed between releases.
     return pipeline.to(dtype)
 
 

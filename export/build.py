@@ -26,12 +26,10 @@ from fastsd.checkpoints import Checkpoint, save_description
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
 from fastsd.export import EXPORTERS, verify
-from fastsd.export.parts import Request, part_names, source_digest
+from fastsd.export.parts import QUANTISED, Request, part_names, source_digest
 from fastsd.files import read_json, write_json
 from fastsd.quant.spec import QuantSpec
 from fastsd.tokenizers import CLIPTokenizer
-
-QUANTISED = ("int8", "fp8")
 
 
 class Exporter(ABC):

@@ -17,6 +17,7 @@ import onnxscript  # noqa: F401  (torch.onnx needs it, and would say so in its o
 import torch
 
 from fastsd.artifact import PartEntry, TensorSpec
+from fastsd.export import qdq
 from fastsd.export.parts import GraphPart
 
 OPSET = 21  # the first whose Q/DQ nodes take blocks; every runtime here reads it
@@ -36,6 +37,7 @@ def trace(part: GraphPart) -> ir.Model:
             input_names=[spec.name for spec in part.inputs],
             output_names=list(part.outputs),
             verbose=False,
+            custom_translation_table=qdq.translations(),
         )
     assert program is not None  # it is None only for the other exporter
     model: ir.Model = program.model

@@ -28,6 +28,7 @@ from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, Decoder, Encoder, scale_activations_
 
 LAYOUTS = ("standard", "fast")
+QUANTISED = ("int8", "fp8")  # precisions that need a QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,9 @@ def _text_part(index: int) -> Callable[..., GraphPart]:
     ) -> GraphPart:
         text = config.text_encoders[index]
         name = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
-        rows = "pictures" if request.dynamic else request.batch
+        sizes = _Sizes(request, config)
+        # openvino-genai encodes the negative prompt beside the prompt.
+        rows = sizes.rows if request.target == "openvino" else sizes.pictures
         spec = TensorSpec("input_ids", "int64", (rows, text.max_tokens))
         outputs: tuple[str, ...] = (
             ("last_hidden_state", "pooler_output")

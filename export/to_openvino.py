@@ -28,7 +28,7 @@ try:
     import openvino_tokenizers
     from transformers import CLIPTokenizer
 
-    from fastsd.export import graph
+    from fastsd.export import graph, qdq
 except ImportError as error:
     raise MissingDependency(
         f"exporting to OpenVINO needs {error.name}; run pip install 'fastsd[export,openvino]'"
@@ -37,10 +37,10 @@ except ImportError as error:
 
 @final
 class OpenvinoExporter(Exporter):
-    """OpenVINO IR with weights in fp32 or fp16."""
+    """OpenVINO IR with weights in fp32 or fp16, or with int8 products."""
 
     target = "openvino"
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "int8")
     packages = ("torch", "onnx", "onnxscript", "openvino", "openvino-tokenizers")
 
     def __init__(self, checkpoint: Checkpoint, request: Request) -> None:
@@ -49,7 +49,8 @@ class OpenvinoExporter(Exporter):
 
     def write(self, part: str, folder: Path) -> PartEntry:
         """Trace one part, convert its ONNX graph and write the IR."""
-        traced = load_part(self.checkpoint, part, self.request, torch.float32)
+        prepared = qdq.prepare(self.spec, qdq.UINT8, torch.float32)
+        traced = load_part(self.checkpoint, part, self.request, torch.float32, prepared)
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
             entry = graph.write(graph.trace(traced), traced, Path(scratch))
             model = openvino.convert_model(Path(scratch) / entry.file)

@@ -27,7 +27,7 @@ try:
     except ModuleNotFoundError:
         import tensorrt_bindings as trt  # what `tensorrt` re-exports; its libraries come apart
 
-    from fastsd.export import graph
+    from fastsd.export import graph, qdq
 except ImportError as error:
     raise MissingDependency(
         f"building TensorRT engines needs TensorRT ({error}); run pip install tensorrt "
@@ -35,6 +35,7 @@ except ImportError as error:
     ) from error
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMATS = {"int8": qdq.INT8, "fp8": qdq.FP8}  # in fp16 graphs
 # Where sizes may vary: smallest, best and largest, as multiples of what was asked for.
 RANGE = (0.5, 1.0, 2.0)
 STEPS = (1, 20, 1000)  # of a schedule
@@ -49,7 +50,7 @@ class TensorrtExporter(Exporter):
     """TensorRT engines, for a static size or a range of sizes."""
 
     target = "tensorrt"
-    precisions = ("fp32", "fp16", "bf16")
+    precisions = ("fp32", "fp16", "bf16", "int8", "fp8")
     native = True
     packages = ("torch", "onnx", "onnxscript")
 
@@ -73,7 +74,9 @@ class TensorrtExporter(Exporter):
 
     def write(self, part: str, folder: Path) -> PartEntry:
         """Trace one part, parse its ONNX graph, build and write the engine."""
-        traced = load_part(self.checkpoint, part, self.request, DTYPES[self.request.precision])
+        dtype = DTYPES.get(self.request.precision, torch.float16)
+        prepared = qdq.prepare(self.spec, FORMATS.get(self.request.precision), dtype)
+        traced = load_part(self.checkpoint, part, self.request, dtype, prepared)
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
             entry = graph.write(graph.trace(traced), traced, Path(scratch))
             size = sum(

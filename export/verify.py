@@ -16,19 +16,26 @@ from fastsd.artifact import Artifact
 from fastsd.backends import ArtifactBackend, open_artifact
 from fastsd.checkpoints import Checkpoint, open_description
 from fastsd.errors import ArtifactError
-from fastsd.export.parts import Request, load_part
+from fastsd.export.calibration import PROMPTS
+from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
 
 STEPS = 20
-BUILTIN_PROMPTS = 16
+BUILTIN_PROMPTS, OTHER_PROMPTS = 16, 4
 
 
 def receipt_prompts(name: str, request: Request) -> tuple[str, ...]:
-    """Return the prompts to draw: the user's, or for the built-in model the first of its score."""
-    if request.prompts or name != "builtin":
+    """Return the prompts to draw.
+
+    The user's; else for the built-in model the first of its score, and for others a few if the
+    engine is quantised, none if not.
+    """
+    if request.prompts:
         return request.prompts
-    return tasks(builtin_atlas())["english"].names[:BUILTIN_PROMPTS]
+    if name == "builtin":
+        return tasks(builtin_atlas())["english"].names[:BUILTIN_PROMPTS]
+    return PROMPTS[:OTHER_PROMPTS] if request.precision in QUANTISED else ()
 
 
 def measure(

@@ -26,9 +26,14 @@ def layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     }
 
 
-def quantised(module: M, roundings: Mapping[str, Rounding]) -> M:
+def quantised(
+    module: M,
+    roundings: Mapping[str, Rounding],
+    make: Callable[[nn.Linear | nn.Conv2d, Rounding], nn.Module] = int8_layer,
+) -> M:
     """Return a copy of `module` whose layers named in `roundings` are int8. The rest is shared.
 
+    make: returns the layer to put in one's place, if it is to be another than our int8 one.
     Raises UsageError for a name that is no linear layer or plain convolution of the module.
     """
     found = layers(module)
@@ -42,7 +47,7 @@ def quantised(module: M, roundings: Mapping[str, Rounding]) -> M:
     shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
     clone = copy.deepcopy(module, shared)
     for name, rounding in roundings.items():
-        _replace(clone, name, int8_layer(found[name], rounding))
+        _replace(clone, name, make(found[name], rounding))
     return clone
 
 

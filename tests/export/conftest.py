@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from fastsd.checkpoints import open_checkpoint
+from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.export.build import export
 from fastsd.export.parts import Request
+from fastsd.quant.apply import layers
+from fastsd.quant.spec import INT8_ROLES, QuantSpec, Rounding, role
 
 SIZE = (64, 96)  # height, width: unlike each other, and not what the checkpoints were made for
 
@@ -18,6 +20,19 @@ def write(source: Path, path: Path, **options: Any) -> Path:
     """Export `source` to `path`; a static ONNX graph of SIZE unless told otherwise."""
     request = Request(**{"target": "onnx", "size": SIZE, **options})
     return export(open_checkpoint(source), source.name, request, path).path
+
+
+def flat_spec(checkpoint: Checkpoint) -> QuantSpec:
+    """A spec of every layer that may be int8, all inputs within the same range: no calibration."""
+    parts = {"unet": checkpoint.load("unet"), "vae.decoder": checkpoint.load("vae").decoder}
+    return QuantSpec(
+        {
+            f"{part}.{name}": Rounding.of(-5, 6)
+            for part, module in parts.items()
+            for name in layers(module)  # type: ignore[arg-type]
+            if role(f"{part}.{name}") in INT8_ROLES
+        }
+    )
 
 
 @pytest.fixture(scope="session")

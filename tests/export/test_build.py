@@ -232,7 +232,7 @@ def test_export_then_generate(
         (("--size", "512"), "--size must be WIDTHxHEIGHT"),
         (("--to", "tflite"), "target 'tflite' is unknown"),
         (("--prompts", "nowhere.txt"), "nowhere.txt"),
-        (("--precision", "fp8"), "onnx has no precision 'fp8'"),
+        (("--precision", "bf16"), "onnx has no precision 'bf16'"),
     ],
 )
 def test_one_line_for_each_mistake(

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 PROMPT, SEED, STEPS = "a red apple", 1, 8
 OPTIMUM = ("optimum-onnx[onnxruntime]==0.1.0", "torch")
-GENAI = ("openvino-genai==2026.4.*", "numpy")
+GENAI = ("openvino-genai==2026.4.*", "torch", "numpy")  # torch draws its noise
 
 OPTIMUM_SCRIPT = """
 import sys, numpy, torch

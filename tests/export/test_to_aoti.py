@@ -129,7 +129,7 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, monkeypatch: Any) ->
         ({"precision": "fp8"}, "it has fp32, int8"),
         ({"layout": "standard"}, "it has fast"),
     ):
-        changed = {"target": "aoti", "layout": "fast", "size": (128, 128), **change}
+        changed: dict[str, Any] = {"target": "aoti", "layout": "fast", "size": (128, 128), **change}
         with pytest.raises(UsageError, match=told):
             open_exporter(checkpoint, Request(**changed))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -144,10 +144,11 @@ def test_an_engine_draws_the_exact_pictures_without_a_compiler(tmp_path: Path) -
     source = write_sd1(tmp_path / "sd1")
     request = Request(target="aoti", layout="fast", size=SIZE, prompts=("a cat", "a dog"))
     engine = export(open_checkpoint(source), "sd1", request, tmp_path / "engine")
-    assert max(engine.manifest.receipt["parts"].values()) <= 1e-4
+    receipt = engine.manifest.receipt
+    assert receipt is not None and max(receipt["parts"].values()) <= 1e-4
     exact = Pipeline.from_pretrained(source)
     compiled = Pipeline.from_pretrained(engine.path)
-    settings = {"num_inference_steps": 4, "seed": 0, "height": SIZE[0], "width": SIZE[1]}
+    settings: dict[str, Any] = dict(num_inference_steps=4, seed=0, height=SIZE[0], width=SIZE[1])
     for prompts, guidance in ((["a cat"], 7.5), (["a", "b", "c"], 7.5), (["a cat"], 1.0)):
         pairs = zip(
             compiled(prompts, guidance_scale=guidance, **settings).images,
@@ -186,6 +187,8 @@ def test_an_int8_engine_carries_its_spec_and_its_receipt(tmp_path: Path) -> None
     )
     engine = export(open_checkpoint(source), "sd1", request, tmp_path / "engine")
     assert (engine.path / "quantisation.json").is_file()
-    parts = engine.manifest.receipt["parts"]
+    receipt = engine.manifest.receipt
+    assert receipt is not None
+    parts = receipt["parts"]
     assert 1e-3 < parts["unet"] < 0.1 and parts["text_encoder"] < 1e-5
-    assert engine.manifest.receipt["pictures"]["psnr_db"]["worst"] > 15
+    assert receipt["pictures"]["psnr_db"]["worst"] > 15

@@ -78,17 +78,19 @@ def build(libraries: Path, cache: Path, *cases: tuple[str, str, dict[str, Any]])
 
 
 def test_real_engines_are_built(libraries: Path, sd1_folder: Path, tmp_path: Path) -> None:
-    """The UNet in true fp16, and a VAE in fp32; kernel timings are kept for the next build."""
+    """The UNet in fp16, int8 and fp8, a VAE in fp32; kernel timings are kept for later builds."""
     model = str(sd1_folder)
     answers = build(
         libraries,
         tmp_path,
         (model, "unet", {"size": SIZE, "precision": "fp16"}),
+        (model, "unet", {"size": SIZE, "precision": "int8"}),
+        (model, "unet", {"size": SIZE, "precision": "fp8"}),
         (model, "vae_decoder", {"size": SIZE}),
         (model, "unet", {"size": SIZE, "precision": "int4"}),
     )
-    assert all(isinstance(size, int) and size > 100_000 for size in answers[:2]), answers
-    assert answers[2].startswith("tensorrt has no precision 'int4'; it has fp32, fp16")
+    assert all(isinstance(size, int) and size > 100_000 for size in answers[:4]), answers
+    assert answers[4].startswith("tensorrt has no precision 'int4'; it has fp32, fp16")
     (timings,) = tmp_path.glob("tensorrt-*-timings")
     assert timings.stat().st_size > 0
 
@@ -100,6 +102,11 @@ def test_the_builtin_model_in_every_precision(libraries: Path, tmp_path: Path) -
         ("builtin", part, {"size": (64, 64), "precision": "fp16", "dynamic": dynamic})
         for part in parts
         for dynamic in (False, True)
+    ]
+    cases += [
+        ("builtin", part, {"size": (64, 64), "precision": precision})
+        for part in ("unet", "vae_decoder")
+        for precision in ("int8", "fp8")
     ]
     cases += [
         ("builtin", part, {"size": (64, 64), "precision": "bf16", "layout": "fast"})
