@@ -92,7 +92,7 @@ def compile_part(part: GraphPart, package: Path) -> tuple[TensorSpec, ...]:
         {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in part.inputs
     )
-    with _quiet():
+    with _quiet(), torch.no_grad():  # with gradients Inductor would freeze nothing
         program = torch.export.export(
             part.module, part.example, dynamic_shapes=(dynamic,), strict=False
         )
