@@ -297,6 +297,14 @@ def generate(
     vae: Annotated[
         str | None, typer.Option(help="Another VAE, or a tiny one (TAESD): a folder or a file.")
     ] = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Write the picture so far there after every step."),
+    ] = None,
+    preview_vae: Annotated[
+        Path | None,
+        typer.Option(help="What decodes previews, best a tiny VAE. [default: the model's VAE]"),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to draw with; may be given again."),
@@ -337,6 +345,8 @@ def generate(
         "preset": preset,
         "vae": vae,
         "lora": lora or None,
+        "preview": preview,
+        "preview_vae": preview_vae,
     }
     settings: dict[str, Any] = {"model": "builtin", "seed": secrets.randbelow(2**32)}
     if again:
@@ -355,6 +365,10 @@ def generate(
         made = name == "mask_image" and "outpaint" in settings
         if digest in settings and name not in settings and not made:
             raise UsageError(f"{again} was drawn from another picture; give it with {option}")
+    if preview is not None and preview.suffix.lower() != ".png":
+        raise UsageError(f"--preview {preview} must end in .png")
+    if preview_vae is not None and preview is None:
+        raise UsageError("--preview-vae decodes previews; say where they go with --preview")
     texts = [text for text in settings["prompts"] for _ in range(count)]
     seeds = [settings["seed"] + i for i in range(len(texts))]
     paths = _paths(output, seeds)
@@ -468,6 +482,7 @@ def _draw(
     )
     if pipe.config.schedule.steps is None:
         call.setdefault("num_inference_steps", 20)
+    _watch(pipe, call, settings)
     _load_loras(pipe, settings.get("lora") or [])
     for path in settings.get("embedding", ()):
         pipe.load_textual_inversion(path)
@@ -479,6 +494,17 @@ def _draw(
         part = slice(start, start + batch)
         output = pipe(list(texts[part]), seed=list(seeds[part]), **call)
         yield from zip(output.images, output.metadata, strict=True)
+
+
+def _watch(pipe: Any, call: dict[str, Any], settings: Settings) -> None:
+    """Write the picture so far to the preview's file after every step."""
+    from fastsd.images import save_png
+
+    file, vae = settings.get("preview"), settings.get("preview_vae")
+    if vae is not None:
+        pipe.load_preview_vae(vae)
+    if file is not None:
+        call["preview"] = lambda step, pictures: save_png(pictures[0], file)
 
 
 def _load_loras(pipe: Any, given: Sequence[str]) -> None:

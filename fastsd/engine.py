@@ -146,6 +146,11 @@ class SamplingLoop:
         return self._sources[0]
 
     @property
+    def clean(self) -> Tensor:
+        """The clean latents that the model saw in the last row, (B, C, H, W) fp32."""
+        return self._sources[-2]
+
+    @property
     def size_bytes(self) -> int:
         """What the buffers take."""
         known = self._known.tensors if self._known else ()

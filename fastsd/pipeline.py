@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,6 +41,8 @@ from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import to_pil
 from fastsd.kernels import dispatch
+from fastsd.models.tiny_vae import TinyVAE
+from fastsd.models.vae import VAE
 from fastsd.prompts import SYNTAXES
 from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
 from fastsd.tasks import (
@@ -59,6 +62,7 @@ log = logging.getLogger("fastsd")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
+Preview = Callable[[int, list[Image]], object]
 
 TILE = 64  # latents along a side that low_memory decodes at once
 _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
@@ -172,6 +176,7 @@ class Pipeline:
         self._backend = self._open_backend(backend, precision, _device(device))
         self._loops = self._new_loops(self._backend)
         self._adapters = Adapters()
+        self._preview_vae: VAE | TinyVAE | None = None
 
     @classmethod
     def from_pretrained(
@@ -216,7 +221,7 @@ class Pipeline:
         preset: "lightning-4", "hyper-8", "sdxl-turbo", "lcm", … (config.FEW_STEPS): how to sample a
         model distilled to few steps whose file does not say so, or one that a LoRA makes such.
         vae: another VAE in place of the model's, a folder or a file; a tiny autoencoder (TAESD)
-        decodes some 100 times as fast.
+        decodes with a twentieth of the work.
         tokenizer: a folder with one, for the rare single file whose vocabulary is not CLIP's.
         dtype (or torch_dtype), use_safetensors, safety_checker=None: as diffusers scripts have
         them.
@@ -336,6 +341,28 @@ class Pipeline:
                     f"{fixed!r}; leave {what} out, or export again"
                 )
         return open_artifact(self.artifact, self.config, device=device)
+
+    def load_preview_vae(self, path: str | Path) -> None:
+        """Load what decodes previews, a folder or a file; best a tiny autoencoder (TAESD).
+
+        Without one they are decoded by the model's own VAE, which may take longer than a step.
+        """
+        module = self.checkpoint.with_vae(path).load("vae", device=self.device)
+        assert isinstance(module, (VAE, TinyVAE))
+        self._preview_vae = module
+
+    def _preview(self, clean: Tensor, decoder: Callable[[Tensor], Tensor]) -> list[Image]:
+        """Decode clean latents (B, C, h, w) as the pictures that a run is on its way to.
+
+        decoder: the model's own, where no other was loaded.
+        """
+        vae = self._preview_vae
+        if vae is None:
+            pictures = decoder(clean)
+        else:
+            vae = vae.to(self.device)
+            pictures = vae.decode(clean.to(vae.dtype) / vae.config.scale + vae.config.shift)
+        return to_pil((pictures.float() / 2 + 0.5).nan_to_num().clamp(0, 1))
 
     def load_lora_weights(
         self,
@@ -535,6 +562,7 @@ class Pipeline:
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        preview: Preview | None = None,
         batch_invariant: bool = False,
         **unknown: object,
     ) -> Any:
@@ -564,6 +592,8 @@ class Pipeline:
         height, width: pixels, multiples of the VAE's factor (8); None takes the image's size, or
         the model's own. Pictures are resized to them.
         latents: (B, C, height / 8, width / 8), standard normal numbers to start from.
+        preview(step, pictures): called after every step with the PIL pictures that the model is on
+        its way to, as load_preview_vae decodes them; what it returns is ignored.
         callback_on_step_end(pipe, step, timestep, tensors): may return changed tensors, and may set
         pipe._interrupt = True (stop here) or pipe._guidance_scale; an exception ends the call.
 
@@ -644,6 +674,7 @@ class Pipeline:
                 noised=denoising_start is not None,
                 callback=callback_on_step_end,
                 callback_tensors=tuple(callback_on_step_end_tensor_inputs),
+                preview=preview,
                 one_at_a_time=batch_invariant,
             )
             images = call.draw(generators, latents, output_type)
@@ -855,6 +886,7 @@ class Call:
         noised: bool,
         callback: Callback | None,
         callback_tensors: tuple[str, ...],
+        preview: Preview | None,
         one_at_a_time: bool,
     ) -> None:
         self._pipeline = pipeline
@@ -869,6 +901,7 @@ class Call:
         self._noised = noised
         self._callback = callback
         self._callback_tensors = callback_tensors
+        self._show = preview
         self._one_at_a_time = one_at_a_time
         self._interrupt = False
         self._guidance_scale = guidance
@@ -902,13 +935,14 @@ class Call:
         noise = Noise(generators, self._latent_shape, self._backend.device)
         self._start = self._prepare(noise, latents)
         loops = self._pipeline._loops_of(self._backend)
-        decoder = tasks.bind_decoder(
+        decoder = self._decoder = tasks.bind_decoder(
             self._backend,
             self._config,
             one_at_a_time=self._one_at_a_time,
             tile=TILE if self._pipeline._low_memory else None,
         )
-        whole = loops.graph == "loop" and self._callback is None and output_type != "latent"
+        watched = self._callback is not None or self._show is not None
+        whole = loops.graph == "loop" and not watched and output_type != "latent"
         asked = self._pipeline._kernels.get("sampler_step")
         step = dispatch.choose("sampler_step", self._backend.device, asked)
         run = Run(
@@ -1003,6 +1037,8 @@ class Call:
     def _end_row(self, row: int, bar: Any) -> bool:
         """Advance the bar, ask the callback, take over what it changed; False ends the run."""
         bar.update(row + 1 - bar.n)
+        if self._show is not None:
+            self._show(row, self._pipeline._preview(self._loop.clean, self._decoder))
         if self._callback is None:
             return True
         half = len(self._conditioning) // 2

@@ -98,6 +98,13 @@ ROWS = (
         _CLOSE,
         "tests/test_families.py::test_a_tiny_autoencoder_decodes_as_diffusers_does",
     ),
+    Row(
+        "VAE",
+        "previews while drawing",
+        "preview=, --preview PNG, --preview-vae",
+        "the last is the picture",
+        "tests/test_families.py::test_previews_are_what_the_model_is_on_its_way_to",
+    ),
     Row("adapter", "LoRA of kohya's", "--lora FILE:WEIGHT; convolutions, text", _CLOSE, _LORA),
     Row("adapter", "LoRA of PEFT and diffusers", "--lora FILE:WEIGHT", _CLOSE, _LORA),
     Row(

@@ -584,3 +584,12 @@ def test_models_are_listed_with_their_proof(run: Run) -> None:
     assert text.code == 0 and len(data) > 20
     for row in data:
         assert row["name"] in text.out and row["test"].startswith("tests/")
+
+
+def test_a_preview_is_written_while_drawing(run: Run, tmp_path: Path) -> None:
+    result = run("generate", "a cat", "-o", "a.png", "--preview", "so-far.png", *QUICK)
+    assert result.code == 0, result.err
+    with Image.open(tmp_path / "so-far.png") as preview, Image.open(tmp_path / "a.png") as final:
+        assert preview.size == final.size == (64, 64)
+    assert run("generate", "a cat", "--preview", "x.jpg").code == 2
+    assert run("generate", "a cat", "--preview-vae", "x").code == 2

@@ -294,3 +294,34 @@ def test_a_tiny_autoencoder_is_saved_and_read_again(
     assert open_checkpoint(folder).config.vae == checkpoint.config.vae
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     assert type(pipe.vae).__name__ == "AutoencoderTiny"
+
+
+# --- previews -------------------------------------------------------------------------------------
+
+
+def test_previews_are_what_the_model_is_on_its_way_to(
+    sd1_folder: Path, tiny: Any, tmp_path: Path
+) -> None:
+    """One a step; the last is the picture itself. A tiny autoencoder decodes them if loaded."""
+    pipe = Pipeline.from_pretrained(sd1_folder)
+    seen: list[Any] = []
+    call: dict[str, Any] = dict(num_inference_steps=4, sampler="euler", seed=1, **SIZE)
+    both = [PROMPT, "a cat"]
+
+    def show(step: int, pictures: list[Any]) -> None:
+        assert step == len(seen) and len(pictures) == 2
+        seen.append(pictures)
+
+    images = pipe(both, preview=show, **call).images
+    assert len(seen) == 4
+    assert [image.tobytes() for image in seen[-1]] == [image.tobytes() for image in images]
+    assert seen[0][0].tobytes() != images[0].tobytes()
+    plain = pipe(both, **call).images
+    assert plain[1].tobytes() == images[1].tobytes()
+
+    pipe.load_preview_vae(write_folder(tiny, tmp_path / "tiny"))
+    seen.clear()
+    latents = pipe(both, preview=show, output_type="latent", **call).images
+    expected = (tiny.decode(latents).sample / 2 + 0.5).clamp(0, 1)[1]
+    shown = torch.tensor(list(seen[-1][1].tobytes())).view(64, 64, 3).permute(2, 0, 1) / 255
+    assert float((shown - expected).abs().max()) < 1 / 254

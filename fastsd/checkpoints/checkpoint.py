@@ -84,6 +84,27 @@ class Checkpoint:
             )
         return tokenizer
 
+    def with_vae(self, path: str | Path, *, variant: str | None = None) -> Checkpoint:
+        """Return this checkpoint with another VAE, or a tiny autoencoder, of a folder or a file.
+
+        Of a file, whose shapes do not tell, the scale stays the model's. Raises CheckpointError.
+        """
+        path = Path(path)
+        if path.is_dir():
+            vae, weights = read_vae_folder(path, variant)
+            check_present(weights)
+            files = PartFiles(weights)
+        else:
+            vae, uses = read_vae_file(path, self.config.vae)
+            files = PartFiles((path,), uses)
+        if vae.latent_channels != self.config.vae.latent_channels:
+            raise CheckpointError(
+                f"{path} has latents of {vae.latent_channels} channels, the model's have "
+                f"{self.config.vae.latent_channels}: it belongs to another family"
+            )
+        config = replace(self.config, vae=vae)
+        return replace(self, config=config, parts={**self.parts, "vae": files})
+
     def load(
         self, part: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> nn.Module:
@@ -154,7 +175,7 @@ def open_checkpoint(
         _hint(Path(model).name)
     checkpoint = replace(checkpoint, config=config)
     if vae is not None:
-        checkpoint = _with_vae(checkpoint, Path(vae), variant)
+        checkpoint = checkpoint.with_vae(vae, variant=variant)
         config = checkpoint.config
     if tokenizer is None:
         return checkpoint
@@ -237,28 +258,6 @@ def _open_file(file: Path, prediction: str | None) -> Checkpoint:
     single = read_single(file, prediction=prediction)
     parts = {part: PartFiles((file,), uses) for part, uses in single.uses.items()}
     return Checkpoint(file, single.config, parts, (), single.passed_over)
-
-
-def _with_vae(checkpoint: Checkpoint, path: Path, variant: str | None) -> Checkpoint:
-    """Put another VAE in its place; of a file, whose shapes do not tell, the scale stays."""
-    files: PartFiles
-    if path.is_dir():
-        vae, weights = read_vae_folder(path, variant)
-        check_present(weights)
-        files = PartFiles(weights)
-    else:
-        vae, uses = read_vae_file(path, checkpoint.config.vae)
-        files = PartFiles((path,), uses)
-    if vae.latent_channels != checkpoint.config.vae.latent_channels:
-        raise CheckpointError(
-            f"{path} has latents of {vae.latent_channels} channels, the model's have "
-            f"{checkpoint.config.vae.latent_channels}: it belongs to another family"
-        )
-    return replace(
-        checkpoint,
-        config=replace(checkpoint.config, vae=vae),
-        parts={**checkpoint.parts, "vae": files},
-    )
 
 
 _FEW_STEPS_NAME = re.compile(r"(lightning|hyper|turbo|lcm)(?:.*?(\d+)[-_ ]?steps?)?", re.I)

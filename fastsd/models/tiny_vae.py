@@ -1,4 +1,4 @@
-"""The tiny autoencoder (TAESD, Bohan 2023): convolutions alone, some 100 times as fast as a VAE.
+"""The tiny autoencoder (TAESD, Bohan 2023): convolutions alone, a twentieth of a VAE's work.
 
 It works on latents as the UNet has them, without a scale. Parameter names are the diffusers
 layout's AutoencoderTiny. Knows no file.
