@@ -201,10 +201,12 @@ def generate(
         ),
     ] = None,
     width: Annotated[
-        int | None, typer.Option(help="In pixels, a multiple of 8. [default: the model's own]")
+        int | None,
+        typer.Option(help="In pixels, a multiple of 8. [default: --image's, the model's]"),
     ] = None,
     height: Annotated[
-        int | None, typer.Option(help="In pixels, a multiple of 8. [default: the model's own]")
+        int | None,
+        typer.Option(help="In pixels, a multiple of 8. [default: --image's, the model's]"),
     ] = None,
     image: Annotated[
         Path | None,

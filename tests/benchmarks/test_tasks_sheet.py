@@ -19,6 +19,7 @@ def draw(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks_sheet.main()
 
 
+@pytest.mark.slow
 def test_every_task_has_its_row(
     sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
