@@ -25,6 +25,7 @@ from fastsd.errors import UsageError
 from fastsd.export import EXPORTERS
 from fastsd.files import read_json
 
+ASK = "ask for it by --contenders"
 BENCH_EXTRA = "pip install 'fastsd[bench]'"
 
 
@@ -339,10 +340,7 @@ def by_default(
             not contender.missing and (folder := contender.folder(scene)) and not folder.exists()
         )
         if contender.compiles or unprepared:
-            left_out[name] = (
-                "left out: it would have to compile first, for minutes; "
-                f"ask for it by --contenders {name}"
-            )
+            left_out[name] = f"would have to compile first, for minutes; {ASK}"
         else:
             chosen.append(contender)
     return chosen, left_out

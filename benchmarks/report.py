@@ -120,8 +120,12 @@ def tail_title(results: Results) -> str:
 
 
 def unmeasured(results: Results) -> list[str]:
-    """Name those that have no speed, and why."""
-    return [f"{row['name']}: {row['reason']}" for row in results["rows"] if "reason" in row]
+    """Name those that have no speed, and why; a line a reason."""
+    names: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        if "reason" in row:
+            names.setdefault(row["reason"], []).append(row["name"])
+    return [f"{', '.join(who)}: {reason}" for reason, who in names.items()]
 
 
 def parts_table(results: Results) -> Table:
@@ -216,7 +220,9 @@ def summary(results: Results) -> dict[str, Any]:
             brief |= {"psnr_db": row["quality"]["psnr_db"]["worst"]}
         rows.append(brief)
     names = ("schema", "created", "fastsd", "commit", "reference", "scene")
-    return {**{name: results[name] for name in names}, "rows": rows}
+    facts = {name: results[name] for name in names}
+    facts["scene"] = {k: v for k, v in results["scene"].items() if k != "prompts"}
+    return {**facts, "rows": rows}
 
 
 def _without_empty_columns(table: Table) -> Table:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import fastsd
 from fastsd.benchmarks import judge
 from fastsd.benchmarks.contenders import (
+    ASK,
     Contender,
     Scene,
     by_default,
@@ -47,6 +48,7 @@ SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
 DEFAULT_SCENARIOS = SCENARIOS[:3]
 AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
 MOST_REPEATS = 40
+SLOW_SHARE = 0.1  # of the rate in fp32, below which a precision has to be asked for
 KEPT_BYTES = 1 << 30  # of pictures, for each contender
 SETTLE_S = 0.02  # between turns, so that one contender's idling threads go to sleep
 ANSWER_S = 3600.0  # after which a contender that does not answer is given up
@@ -281,6 +283,7 @@ class Run:
         repeats: int | None = None,
         scenarios: Sequence[str] = DEFAULT_SCENARIOS,
         left_out: Mapping[str, str] = MappingProxyType({}),
+        only_quick: bool = False,
         say: Say = lambda line: None,
         available: int | None = None,
     ) -> None:
@@ -296,6 +299,7 @@ class Run:
         self.records = {contender.name: Record(contender) for contender in chosen}
         self.repeats = repeats
         self.left_out = dict(left_out)
+        self._only_quick = only_quick
         self.scenarios = tuple(scenarios)
         self.rounds: list[tuple[tuple[str, ...], range]] = []
         self._say = say
@@ -308,6 +312,8 @@ class Run:
             try:
                 work, ceilings = self._limits()
                 self._leave_out_missing()
+                if self._only_quick:
+                    self._leave_out_slow(ceilings)
                 self._prepare()
                 self._draw_all(Path(folder))
             finally:
@@ -361,6 +367,17 @@ class Run:
         for record in self.records.values():
             if missing := record.contender.missing:
                 record.failure = f"not installed: {', '.join(missing)}; {record.contender.install}"
+
+    def _leave_out_slow(self, ceilings: Mapping[str, float]) -> None:
+        """Some CPUs compute in half precision a hundred times slower than in full."""
+        for name, record in list(self.records.items()):
+            precision = record.contender.precision
+            if ceilings.get(precision, 0) < SLOW_SHARE * ceilings["fp32"]:
+                self.left_out[name] = (
+                    f"{precision} products run at {ceilings.get(precision, 0) / 1e9:.0f} GFLOP/s "
+                    f"here, fp32 at {ceilings['fp32'] / 1e9:.0f}; {ASK}"
+                )
+                del self.records[name]
 
     def _prepare(self) -> None:
         """Make what contenders need once; each alone, for it may take all memory."""
@@ -624,6 +641,7 @@ def bench(
         repeats=repeats,
         scenarios=scenarios,
         left_out=left_out,
+        only_quick=not patterns,
         say=say,
     )
     return run.measure(environment)

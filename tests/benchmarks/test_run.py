@@ -166,7 +166,7 @@ def test_by_default_nobody_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     chosen, left_out = by_default(known, SCENE)
     assert [c.name for c in chosen] == ["quick", "ready", "absent"]
     assert set(left_out) == {"compiled", "exported"}
-    assert "--contenders compiled" in left_out["compiled"]
+    assert "--contenders" in left_out["compiled"]
 
 
 def test_an_export_is_kept_by_what_it_depends_on() -> None:
@@ -254,6 +254,7 @@ def whole_run() -> tuple[dict[str, Any], dict[str, Any], list[str]]:
             painter("exact"),
             painter("slow", seconds=0.2),
             painter("noisy", noise=0.01),
+            Contender("unusable too", f"{SYNTHETIC}:open_nothing"),
             Contender("uninstalled", "", packages=("no_such",), install="pip install no_such"),
             Contender("unusable", f"{SYNTHETIC}:open_nothing"),
             Contender("dying", f"{SYNTHETIC}:open_dying"),
@@ -277,7 +278,8 @@ def test_a_run_measures_and_judges(
     results, pictures, said = whole_run
     rows = rows_of(results)
     assert json.loads(report.to_json_line(results)) == results
-    assert results["rounds"] == [["exact", "slow", "noisy", "unusable", "dying"]]
+    (together,) = results["rounds"]
+    assert together == ["exact", "slow", "noisy", "unusable too", "unusable", "dying"]
     for name in ("exact", "slow", "noisy"):
         assert rows[name]["latency_s"]["n"] == 7 and rows[name]["quality"]["pictures"] == 7
         assert rows[name]["memory_bytes"] > 1 << 20
@@ -303,6 +305,7 @@ def test_a_row_without_quality_is_no_speed(
     reasons = {name: rows[name]["reason"] for name in rows if "reason" in rows[name]}
     assert reasons == {
         "uninstalled": "not installed: no_such; pip install no_such",
+        "unusable too": "paint is not installed; run pip install paint",
         "unusable": "paint is not installed; run pip install paint",
         "dying": "error: the brush broke",
         "compiled": "left out: it compiles",
@@ -310,7 +313,19 @@ def test_a_row_without_quality_is_no_speed(
     assert not any("latency_s" in rows[name] for name in reasons)
     speeds = "\n".join(report.aligned(report.speed_table(results)))
     assert not any(name in speeds for name in reasons)
-    assert [line.split(":")[0] for line in report.unmeasured(results)] == list(reasons)
+    grouped = [line.split(": ")[0] for line in report.unmeasured(results)]
+    assert grouped == ["unusable too, unusable", "uninstalled", "dying", "compiled"]
+
+
+def test_by_default_no_precision_that_crawls_here() -> None:
+    contenders_ = [Contender("exact", ""), Contender("half", "", precision="fp16")]
+    run = Run(SCENE, contenders_, reference="exact", only_quick=True)
+    run._leave_out_slow({"fp32": 3e11, "fp16": 1e9})
+    assert list(run.records) == ["exact"]
+    assert "fp16 products run at 1 GFLOP/s here, fp32 at 300" in run.left_out["half"]
+    quick = Run(SCENE, contenders_, reference="exact", only_quick=True)
+    quick._leave_out_slow({"fp32": 3e11, "fp16": 2e11})
+    assert list(quick.records) == ["exact", "half"] and not quick.left_out
 
 
 def test_no_reference_no_run() -> None:
