@@ -20,7 +20,6 @@ from fastsd.quality import psnr
 
 PROMPTS = ("a red apple", "a smiling face with sunglasses", "a yellow flower", "一只猫")
 STEPS = 20
-GUIDANCE = 7.5
 
 
 def main() -> None:
@@ -34,13 +33,15 @@ def main() -> None:
     ours.set_progress_bar_config(disable=True)
     theirs = diffusers_pipeline(ours.checkpoint.path).to(ours.device)
 
+    guidance = ours.config.schedule.guidance or 7.5
+
     def draw_ours(prompt: str, seed: int) -> Any:
-        return ours(prompt, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=seed)
+        return ours(prompt, num_inference_steps=STEPS, guidance_scale=guidance, seed=seed)
 
     def draw_theirs(prompt: str, seed: int) -> Any:
         generator = torch.Generator("cpu").manual_seed(seed)
         return theirs(
-            prompt, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator
+            prompt, num_inference_steps=STEPS, guidance_scale=guidance, generator=generator
         )
 
     for draw in (draw_ours, draw_theirs):  # warm both up
@@ -50,7 +51,7 @@ def main() -> None:
     pictures: list[Image.Image] = []
     seconds: dict[str, list[float]] = {"fastsd": [], "diffusers": []}
     distances = []
-    print(f"{STEPS} steps, guidance {GUIDANCE}, fp32, on {ours.device}, one after the other")
+    print(f"{STEPS} steps, guidance {guidance}, fp32, on {ours.device}, one after the other")
     for seed, prompt in enumerate(PROMPTS):
         our_output, our_seconds = _timed(draw_ours, prompt, seed)
         their_output, their_seconds = _timed(draw_theirs, prompt, seed)

@@ -188,7 +188,8 @@ def generate(
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="How closely to follow the prompt; 1: not at all. [default: 7.5, SDXL 5]"
+            help="How closely to follow the prompt; 1: not at all. "
+            "[default: the model's own, else 7.5, SDXL 5]"
         ),
     ] = None,
     sampler: Annotated[

@@ -159,8 +159,8 @@ class ScheduleConfig:
     solvers end on.
     order: the multistep order where the sampler has a choice; None takes the sampler's own.
     original_steps: the teacher's step count that LCM skips through.
-    steps, guidance, timesteps: what a model distilled to few steps was made for, and so is drawn
-    with where nothing else is asked; None for others.
+    steps, guidance, timesteps: what the model was made for where that is not the custom, few steps
+    above all, and so is drawn with where nothing else is asked; None for others.
     """
 
     train_steps: int = 1000

@@ -587,8 +587,8 @@ class Pipeline:
         "weighted" as AUTOMATIC1111's web UI does: (word:1.3), [word], BREAK, any length.
         batch_invariant: run one picture at a time inside, for the same bits whatever the batch.
         num_inference_steps: None takes 50, or what a distilled model was made for.
-        guidance_scale: None takes 7.5, or 5.0 for SDXL, or what a distilled model was made for; 1
-        or less draws without guidance.
+        guidance_scale: None takes what the checkpoint records (the built-in model: 2), or what a
+        distilled model was made for, else 7.5, or 5.0 for SDXL; 1 or less draws without guidance.
         height, width: pixels, multiples of the VAE's factor (8); None takes the image's size, or
         the model's own. Pictures are resized to them.
         latents: (B, C, height / 8, width / 8), standard normal numbers to start from.

@@ -34,10 +34,14 @@ SHEET = (
 class Judge:
     """Draws names, one picture each, picture i from seed i."""
 
-    def __init__(self, model: str, steps: int, guidance: float) -> None:
+    def __init__(self, model: str, steps: int, guidance: float | None) -> None:
         self._pipeline = Pipeline.from_pretrained(model)
         self._pipeline.set_progress_bar_config(disable=True)
-        self._settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self.guidance = guidance or self._pipeline.config.schedule.guidance or 7.5
+        self._settings: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "guidance_scale": self.guidance,
+        }
 
     def draw(self, names: tuple[str, ...] | list[str], seed: int = 0) -> list[Image.Image]:
         """Draw every name; the seed of picture i is seed + i."""
@@ -75,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--guidance", type=float, help="by default the model's own")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     parser.add_argument("--only-sheet", action="store_true", help="draw the contact sheet only")
     arguments = parser.parse_args()
@@ -86,7 +90,7 @@ def main() -> None:
     if arguments.only_sheet:
         return
     atlas = builtin_atlas()
-    result: dict[str, Any] = {"steps": arguments.steps, "guidance": arguments.guidance}
+    result: dict[str, Any] = {"steps": arguments.steps, "guidance": judge.guidance}
     for language, task in tasks(atlas).items():
         result[language] = asdict(task_score(atlas, task, judge.draw(task.names)))
     result["compositions"] = judge.compositions()

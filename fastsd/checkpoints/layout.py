@@ -20,6 +20,7 @@ from fastsd.errors import CheckpointError, UsageError
 from fastsd.files import read_json
 
 INDEX = "model_index.json"
+GUIDANCE = "_guidance_scale"  # in it: our own mark; diffusers passes over names with an underscore
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def read_layout(folder: Path) -> Layout:
             zero_empty_negative=kind.sdxl and index.get("force_zeros_for_empty_prompt", True),
         )
     return Layout(
-        _few_steps(config),
+        _with_guidance(_few_steps(config), index, folder / INDEX),
         parts=(*encoders, "unet", "vae"),
         tokenizers=tokenizers,
         passed_over=tuple(name for name in classes if COMPONENTS[name] is None),
@@ -135,6 +136,16 @@ def _few_steps(config: ModelConfig) -> ModelConfig:
     if small and trailing and eps and schedule.sampler in ("euler", "euler_a"):
         return replace(config, schedule=replace(schedule, steps=1, guidance=0.0))
     return config
+
+
+def _with_guidance(config: ModelConfig, index: dict[str, Any], path: Path) -> ModelConfig:
+    """Take over the guidance weight that the folder's makers recorded, if they did."""
+    weight = index.get(GUIDANCE)
+    if weight is None:
+        return config
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1000:
+        raise CheckpointError(f"{path}: {GUIDANCE} must be a number from 0 to 1000, not {weight!r}")
+    return replace(config, schedule=replace(config.schedule, guidance=float(weight)))
 
 
 def check_channels(unet: UNetConfig, vae: VAEConfig) -> None:

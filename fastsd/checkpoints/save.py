@@ -12,7 +12,7 @@ from torch import nn
 
 from fastsd.checkpoints.configs import write_clip, write_unet, write_vae
 from fastsd.checkpoints.keys import foreign
-from fastsd.checkpoints.layout import INDEX, STEMS
+from fastsd.checkpoints.layout import GUIDANCE, INDEX, STEMS
 from fastsd.checkpoints.schedulers import write_schedule
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
@@ -67,6 +67,8 @@ def save_description(
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }
+    if config.schedule.guidance is not None:
+        index[GUIDANCE] = config.schedule.guidance
     if sdxl:
         index["force_zeros_for_empty_prompt"] = config.zero_empty_negative
         if config.family == "sdxl-refiner":

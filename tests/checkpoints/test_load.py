@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
 from fastsd.checkpoints import Checkpoint, describe, open_checkpoint
+from fastsd.checkpoints.checkpoint import open_description
 from fastsd.checkpoints.keys import canonical
+from fastsd.checkpoints.save import save_description
 from fastsd.config import CLIPConfig
 from fastsd.errors import CheckpointError, UsageError
 from tests.checkpoints.rewrite import WEIGHTS, Tensors, copied, edit_json, edit_weights, shard
@@ -368,3 +372,26 @@ def test_loads_do_not_share_state(sd1_folder: Path) -> None:
     nn.init.zeros_(next(first.parameters()))
     assert next(second.parameters()).abs().sum() > 0
     assert (sd1_folder / WEIGHTS["vae"]).read_bytes() == before
+
+
+def test_a_folder_may_record_its_guidance_weight(sd1_folder: Path, tmp_path: Path) -> None:
+    """Ours writes and reads the mark; diffusers passes over it; nonsense is refused."""
+    folder = tmp_path / "model"
+    shutil.copytree(sd1_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+
+    def record(weight: object) -> None:
+        (folder / "model_index.json").write_text(json.dumps({**index, "_guidance_scale": weight}))
+
+    record(2)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.schedule.guidance == 2.0
+    assert StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).unet is not None
+    again = tmp_path / "again"
+    again.mkdir()
+    save_description(again, checkpoint.config, checkpoint.tokenizers)
+    assert open_description(again).config.schedule.guidance == 2.0
+    for nonsense in ("high", True, -1, float("nan")):
+        record(nonsense)
+        with pytest.raises(CheckpointError, match="_guidance_scale must be a number"):
+            open_checkpoint(folder)
