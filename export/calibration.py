@@ -7,7 +7,7 @@ most in full precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,14 @@ from fastsd.checkpoints import Checkpoint
 from fastsd.errors import UsageError
 from fastsd.quality import builtin_atlas, first_by_digest, psnr, tasks
 from fastsd.quant.apply import products, swapped
-from fastsd.quant.calibrate import Recorder, calibrate, relative_error, sensitivity, spec_of
+from fastsd.quant.calibrate import (
+    Chosen,
+    Recorder,
+    calibrate,
+    relative_error,
+    sensitivity,
+    spec_of,
+)
 from fastsd.quant.spec import QuantSpec
 
 # For models whose makers give none: things, places, people and styles.
@@ -38,6 +45,9 @@ PROMPTS = (
 GUIDANCE = 7.5
 _FIRST_SEED = 10_000  # far from those that pictures are judged by
 _PICTURES = 16
+# Relative L2 at a part's output that is asked of any model, whatever its pictures.
+BOUNDS = {"unet": 0.06, "vae.decoder": 0.03}
+SMALL = 256
 SMALLEST_SHARE = 0.5  # of the work in int8; with less of it the engine is not worth its name
 
 
@@ -127,8 +137,33 @@ class Calibrator:
         return pictures
 
     def choose(self) -> QuantSpec:
-        """Return the spec of least error, with every layer that has an int8 role."""
-        return spec_of({r.part: calibrate(r, calls=self._calls) for r in self._recorders})
+        """Return the spec of least error, every part within its bound of BOUNDS.
+
+        What is left out first are the layers whose own outputs suffer most.
+        """
+        chosen = {r.part: calibrate(r, calls=self._calls) for r in self._recorders}
+        spec = spec_of(chosen)
+        for recorder in self._recorders:
+            spec = self._bounded(spec, recorder, chosen[recorder.part])
+        return spec
+
+    def _bounded(
+        self, spec: QuantSpec, recorder: Recorder, layers: Mapping[str, Chosen]
+    ) -> QuantSpec:
+        part, bound = recorder.part, BOUNDS[recorder.part]
+        worst = sorted(layers, key=lambda name: -layers[name].error)
+        expected = recorder.outputs()
+        kept = 0
+        while True:
+            held = spec.keep(
+                {f"{part}.{n}": f"its own error is {layers[n].error:.4f}" for n in worst[:kept]}
+            )
+            with swapped(recorder.module, held.only(part)):
+                error = relative_error(recorder.outputs(), expected)
+            self._tell(f"{part}: {kept} layers kept in full precision: relative error {error:.4f}")
+            if error <= bound or 2 * kept > len(worst):
+                return held
+            kept = kept * 2 or 2
 
     def errors(self, spec: QuantSpec) -> dict[str, float]:
         """Return the relative L2 at each part's output over the calls kept."""
@@ -212,16 +247,18 @@ def calibrate_checkpoint(
     size: tuple[int, int],
     floor: float | None = None,
     judged: Sequence[str] = (),
-    steps: int = 20,
-    calls: int = 4,
-    with_table: bool = True,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
     """Choose a checkpoint's int8 layers and roundings.
 
-    size: height, width in pixels. floor: in dB, held on the pictures of `judged`.
-    with_table: measure every layer alone (a forward pass a layer).
+    size: height, width in pixels. floor: in dB, held on the pictures of `judged`. A picture beyond
+    SMALL pixels a side takes minutes on a CPU: such models are watched at fewer steps of two
+    pictures, and the table of single layers, a forward pass each, is measured for a floor only.
     """
+    small = max(size) <= SMALL
+    steps, calls = (20, 4) if small else (8, 1)
+    prompts = prompts if small else prompts[:2]
+    with_table = small or floor is not None
     calibrator = Calibrator(checkpoint, prompts, size=size, steps=steps, calls=calls, tell=tell)
     spec = calibrator.choose()
     if floor is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -149,8 +150,16 @@ def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float((error / size) ** 0.5)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A layer's rounding, and the relative L2 that it leaves at the layer's own output."""
+
+    rounding: Rounding
+    error: float
+
+
 @torch.no_grad()
-def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Rounding]:
+def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Chosen]:
     """Choose the rounding of every layer that was recorded, by its name inside the module.
 
     Tried are all METHODS of cutting the range and MIGRATIONS of the channels' spread; taken is the
@@ -168,11 +177,13 @@ def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Rounding]:
         for group, names in groups.items()
     }
     errors = {group: [0.0] * len(tried) for group, tried in candidates.items()}
+    sizes = dict.fromkeys(groups, 0.0)
 
     def measure(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         group = shares_input(name)
 
         def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            sizes[group] += float(out.square().sum())
             for i, rounding in enumerate(candidates[group]):
                 form = int8_layer(found[name], rounding)  # made anew: nine of all would fill memory
                 errors[group][i] += float((form(args[0]) - out).square().sum())
@@ -190,7 +201,8 @@ def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Rounding]:
     for name in recorder.values:
         group = shares_input(name)
         least = min(range(len(errors[group])), key=lambda i, g=group: errors[g][i])  # type: ignore[misc]
-        chosen[name] = candidates[group][least]
+        error = (errors[group][least] / max(sizes[group], 1e-30)) ** 0.5
+        chosen[name] = Chosen(candidates[group][least], error)
     return chosen
 
 
@@ -218,12 +230,12 @@ def sensitivity(
     return table
 
 
-def spec_of(roundings: Mapping[str, Mapping[str, Rounding]]) -> QuantSpec:
+def spec_of(chosen: Mapping[str, Mapping[str, Chosen]]) -> QuantSpec:
     """Join what `calibrate` returned for each part into one spec."""
     return QuantSpec(
         {
-            f"{part}.{name}": rounding
-            for part, layers_ in roundings.items()
-            for name, rounding in layers_.items()
+            f"{part}.{name}": layer.rounding
+            for part, layers_ in chosen.items()
+            for name, layer in layers_.items()
         }
     )
