@@ -81,8 +81,13 @@ INSTEAD = {
     "enable_vae_tiling": "load with low_memory=True",
     "fuse_lora": "LoRAs are always merged into the weights; drop the call",
     "unfuse_lora": "unload_lora_weights takes LoRAs out of the weights, to the last bit",
+    "ip_adapter_image": "pictures as prompts are not supported yet; drop it",
     "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
+    "masked_image_latents": "it is made from image and mask_image; drop it",
+    "negative_original_size": "both halves are told original_size; drop it",
+    "negative_target_size": "both halves are told target_size; drop it",
     "original_config": "a single file's family is recognised from its tensors; drop it",
+    "padding_mask_crop": "crop the picture and the mask yourself, and paste the result back",
     "scheduler": "choose it by name with sampler=, as listed by `fastsd samplers`",
     "trust_remote_code": "code from a checkpoint is never run; drop it",
 }

@@ -20,7 +20,8 @@ from fastsd import SAMPLERS, Pipeline, engine
 from fastsd.backends.eager import EagerBackend
 from fastsd.engine import Loops
 from fastsd.errors import UsageError
-from tests import replay
+from tests import fixtures, replay
+from tests.test_tasks import mask, picture
 
 Draw = Callable[..., np.ndarray]
 
@@ -132,6 +133,33 @@ def test_every_family(family: str, capturing: None, request: pytest.FixtureReque
         ours = draw(captured, prompt, seed=seed)
         np.testing.assert_array_equal(ours, draw(plain, prompt, seed=seed))
     assert captured._loops.captures == 1
+
+
+def test_every_task(
+    plain: Pipeline, captured: Pipeline, sd1_folder: Path, capturing: None, tmp_path: Path
+) -> None:
+    """A picture to start from needs no graph of its own; a mask needs one, and rescaling one."""
+    size = (128, 128)
+    tasks: list[tuple[int, dict[str, Any]]] = [
+        (1, dict()),
+        (1, dict(image=picture(size), strength=0.7)),
+        (1, dict(image=picture(size, seed=1), strength=0.4, sampler="dpmpp_2m")),
+        (2, dict(image=picture(size), mask_image=mask(size), strength=0.7)),
+        (2, dict(image=picture(size, seed=1), mask_image=mask(size, (64, 0, 128, 128)))),
+        (3, dict(guidance_rescale=0.7)),
+        (3, dict(guidance_rescale=0.2)),
+    ]
+    for captures, task in tasks:
+        np.testing.assert_array_equal(draw(captured, **task), draw(plain, **task))
+        assert captured._loops.captures == captures
+
+    folder = fixtures.write_inpainting(tmp_path / "inpainting", sd1_folder)
+    ours, theirs = open_quietly(folder), open_quietly(folder)
+    theirs._loops = uncaptured(theirs)
+    for seed in (0, 1):
+        task = dict(image=picture(size, seed=seed), mask_image=mask(size), seed=seed)
+        np.testing.assert_array_equal(draw(ours, **task), draw(theirs, **task))
+    assert ours._loops.captures == 1
 
 
 def uncaptured(pipeline: Pipeline) -> Loops:
@@ -322,8 +350,8 @@ def test_a_callback_may_draw_with_the_same_pipeline(plain: Pipeline, captured: P
 
     ours = draw(captured, callback_on_step_end=preview)
     np.testing.assert_array_equal(ours, draw(plain))
-    for picture in inner:
-        np.testing.assert_array_equal(picture, draw(plain, "a dog", seed=9))
+    for drawn in inner:
+        np.testing.assert_array_equal(drawn, draw(plain, "a dog", seed=9))
 
 
 def test_eight_threads_share_the_captured_steps(plain: Pipeline, captured: Pipeline) -> None:

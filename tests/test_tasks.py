@@ -23,12 +23,16 @@ SIZE = (72, 56)  # height, width: neither alike nor multiples of 16
 
 @pytest.fixture(scope="module")
 def inpainting_folders(
-    sd1_folder: Path, sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    sd1_folder: Path,
+    sd2_folder: Path,
+    sdxl_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """Checkpoints whose UNet takes the mask and the rest of the picture."""
     where = tmp_path_factory.mktemp("inpainting")
     return {
         "sd1": fixtures.write_inpainting(where / "sd1", sd1_folder),
+        "sd2": fixtures.write_inpainting(where / "sd2", sd2_folder),
         "sdxl": fixtures.write_inpainting(where / "sdxl", sdxl_folder),
     }
 
@@ -213,7 +217,7 @@ def test_inpainting_with_any_checkpoint(
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_inpainting_with_its_own_checkpoint(
     family: str, guidance: float, strength: float, inpainting_folders: dict[str, Path]
 ) -> None:
@@ -456,6 +460,8 @@ GLASS = Image.new("RGBA", (56, 72), (0, 0, 0, 100))
         (dict(image=LATENTS, mask_image=mask(), denoising_start=0.5), "without a mask"),
         (dict(image=LATENTS, strength=0.5, denoising_start=0.5), "drop it"),
         (dict(denoising_end=1.5), "denoising_end must lie between 0 and 1"),
+        (dict(padding_mask_crop=8), "crop the picture and the mask"),
+        (dict(ip_adapter_image=picture()), "not supported yet"),
         (dict(guidance_rescale=2), "guidance_rescale must be from 0 to 1"),
     ],
 )
