@@ -1080,7 +1080,9 @@ def inspect(
         table.append([name, f"{part['parameters']:,}", size, dtypes, files])
     _print_table(table)
     if facts["passed_over"]:
-        print(f"passed over: {', '.join(facts['passed_over'])}")
+        names = facts["passed_over"]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"passed over: {', '.join(names[:5])}{more}")
 
 
 @app.command()

@@ -593,3 +593,37 @@ def test_a_preview_is_written_while_drawing(run: Run, tmp_path: Path) -> None:
         assert preview.size == final.size == (64, 64)
     assert run("generate", "a cat", "--preview", "x.jpg").code == 2
     assert run("generate", "a cat", "--preview-vae", "x").code == 2
+
+
+def test_a_single_file_is_inspected_and_drawn(run: Run, tmp_path: Path) -> None:
+    from tests.checkpoints.singles import write_sd1
+
+    single = write_sd1(tmp_path / "one")
+    inspected = run("inspect", single.file)
+    assert inspected.code == 0 and "family sd1" in inspected.out and "and 3 more" in inspected.out
+    options = ("--model", single.file, "--tokenizer", single.tokenizer, "--seed", "1", *QUICK)
+    drawn = run("generate", "a cat", "-o", "a.png", *options)
+    assert drawn.code == 0, drawn.err
+    assert read_metadata(tmp_path / "a.png")["model"] == "one.safetensors"
+    assert run("convert", single.file, "folder", "--tokenizer", single.tokenizer).out == "folder\n"
+    assert run("generate", "a cat", "--model", "folder", "-o", "b.png", *QUICK).code == 0
+
+
+def test_loras_are_given_by_file_and_weight(run: Run, sd1_folder: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    from tests.checkpoints.loras import kohya, write_lora
+
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder)
+    write_lora(tmp_path / "style.safetensors", theirs, kohya)
+    options = ("--model", sd1_folder, "--seed", "1", *QUICK)
+    for name, lora in (("plain", ()), ("half", ("--lora", "style.safetensors:0.5"))):
+        assert run("generate", "a cat", "-o", f"{name}.png", *options, *lora).code == 0
+    assert read_metadata(tmp_path / "half.png")["lora"] == ["style.safetensors:0.5"]
+    pixels = {name: Image.open(tmp_path / f"{name}.png").tobytes() for name in ("plain", "half")}
+    assert pixels["plain"] != pixels["half"]
+    again = ("generate", "--again", "half.png", "--model", sd1_folder, "-o", "again.png")
+    assert run(*again).code == 0
+    assert Image.open(tmp_path / "again.png").tobytes() == pixels["half"]
+    missing = run("generate", "a cat", "--lora", "none.safetensors:1", *options)
+    assert missing.code == 1 and "is no LoRA file" in missing.err
