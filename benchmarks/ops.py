@@ -21,6 +21,7 @@ from fastsd.benchmarks.timing import Latency, paired_ratio
 from fastsd.errors import FastsdError, UsageError
 from fastsd.kernels import reference
 from fastsd.kernels.attention import attention
+from fastsd.kernels.convolution import conv3x3
 from fastsd.kernels.dispatch import IMPLEMENTATIONS
 from fastsd.kernels.group_norm import group_norm_silu
 from fastsd.kernels.sampler_step import sampler_step_
@@ -96,6 +97,40 @@ def group_norm_case(
     )
 
 
+def conv3x3_case(
+    title: str, batch: int, channels: int, skip: int, out: int, side: int, dtype: torch.dtype,
+    device: str,
+) -> Case:  # fmt: skip
+    """A resnet's convolution, channels-last, with bias, time embedding and residual sum."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        t = torch.randn(shape, generator=generator, device=device).to(dtype)
+        return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+    x, weight = numbers(batch, channels, side, side), numbers(out, channels + skip, 3, 3) / 64
+    bias, shift = numbers(out), numbers(batch, out)
+    residual = numbers(batch, out, side, side)
+    more = numbers(batch, skip, side, side) if skip else None
+
+    def call(name: str) -> Callable[[], Tensor]:
+        return lambda: conv3x3(
+            x, weight, bias, skip=more, shift=shift, residual=residual, implementation=name
+        )
+
+    elements = x.numel() + (0 if more is None else more.numel()) + 2 * residual.numel()
+    return Case(
+        op="conv3x3",
+        shape=f"{title}: {batch}x{channels}+{skip}x{side}x{side} to {out}",
+        reference=lambda: reference.conv3x3(
+            x, weight, bias, skip=more, shift=shift, residual=residual
+        ),
+        implementations={name: call(name) for name in IMPLEMENTATIONS["conv3x3"]},
+        flop=2 * 9 * (channels + skip) * residual.numel(),
+        bytes=(elements + weight.numel()) * x.element_size(),
+    )
+
+
 def sampler_step_case(
     title: str, batch: int, side: int, slots: int, dtype: torch.dtype, device: str
 ) -> Case:
@@ -150,6 +185,17 @@ GROUP_NORM = (
     ("decoder 512, first", 1, 512, 64),
     ("decoder 512, last", 1, 128, 512),
 )
+# (title, batch, channels, channels of the skip, channels out, side)
+CONV3X3 = (
+    ("SD1.5 512, level 1", 2, 320, 0, 320, 64),
+    ("SD1.5 512, level 1 with its skip", 2, 640, 320, 320, 64),
+    ("SD1.5 512, level 2", 2, 640, 0, 640, 32),
+    ("SD1.5 512, level 3", 2, 1280, 0, 1280, 16),
+    ("SDXL 1024, level 1", 2, 320, 0, 320, 128),
+    ("SDXL 1024, level 2", 2, 640, 0, 640, 64),
+    ("SDXL 1024, level 3", 2, 1280, 0, 1280, 32),
+    ("decoder 512, last", 1, 128, 0, 128, 512),
+)
 SAMPLER_STEP = (
     ("SD1.5 512, as captured", 1, 64, 4),
     ("SDXL 1024, as captured", 1, 128, 4),
@@ -168,6 +214,7 @@ ATTENTION = (
 # op -> its cases for a dtype and a device, made one at a time: the largest take gigabytes
 OPS: dict[str, Sequence[Callable[[torch.dtype, str], Case]]] = {
     "attention": [partial(attention_case, *shape) for shape in ATTENTION],
+    "conv3x3": [partial(conv3x3_case, *shape) for shape in CONV3X3],
     "group_norm_silu": [partial(group_norm_case, *shape) for shape in GROUP_NORM],
     "sampler_step": [partial(sampler_step_case, *shape) for shape in SAMPLER_STEP],
 }

@@ -22,6 +22,7 @@ from fastsd.errors import MissingDependency, UsageError
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "attention": ("sdpa", "flash", "efficient", "cudnn", "xformers", "avx512", "vnni"),
+        "conv3x3": ("library", "triton"),
         "group_norm_silu": ("library", "triton"),
         "sampler_step": ("library", "triton"),
     }

@@ -19,6 +19,38 @@ def attention(
     return (scores.softmax(dim=-1) @ v.float()).to(q.dtype)
 
 
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    upsample: bool = False,
+    implementation: str = "reference",
+) -> Tensor:
+    """Convolve as `kernels.convolution.conv3x3` does, in fp64, tap by tap."""
+    x = x.double() if skip is None else torch.cat([x.double(), skip.double()], dim=1)
+    if upsample:
+        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    H, W = x.shape[-2:]
+    padded = x.new_zeros((*x.shape[:2], H + 2, W + 2))
+    padded[:, :, 1:-1, 1:-1] = x
+    y = torch.zeros((), dtype=torch.float64, device=x.device)
+    for i in range(3):
+        for j in range(3):
+            tap = padded[:, :, i : i + H : stride, j : j + W : stride]
+            y = y + torch.einsum("bchw,oc->bohw", tap, weight[:, :, i, j].double())
+    if bias is not None:
+        y = y + bias.double().view(1, -1, 1, 1)
+    if shift is not None:
+        y = y + shift.double()[:, :, None, None]
+    out: Tensor = (y if residual is None else y + residual.double()).float()
+    return out
+
+
 def group_norm_silu(
     x: Tensor,
     weight: Tensor,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.kernels.attention import attention
 from fastsd.kernels.group_norm import group_norm_silu
@@ -124,6 +125,10 @@ def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
     not while it runs.
     """
     dispatch.require(op, implementation)
+    if op not in ("attention", "group_norm_silu"):
+        raise UsageError(
+            f"no layer leaves the choice of {op}; attention and group_norm_silu are chosen"
+        )
     for module in model.modules():
         if isinstance(module, Attention) and op == "attention":
             module.implementation = implementation

@@ -40,6 +40,7 @@ def test_a_part_is_compiled_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiled_pictures_are_the_eager_ones(sd1_folder: Path) -> None:
     pictures = []
     for backend in ("inductor", "eager"):

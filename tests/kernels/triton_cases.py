@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsd.kernels import reference
+from fastsd.kernels.convolution import conv3x3 as our_conv3x3
 from fastsd.kernels.group_norm import group_norm_silu
 from fastsd.kernels.sampler_step import sampler_step_
 
@@ -89,6 +91,37 @@ def sampler_step(
     return run
 
 
+def conv3x3(
+    shape: tuple[int, int, int, int],
+    out_channels: int,
+    *,
+    dtype: torch.dtype = torch.float16,
+    skip: int = 0,
+    epilogue: bool = False,
+    **options: Any,
+) -> Case:
+    """skip: channels of a second source. epilogue: add a shift and a residual."""
+
+    def run(device: str) -> float:
+        B, C, H, W = shape
+        x = draw(*shape)
+        weight = draw(out_channels, C + skip, 3, 3, seed=1) / (3 * (C + skip) ** 0.5)
+        bias = draw(out_channels, seed=2)
+        x, weight, bias = (t.to(device, dtype) for t in (x, weight, bias))
+        more = dict(options)
+        if skip:
+            more["skip"] = draw(B, skip, H, W, seed=3).to(device, dtype)
+        if epilogue:
+            out_shape = our_conv3x3(x, weight, bias, **more).shape
+            more["shift"] = draw(B, out_channels, seed=4).to(device, dtype)
+            more["residual"] = draw(*out_shape, seed=5).to(device, dtype)
+        out = our_conv3x3(x, weight, bias, **more, implementation="triton")
+        assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+        return relative_l2(out, reference.conv3x3(x, weight, bias, **more))
+
+    return run
+
+
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 # name -> (case, the largest error that passes)
 CASES: dict[str, tuple[Case, float]] = {
@@ -104,9 +137,20 @@ CASES: dict[str, tuple[Case, float]] = {
         for n in range(5)
         for g in (False, True)
     },
+    "conv 320 to 320": (conv3x3((1, 320, 16, 16), 320), 5e-4),
+    "conv odd sizes, all added": (conv3x3((2, 40, 9, 17), 72, epilogue=True), 5e-4),
+    "conv stride 2": (conv3x3((1, 64, 16, 16), 64, stride=2, epilogue=True), 5e-4),
+    "conv stride 2, odd": (conv3x3((1, 64, 9, 17), 32, stride=2), 5e-4),
+    "conv upsampled": (conv3x3((1, 64, 8, 8), 64, upsample=True, epilogue=True), 5e-4),
+    "conv of two sources": (conv3x3((2, 96, 8, 8), 64, skip=40, epilogue=True), 5e-4),
+    "conv from 4 channels": (conv3x3((2, 4, 16, 16), 64), 5e-4),
+    "conv to 3 channels": (conv3x3((1, 128, 12, 12), 3), 5e-4),
     "step fp32 NCHW": (sampler_step(4, True, dtype=FULL, channels_last=False), 1e-6),
     "step bf16": (sampler_step(2, True, dtype=BRAIN), 1e-6),
 }
+
+if torch.cuda.is_available():  # Triton's interpreter multiplies bf16's bit patterns as integers
+    CASES["conv bf16"] = (conv3x3((1, 64, 8, 8), 64, dtype=BRAIN, epilogue=True), 4e-3)
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
