@@ -83,10 +83,11 @@ def part_error(
 def _compare(
     artifact: Artifact, checkpoint: Checkpoint, request: Request, prompts: Sequence[str]
 ) -> dict[str, Any]:
-    exact = Pipeline(checkpoint, name="exact", device="cpu")
     engine = Pipeline(
         open_description(artifact.path), name="engine", device="cpu", artifact=artifact
     )
+    # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
+    exact = Pipeline(checkpoint, name="exact", device="cpu", sampler=engine.sampler)
     height, width = request.size
     settings: dict[str, Any] = {"num_inference_steps": STEPS, "height": height, "width": width}
     distances, likeness = [], []

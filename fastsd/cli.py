@@ -1062,9 +1062,16 @@ def inspect(
     model: Annotated[str, typer.Argument(help="builtin, a folder, a hub id, or random:sd15.")],
     as_json: Json = False,
 ) -> None:
-    """Say what a model holds: family, parts, parameter counts, sizes, dtypes, sampler."""
+    """Say what a model holds: family, parts, parameter counts, sizes, dtypes, sampler.
+
+    Of an exported engine: how it was made, what goes in and out, and its receipt.
+    """
+    from fastsd.artifact import is_artifact
     from fastsd.checkpoints import describe, open_checkpoint
 
+    if is_artifact(model):
+        _inspect_engine(Path(model), as_json)
+        return
     facts = describe(open_checkpoint(model))
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -1083,6 +1090,31 @@ def inspect(
         names = facts["passed_over"]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         print(f"passed over: {', '.join(names[:5])}{more}")
+
+
+def _inspect_engine(path: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from fastsd.artifact import read_manifest
+
+    facts = asdict(read_manifest(path))
+    if as_json:
+        print(json.dumps({"path": str(path), **facts}, indent=2))
+        return
+    parts = facts.pop("parts")
+    files = facts.pop("files")
+    print("\n".join(_lines({"path": path, **facts})))
+    print()
+    table = [["part", "MB", "takes", "gives"]]
+    for name, part in parts.items():
+        held = sum(files[file]["size_bytes"] for file in (part["file"], *part["weights"]))
+        takes, gives = (
+            ", ".join(f"{t['name']} {t['dtype']} {list(t['shape'])}" for t in part[side][:4])
+            + ", ..." * (len(part[side]) > 4)
+            for side in ("inputs", "outputs")
+        )
+        table.append([name, f"{held / 1e6:.1f}", takes, gives])
+    _print_table(table)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """ONNX graphs, run by ONNX Runtime: on the CPU, or through its CUDA or TensorRT provider.
 
+The TensorRT provider takes int8 and fp8 graphs where it is there; it builds its engines on first
+use and keeps them in the user's cache.
 Tensors are handed over in place, both ways. What the CUDA and TensorRT providers do is unmeasured
 here: no committed row has run them.
 """
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastsd.artifact import Artifact
+from fastsd.artifact import Artifact, cache_folder
 from fastsd.backends.base import ArtifactBackend
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency
@@ -62,7 +64,17 @@ class OrtBackend(ArtifactBackend):
                 f"this onnxruntime cannot use {self.device}; run pip install onnxruntime-gpu in "
                 "place of onnxruntime, or pass device='cpu'"
             )
-        return [("CUDAExecutionProvider", {"device_id": self.device.index or 0})]
+        index = self.device.index or 0
+        providers: list[Any] = [("CUDAExecutionProvider", {"device_id": index})]
+        quantised = self.precision in ("int8", "fp8")  # kernels that only TensorRT's provider has
+        if quantised and "TensorrtExecutionProvider" in ort.get_available_providers():
+            kept = {
+                "device_id": index,
+                "trt_engine_cache_enable": True,
+                "trt_engine_cache_path": str(cache_folder() / "onnxruntime-tensorrt"),
+            }
+            providers.insert(0, ("TensorrtExecutionProvider", kept))
+        return providers
 
     def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one session over tensors bound in place."""

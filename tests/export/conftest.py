@@ -42,6 +42,13 @@ def sd1_onnx(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
+def sd1_openvino(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD1.x, standard layout, fp32, one picture of SIZE, for OpenVINO."""
+    pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    return write(sd1_folder, tmp_path_factory.mktemp("openvino") / "sd1", target="openvino")
+
+
+@pytest.fixture(scope="session")
 def sdxl_onnx_fast(sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SDXL, fast layout, fp32, one picture of SIZE."""
     return write(sdxl_folder, tmp_path_factory.mktemp("onnx") / "sdxl", layout="fast")

@@ -206,6 +206,8 @@ def test_export_then_generate(
     assert "unet: relative error" in err and "vae_encoder: 0." in err
     code, out, err = run(capsys, "export", sd1_folder, "-o", "engine", *size)
     assert code == 2 and "exists already; choose another folder, or replace it with --force" in err
+    assert "receipt:" in run(capsys, "inspect", "engine")[1]
+    assert json.loads(run(capsys, "inspect", "engine", "--json")[1])["precision"] == "fp32"
     again = ("--force", "--json", "--prompts", "prompts.txt")
     code, out, _ = run(capsys, "export", sd1_folder, "-o", "engine", *size, *again)
     assert code == 0 and json.loads(out)["receipt"]["pictures"]["prompts"] == 2

@@ -203,6 +203,27 @@ def test_true_half_precision(family: str, request: pytest.FixtureRequest, tmp_pa
     assert_same_pictures(draw(folder), draw(source), bar_db=30)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
+def test_true_size(part: str, tmp_path: Path) -> None:
+    """SD1.5 at 512x512; the UNet's weights lie beside its graph, which could not hold them."""
+    checkpoint = open_checkpoint("random:sd15")
+    request = Request(target="onnx", size=(512, 512))
+    entry = open_exporter(checkpoint, request).write(part, tmp_path)
+    assert bool(entry.weights) == (part == "unet")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / entry.file)
+    exact = load_part(checkpoint, part, request, torch.float32)
+    feed = {spec.name: t.numpy() for spec, t in zip(exact.inputs, exact.example, strict=True)}
+    out = torch.from_numpy(session.run([exact.outputs[0]], feed)[0])
+    del session
+    with torch.no_grad():
+        expected = exact.module(*exact.example)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    assert (out - expected).norm() / expected.norm() <= BAR
+
+
 def test_hashes_of_equal_models_are_equal(sd1_folder: Path, tmp_path: Path) -> None:
     from fastsd.export.parts import source_digest
 

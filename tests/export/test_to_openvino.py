@@ -18,57 +18,56 @@ from tests.export.test_to_onnx import assert_same_pictures, draw
 openvino = pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
 
 
-@pytest.fixture(scope="module")
-def engine(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(sd1_folder, tmp_path_factory.mktemp("ov") / "sd1", target="openvino")
-
-
-def test_parts_and_pictures_equal_eager(engine: Path, sd1_folder: Path) -> None:
-    receipt = Artifact.open(engine).manifest.receipt
+def test_parts_and_pictures_equal_eager(sd1_openvino: Path, sd1_folder: Path) -> None:
+    receipt = Artifact.open(sd1_openvino).manifest.receipt
     assert receipt is not None and receipt["backend"] == "ov"
     assert max(receipt["parts"].values()) <= 1e-4
     options: dict[str, Any] = {"sampler": "ddim"}
     for texts in ("a red apple", ["a cat", "a dog", "fog"]):
-        assert_same_pictures(draw(engine, texts, **options), draw(sd1_folder, texts, **options))
+        assert_same_pictures(
+            draw(sd1_openvino, texts, **options), draw(sd1_folder, texts, **options)
+        )
 
 
-def test_whole_timesteps_lose_nothing_silently(engine: Path) -> None:
+def test_whole_timesteps_lose_nothing_silently(sd1_openvino: Path) -> None:
     with pytest.raises(UsageError, match=r"takes whole timesteps.*--layout fast"):
-        draw(engine, sampler="Euler Karras")
+        draw(sd1_openvino, sampler="Euler Karras")
 
 
-def test_names_and_types_are_those_that_genai_expects(engine: Path) -> None:
+def test_names_and_types_are_those_that_genai_expects(sd1_openvino: Path) -> None:
     core = openvino.Core()
-    unet = core.read_model(engine / "unet/openvino_model.xml")
+    unet = core.read_model(sd1_openvino / "unet/openvino_model.xml")
     inputs = {
         value.any_name: (value.element_type.to_string(), value.shape) for value in unet.inputs
     }
     assert inputs["timestep"] == ("i64", [1])
     assert set(inputs) == {"sample", "timestep", "encoder_hidden_states"}
     assert [value.any_name for value in unet.outputs] == ["out_sample"]
-    index = json.loads((engine / "model_index.json").read_text())
+    index = json.loads((sd1_openvino / "model_index.json").read_text())
     assert {"text_encoder", "unet", "vae", "scheduler", "tokenizer"} <= set(index)
     for part in ("vae_decoder", "vae_encoder", "text_encoder"):
-        assert (engine / part / "openvino_model.bin").is_file()
-        assert (engine / part / "config.json").is_file()
+        assert (sd1_openvino / part / "openvino_model.bin").is_file()
+        assert (sd1_openvino / part / "config.json").is_file()
 
 
-def test_the_tokenizer_graph_gives_our_ids(engine: Path) -> None:
+def test_the_tokenizer_graph_gives_our_ids(sd1_openvino: Path) -> None:
     import openvino_tokenizers  # noqa: F401  (registers its operations)
 
-    graph = openvino.compile_model(engine / "tokenizer/openvino_tokenizer.xml", "CPU")
+    graph = openvino.compile_model(sd1_openvino / "tokenizer/openvino_tokenizer.xml", "CPU")
     for text in ("a small red house by the sea", "it's the fox, 1998"):
         (ids,) = graph([text])["input_ids"]
-        ours = CLIPTokenizer.from_folder(engine / "tokenizer")([text]).ids[0]
+        ours = CLIPTokenizer.from_folder(sd1_openvino / "tokenizer")([text]).ids[0]
         assert np.array_equal(ids, ours[: len(ids)])
         assert len(ids) >= 8
 
 
-def test_no_local_path_is_inside(engine: Path, sd1_folder: Path) -> None:
-    for file in engine.rglob("*"):
+def test_no_local_path_is_inside(sd1_openvino: Path, sd1_folder: Path) -> None:
+    for file in sd1_openvino.rglob("*"):
         if file.is_file():
             raw = file.read_bytes()
-            assert str(sd1_folder).encode() not in raw and str(engine.parent).encode() not in raw
+            assert (
+                str(sd1_folder).encode() not in raw and str(sd1_openvino.parent).encode() not in raw
+            )
 
 
 @pytest.mark.slow
