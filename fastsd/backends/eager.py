@@ -175,7 +175,9 @@ def fastest_attention(unet: UNet, dtype: torch.dtype, device: torch.device) -> l
                 torch.randn(2, n, heads, width, dtype=own, device=device).transpose(1, 2)  # noqa: B023
                 for n in (tokens, keys, keys)  # noqa: B023
             )
-            return dispatch.time_ms(candidates(q, k, v))
+            return dispatch.time_ms(
+                {name: attend for name, attend in candidates(q, k, v).items() if _runs(attend)}
+            )
 
         key = f"attention {title}x{heads} {own} {gpu} torch {torch.__version__}"
         name, ms = fastest(key, measure)
@@ -183,6 +185,15 @@ def fastest_attention(unet: UNet, dtype: torch.dtype, device: torch.device) -> l
             module.implementation = name
         said.append(f"{name} at {title} ({1000 * ms:.0f} us, the fastest measured)")
     return said
+
+
+def _runs(attend: Callable[[], object]) -> bool:
+    """Whether a kernel takes these shapes after all: some say so only when they are called."""
+    try:
+        attend()
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
 
 
 def attention_shapes(unet: UNet) -> dict[tuple[int, int, int, int, bool], list[Attention]]:

@@ -11,9 +11,10 @@ import torch
 
 from fastsd import Pipeline
 from fastsd.artifact import cache_folder
-from fastsd.backends.eager import attention_shapes, visiting
+from fastsd.backends.eager import _runs, attention_shapes, visiting
 from fastsd.backends.measured import fastest
 from fastsd.config import SD15, SDXL
+from fastsd.kernels.attention import attention
 from fastsd.models.unet import UNet
 
 
@@ -68,6 +69,12 @@ def test_every_attention_is_measured_at_its_shape(config: Any, expected: Any) ->
     with torch.device("meta"):
         shapes = attention_shapes(UNet(config))
     assert {shape: len(modules) for shape, modules in shapes.items()} == expected
+
+
+def test_only_what_runs_is_measured() -> None:
+    q = torch.zeros(1, 1, 4, 8)
+    assert _runs(lambda: attention(q, q, q))
+    assert not _runs(lambda: attention(q, q, q, implementation="cudnn")), "there is no such on CPUs"
 
 
 def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
