@@ -16,7 +16,10 @@ from fastsd.checkpoints.convert import unpickled
 from fastsd.errors import CheckpointError, UsageError
 from tests.checkpoints.singles import TRAINING, WRITERS, SingleFile, Singles
 
-FORMS = list(WRITERS)
+# inpainting differs from its family in one tensor: the slow suite has it
+FORMS = [
+    pytest.param(name, marks=[pytest.mark.slow] if "inpaint" in name else []) for name in WRITERS
+]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,14 @@ def test_a_pickle_sees_no_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "SECRET_TOKEN" not in seen[0] and "HOME" not in seen[0]
 
 
-@pytest.mark.parametrize("kind", ["truncated", "garbage", "empty", "number"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated",
+        "empty",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("garbage", "number")),
+    ],
+)
 def test_damaged_pickles(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.pt"
     torch.save({"w": torch.zeros(1000)} if kind != "number" else 5, file)
