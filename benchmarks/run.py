@@ -534,7 +534,8 @@ def _offline(seat: Seat) -> dict[str, Any]:
         if tried[size] < 1.02 * max([0.0, *list(tried.values())[:-1]]):
             break
     best = max(tried, key=lambda size: tried[size])
-    return {"pictures_per_s": tried[best], "batch": best, "tried": tried}
+    named = {str(size): speed for size, speed in tried.items()}  # as JSON has it
+    return {"pictures_per_s": tried[best], "batch": best, "tried": named}
 
 
 def _file_name(name: str) -> str:

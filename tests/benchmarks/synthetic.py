@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsd.benchmarks.contenders import Scene
-from fastsd.benchmarks.drawing import Drawer, Watch
+from fastsd.benchmarks.drawing import Drawer, Watch, open_fastsd
 from fastsd.errors import MissingDependency
 
 
@@ -72,3 +72,34 @@ class Dying(Painter):
 def open_dying(scene: Scene) -> Drawer:
     """A painter that dies."""
     return Dying(scene, 0.01, 0.0)
+
+
+class Planted(Drawer):
+    """fastsd's exact path with a planted fault: it draws slower, or with noise in its pictures."""
+
+    def __init__(self, scene: Scene, slowdown: float, noise: float) -> None:
+        self._drawer = open_fastsd(scene, backend="eager", precision="fp32")
+        self._slowdown, self._noise = slowdown, noise
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        start = time.perf_counter()
+        pictures = [
+            np.asarray(picture, np.float64) for picture in self._drawer.draw(prompts, seeds)
+        ]
+        end = time.perf_counter() + self._slowdown * (time.perf_counter() - start)
+        while time.perf_counter() < end:
+            pass
+        noise = np.random.default_rng(0).normal(0, 255 * self._noise, pictures[0].shape)
+        noisy = [np.clip((picture + noise).round(), 0, 255) for picture in pictures]
+        return [Image.fromarray(picture.astype(np.uint8)) for picture in noisy]
+
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        return self._drawer.latents(prompts, seeds)
+
+    def watched(self, watch: Watch) -> AbstractContextManager[None]:
+        return self._drawer.watched(watch)
+
+
+def open_planted(scene: Scene, slowdown: float = 0.0, noise: float = 0.0) -> Drawer:
+    """The exact path, with what is planted."""
+    return Planted(scene, slowdown, noise)

@@ -22,6 +22,7 @@ from fastsd.benchmarks.contenders import (
     reference_among,
 )
 from fastsd.benchmarks.run import (
+    SCENARIOS,
     ContenderFailed,
     Record,
     Run,
@@ -261,6 +262,7 @@ def whole_run() -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         ],
         reference="exact",
         repeats=7,
+        scenarios=SCENARIOS,
         left_out={"compiled": "left out: it compiles"},
         say=said.append,
     )
@@ -292,6 +294,9 @@ def test_a_run_measures_and_judges(
     assert rows["exact"]["quality"]["verdict"] == rows["slow"]["quality"]["verdict"] == "same"
     assert rows["noisy"]["quality"]["psnr_db"]["worst"] == pytest.approx(40, abs=1)
     assert rows["noisy"]["quality"]["latents"]["largest_error"] == pytest.approx(0.01, abs=1e-4)
+    # a painter takes no longer for more pictures, so that the largest batch is the best
+    assert rows["exact"]["offline"]["batch"] == 16 and len(rows["exact"]["offline"]["tried"]) == 5
+    assert rows["exact"]["offline"]["pictures_per_s"] > rows["slow"]["offline"]["pictures_per_s"]
     assert set(pictures) == {"exact", "slow", "noisy"}
     assert results["ceilings"]["fp32"] > 1e9 and results["work"]["unet"]["flop"] > 1e8
     assert any("first picture after" in line for line in said)
@@ -326,6 +331,34 @@ def test_by_default_no_precision_that_crawls_here() -> None:
     quick = Run(SCENE, contenders_, reference="exact", only_quick=True)
     quick._leave_out_slow({"fp32": 3e11, "fp16": 2e11})
     assert list(quick.records) == ["exact", "half"] and not quick.left_out
+
+
+@pytest.mark.slow
+def test_what_is_planted_in_a_real_model_is_seen() -> None:
+    """The same twice: no difference; a tenth slower: slower; 1 % of noise: 40 dB, not "same"."""
+
+    def planted(name: str, **options: float) -> Contender:
+        return Contender(name, f"{SYNTHETIC}:open_planted", options)
+
+    run = Run(
+        scene_of("builtin", steps=6),
+        [
+            planted("exact"),
+            planted("again"),
+            planted("slowed", slowdown=0.1),
+            planted("noisy", noise=0.01),
+        ],
+        reference="exact",
+        repeats=30,
+        scenarios=["SingleStream"],
+    )
+    rows = rows_of(run.measure(ENVIRONMENT)[0])
+    ratios = {name: row["ratio"] for name, row in rows.items()}
+    assert ratios["again"]["verdict"] == "no difference", ratios
+    assert ratios["slowed"]["verdict"] == "slower" and ratios["slowed"]["low"] > 1, ratios
+    assert rows["again"]["quality"]["psnr_db"]["worst"] == 100
+    assert rows["noisy"]["quality"]["verdict"] == "close"
+    assert 37 < rows["noisy"]["quality"]["psnr_db"]["worst"] < 43
 
 
 def test_no_reference_no_run() -> None:
@@ -366,6 +399,7 @@ def test_the_terminal_shows_speed_and_quality_side_by_side(
     lines = report.terminal(results)
     (noisy,) = (line for line in lines if line.startswith("noisy ") and "dB" in line)
     assert " ms" in noisy and "close" in noisy
+    assert any(line.startswith("Offline") and "pictures/s" in line for line in lines)
     brief = report.summary(results)
     assert "\n" not in report.to_json_line(brief)
     assert {row["name"]: row["status"] for row in brief["rows"]}["dying"] == "not measured"
