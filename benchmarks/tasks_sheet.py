@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the sheet")
     parser.add_argument("--prompt", default="a red apple", help="what the first picture shows")
     parser.add_argument("--other", default="a green apple", help="what it is changed to")
-    parser.add_argument("--weighted", default="a (red:{}) apple", help="{} stands for the weight")
+    parser.add_argument(
+        "--weighted", default="a red (green:{}) apple", help="{} stands for the weight"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -94,19 +96,22 @@ def _inpainting(
 def _outpainting(
     pipe: Pipeline, source: Image.Image, prompt: str, shared: dict[str, Any]
 ) -> Iterator[Captioned]:
-    """The middle of the picture, and what is drawn around it."""
-    border = source.width // 4
-    box = (border, border, source.width - border, source.height - border)
-    middle = source.crop(box)
-    yield "the middle", middle
-    for name, sides in (
-        ("left", (border, 0, 0, 0)),
-        ("right and below", (0, 0, border, border)),
-        ("all around", (border,) * 4),
+    """Parts of the picture, and what is drawn around them, to the size of the whole."""
+    width, height = source.size
+    feather = width // 32
+    middle = (width // 4, height // 4, width * 3 // 4, height * 3 // 4)
+    yield "the middle", source.crop(middle)
+    for name, box in (
+        ("the middle", middle),
+        ("the left", (0, 0, width * 5 // 8, height)),
+        ("the top", (0, 0, width, height * 5 // 8)),
     ):
-        drawn = pipe(prompt, image=middle, outpaint=sides, mask_feather=0, **shared).images[0]
-        _check_kept(middle, drawn, (0, 0, *middle.size), sides[:2])
-        yield f"outpainted: {name}", drawn
+        part = source.crop(box)
+        sides = (box[0], box[1], width - box[2], height - box[3])
+        drawn = pipe(prompt, image=part, outpaint=sides, mask_feather=feather, **shared).images[0]
+        right, below = part.width - feather, part.height - feather
+        _check_kept(part, drawn, (feather, feather, right, below), sides[:2])
+        yield f"outpainted from {name}", drawn
     yield "what was there", source
 
 
