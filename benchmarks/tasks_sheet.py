@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="a red apple", help="what the first picture shows")
     parser.add_argument("--other", default="a green apple", help="what it is changed to")
     parser.add_argument(
-        "--weighted", default="a red (green:{}) apple", help="{} stands for the weight"
+        "--weighted", default="a (red:{}) apple", help="{} stands for the weight"
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
