@@ -335,7 +335,7 @@ def test_by_default_no_precision_that_crawls_here() -> None:
 
 @pytest.mark.slow
 def test_what_is_planted_in_a_real_model_is_seen() -> None:
-    """The same twice: no difference; a tenth slower: slower; 1 % of noise: 40 dB, not "same"."""
+    """The same twice, a tenth slower, 1 % of noise: on a machine that has nothing else to do."""
 
     def planted(name: str, **options: float) -> Contender:
         return Contender(name, f"{SYNTHETIC}:open_planted", options)
