@@ -48,7 +48,7 @@ SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
 DEFAULT_SCENARIOS = SCENARIOS[:3]
 AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
 MOST_REPEATS = 40
-SLOW_SHARE = 0.1  # of the rate in fp32, below which a precision has to be asked for
+SLOWEST = 8  # times the reference's time, above which a contender has to be asked for
 KEPT_BYTES = 1 << 30  # of pictures, for each contender
 SETTLE_S = 0.02  # between turns, so that one contender's idling threads go to sleep
 ANSWER_S = 3600.0  # after which a contender that does not answer is given up
@@ -312,8 +312,6 @@ class Run:
             try:
                 work, ceilings = self._limits()
                 self._leave_out_missing()
-                if self._only_quick:
-                    self._leave_out_slow(ceilings)
                 self._prepare()
                 self._draw_all(Path(folder))
             finally:
@@ -367,17 +365,6 @@ class Run:
         for record in self.records.values():
             if missing := record.contender.missing:
                 record.failure = f"not installed: {', '.join(missing)}; {record.contender.install}"
-
-    def _leave_out_slow(self, ceilings: Mapping[str, float]) -> None:
-        """Some CPUs compute in half precision a hundred times slower than in full."""
-        for name, record in list(self.records.items()):
-            precision = record.contender.precision
-            if ceilings.get(precision, 0) < SLOW_SHARE * ceilings["fp32"]:
-                self.left_out[name] = (
-                    f"{precision} products run at {ceilings.get(precision, 0) / 1e9:.0f} GFLOP/s "
-                    f"here, fp32 at {ceilings['fp32'] / 1e9:.0f}; {ASK}"
-                )
-                del self.records[name]
 
     def _prepare(self) -> None:
         """Make what contenders need once; each alone, for it may take all memory."""
@@ -452,12 +439,20 @@ class Run:
         self._require_reference()
 
     def _fitting_repeats(self) -> int:
-        """As many turns as AUTO_SECONDS hold, by one turn of each, which is not counted."""
-        start = time.perf_counter()
+        """As many turns as AUTO_SECONDS hold, by one turn of each, which is not counted.
+
+        Who takes many times as long as the reference (half precision on some CPUs) has to be asked
+        for by name.
+        """
         trial = {name: Record(self.records[name].contender) for name in self._seats}
         take_turns(self._seats, [0], trial, lambda name, turn: None)
-        seconds = time.perf_counter() - start
-        return max(FEWEST_PAIRS, min(MOST_REPEATS, int(AUTO_SECONDS / seconds)))
+        seconds = {name: record.turns[0] for name, record in trial.items() if record.turns}
+        for name in slow_ones(seconds, self.reference) if self._only_quick else ():
+            times = seconds.pop(name) / seconds[self.reference]
+            self.records[name].failure = f"took {times:.0f} times as long as the reference; {ASK}"
+            self._seats.pop(name).close()
+        total = sum(seconds.values()) + SETTLE_S * len(seconds)
+        return max(FEWEST_PAIRS, min(MOST_REPEATS, int(AUTO_SECONDS / total)))
 
     def _keep(self, folder: Path, name: str, turn: int) -> Path | None:
         size = 3 * self.scene.size**2 * self.scene.batch
@@ -521,6 +516,11 @@ class Run:
         row["parts_ms"] = record.parts_ms
         row["offline"] = record.offline
         return row
+
+
+def slow_ones(seconds: Mapping[str, float], reference: str) -> list[str]:
+    """Name those that take more than SLOWEST times as long as the reference."""
+    return [name for name, time_ in seconds.items() if time_ > SLOWEST * seconds[reference]]
 
 
 def _offline(seat: Seat) -> dict[str, Any]:

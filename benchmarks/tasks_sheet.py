@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the sheet")
     parser.add_argument("--prompt", default="a red apple", help="what the first picture shows")
     parser.add_argument("--other", default="a green apple", help="what it is changed to")
-    parser.add_argument(
-        "--weighted", default="a (red:{}) apple", help="{} stands for the weight"
-    )
+    parser.add_argument("--weighted", default="a (red:{}) apple", help="{} stands for the weight")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

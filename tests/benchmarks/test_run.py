@@ -29,6 +29,7 @@ from fastsd.benchmarks.run import (
     memory_need,
     plan_rounds,
     scene_of,
+    slow_ones,
     take_turns,
 )
 from fastsd.benchmarks.timing import paired_ratio
@@ -322,15 +323,9 @@ def test_a_row_without_quality_is_no_speed(
     assert grouped == ["unusable too, unusable", "uninstalled", "dying", "compiled"]
 
 
-def test_by_default_no_precision_that_crawls_here() -> None:
-    contenders_ = [Contender("exact", ""), Contender("half", "", precision="fp16")]
-    run = Run(SCENE, contenders_, reference="exact", only_quick=True)
-    run._leave_out_slow({"fp32": 3e11, "fp16": 1e9})
-    assert list(run.records) == ["exact"]
-    assert "fp16 products run at 1 GFLOP/s here, fp32 at 300" in run.left_out["half"]
-    quick = Run(SCENE, contenders_, reference="exact", only_quick=True)
-    quick._leave_out_slow({"fp32": 3e11, "fp16": 2e11})
-    assert list(quick.records) == ["exact", "half"] and not quick.left_out
+def test_by_default_nobody_who_crawls_here() -> None:
+    seconds = {"exact": 1.3, "half": 26.0, "slow": 5.0, "quick": 0.1}
+    assert slow_ones(seconds, "exact") == ["half"]
 
 
 @pytest.mark.slow
