@@ -155,7 +155,7 @@ def test_fractional_timesteps_are_kept(sd1_onnx: Path, sd1_folder: Path) -> None
         ({"precision": "int3"}, "onnx has no precision 'int3'; it has fp32"),
         ({"layout": "quick"}, "layout 'quick' is unknown"),
         ({"size": (60, 64)}, "size must be multiples of 8 pixels, not 64x60"),
-        ({"target": "coreml"}, "target 'coreml' is unknown; it is one of onnx"),
+        ({"target": "coreml"}, "target 'coreml' is unknown; it is one of aoti, onnx"),
         ({"floor": 30.0}, "--floor needs pictures"),
     ],
 )
