@@ -24,7 +24,7 @@ from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 
-LONG_ENOUGH_S = 0.012  # for a product to have reached its full rate
+LONG_ENOUGH_S = 0.05  # for a product to have reached its full rate: waking threads can take 10 ms
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
 
 
@@ -111,7 +111,7 @@ def _count(module: nn.Module, call: Callable[[], object]) -> Work:
 def measure_ceilings(device: str) -> dict[str, float]:
     """Measure matrix products a precision (FLOP/s; int8: OP/s) and a copy (bytes/s, read + write).
 
-    Of each product the largest size is taken that a call of some ten milliseconds allows, 4096 on a
+    Of each product the best rate counts up to a size that takes some fifty milliseconds, 4096 on a
     CPU and 16384 on a GPU at most: some CPUs multiply half precision a hundred times slower.
     """
     products = {
@@ -139,10 +139,14 @@ def _product(dtype: torch.dtype, device: str, n: int) -> Callable[[], Tensor]:
 
 
 def _product_rate(make: Callable[[int], Callable[[], Tensor]], device: str) -> float:
-    n, largest = 256, 16384 if device.startswith("cuda") else 4096
-    while n < largest and quickest(make(n), device, budget_s=0.0) < LONG_ENOUGH_S:
+    """Return the best rate of all sizes up to one that takes long enough, FLOP/s."""
+    n, largest, rate = 256, 16384 if device.startswith("cuda") else 4096, 0.0
+    while True:
+        seconds = quickest(make(n), device, budget_s=0.1)
+        rate = max(rate, 2 * n**3 / seconds)
+        if n >= largest or seconds > LONG_ENOUGH_S:
+            return rate
         n *= 2
-    return 2 * n**3 / quickest(make(n), device)
 
 
 def quickest(call: Callable[[], object], device: str, budget_s: float = 0.4) -> float:
