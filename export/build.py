@@ -136,7 +136,7 @@ def export(
         exporter.write_extras(draft.folder)
         manifest = Manifest(
             target=request.target,
-            model=name,
+            model=" + ".join([name, *(f"{lora.title}:{w:g}" for lora, w in checkpoint.merged)]),
             family=checkpoint.config.family,
             source=source,
             precision=request.precision,

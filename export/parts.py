@@ -386,5 +386,7 @@ def source_digest(checkpoint: Checkpoint) -> str:
         part: [digest_of(file) for file in files.weights]
         for part, files in checkpoint.parts.items()
     }
-    facts = json.dumps({"weights": weights, "config": asdict(checkpoint.config)}, sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
+    facts: dict[str, Any] = {"weights": weights, "config": asdict(checkpoint.config)}
+    if checkpoint.merged:
+        facts["merged"] = [(lora.digest(), strength) for lora, strength in checkpoint.merged]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

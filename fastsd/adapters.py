@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsd.backends import Backend
-from fastsd.checkpoints.lora import LoRA, Target
+from fastsd.checkpoints.lora import LoRA, Target, merge_
 from fastsd.errors import UsageError
 
 
@@ -163,11 +163,7 @@ class Adapters:
             for name, strength in active.items()
             if strength and target in loaded[name].deltas
         ]
-        if not deltas:
+        if deltas:
+            merge_(weight, original, deltas)
+        else:
             weight.copy_(original)
-            return
-        total = original.to(torch.float32, copy=True).flatten(1)
-        for delta, strength in deltas:
-            up, down = delta.up.to(total.device), delta.down.to(total.device)
-            total.addmm_(up, down, alpha=delta.scale * strength)
-        weight.copy_(total.view(weight.shape))

@@ -72,6 +72,27 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+# What says how to read a model, in every command that reads one.
+Prediction = Annotated[
+    str | None, typer.Option(help="eps or v, for a file that does not say: SD 2.x.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="How a model distilled to few steps is sampled, where it does not say: "
+        "lightning-4, hyper-8, sdxl-turbo, lcm, ..."
+    ),
+]
+Vae = Annotated[
+    str | None, typer.Option(help="Another VAE, or a tiny one (TAESD): a folder or a file.")
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to draw with; may be given again."),
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Its folder, for a file whose vocabulary is not CLIP's.")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -287,19 +308,9 @@ def generate(
             "--trust-native", help="Run an engine's machine code although you did not export it."
         ),
     ] = False,
-    prediction: Annotated[
-        str | None, typer.Option(help="eps or v, for a file that does not say: SD 2.x.")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="How a model distilled to few steps is sampled, where it does not say: "
-            "lightning-4, hyper-8, sdxl-turbo, lcm, ..."
-        ),
-    ] = None,
-    vae: Annotated[
-        str | None, typer.Option(help="Another VAE, or a tiny one (TAESD): a folder or a file.")
-    ] = None,
+    prediction: Prediction = None,
+    preset: Preset = None,
+    vae: Vae = None,
     preview: Annotated[
         Path | None,
         typer.Option(metavar="PNG", help="Write the picture so far there after every step."),
@@ -308,13 +319,8 @@ def generate(
         Path | None,
         typer.Option(help="What decodes previews, best a tiny VAE. [default: the model's VAE]"),
     ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to draw with; may be given again."),
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Its folder, for a file whose vocabulary is not CLIP's.")
-    ] = None,
+    lora: Lora = None,
+    tokenizer: Tokenizer = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures; print the path of each, or with --json all that was told to draw it."""
@@ -513,16 +519,23 @@ def _watch(pipe: Any, call: dict[str, Any], settings: Settings) -> None:
 def _load_loras(pipe: Any, given: Sequence[str]) -> None:
     """Load FILE:WEIGHT after FILE:WEIGHT and turn all on together."""
     strengths = {}
-    for i, text in enumerate(given):
-        file, colon, weight = text.rpartition(":")
-        try:
-            strength = float(weight) if colon else 1.0
-        except ValueError:  # a colon of the path's own
-            file, strength = text, 1.0
-        pipe.load_lora_weights(file if colon else text, adapter_name=f"lora_{i}")
+    for i, (file, strength) in enumerate(_weighted_files(given)):
+        pipe.load_lora_weights(file, adapter_name=f"lora_{i}")
         strengths[f"lora_{i}"] = strength
     if strengths:
         pipe.set_adapters(list(strengths), list(strengths.values()))
+
+
+def _weighted_files(given: Sequence[str]) -> list[tuple[str, float]]:
+    """Read FILE:WEIGHT, or FILE alone, each."""
+    read = []
+    for text in given:
+        file, _, weight = text.rpartition(":")
+        try:
+            read.append((file, float(weight)) if file else (text, 1.0))
+        except ValueError:  # a colon of the path's own
+            read.append((text, 1.0))
+    return read
 
 
 # --- export --------------------------------------------------------------------------------------
@@ -535,6 +548,7 @@ def _load_loras(pipe: Any, given: Sequence[str]) -> None:
   fastsd export builtin -o emoji-onnx
   fastsd export ./sd15 -o sd15-fp16 --precision fp16 --size 768x512
   fastsd export ./sdxl -o sdxl-any --dynamic --layout fast
+  fastsd export ./sd15 -o styled --lora style.safetensors:0.8
   fastsd generate "a red apple" --model emoji-onnx -o apple.png
 
 The folder appears whole or not at all. An interrupted export goes on where it stopped.
@@ -587,6 +601,11 @@ def export(
             "model's own]",
         ),
     ] = None,
+    prediction: Prediction = None,
+    preset: Preset = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    tokenizer: Tokenizer = None,
     refit: Annotated[
         bool, typer.Option("--refit", help="TensorRT: let other weights be put in later.")
     ] = False,
@@ -602,7 +621,11 @@ def export(
     from fastsd.export.build import export as run
     from fastsd.export.parts import Request
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(
+        model, prediction=prediction, preset=preset, vae=vae, tokenizer=tokenizer
+    )
+    if lora:
+        checkpoint = checkpoint.with_loras(_weighted_files(lora))
     side = checkpoint.config.default_size
     request = Request(
         target=to,
@@ -972,7 +995,9 @@ def bench_readme(
   fastsd convert model/ model.safetensors --dtype fp16
   fastsd convert old.ckpt model.safetensors          # the pickle's tensors, and nothing else
   fastsd convert lora.pt lora.safetensors
+  fastsd convert xl.safetensors xl-fast/ --lora light4.safetensors --preset lightning-4
 
+A folder keeps a preset, and is drawn with as such unasked; LoRAs become part of the weights.
 A pickle is read by torch's weights-only loader in a process of its own, with bounds on its memory,
 time and files; one that asks for more than weights is refused.
 """
@@ -985,18 +1010,25 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16. [default: the source's own]")
     ] = None,
-    prediction: Annotated[
-        str | None, typer.Option(help="eps or v, for a file that does not say: SD 2.x.")
-    ] = None,
-    vae: Annotated[str | None, typer.Option(help="Another VAE to put in.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Its folder, for a file whose vocabulary is not CLIP's.")
-    ] = None,
+    prediction: Prediction = None,
+    preset: Preset = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Write a model in another form: safetensors only, whole or not at all; print its path."""
     from fastsd.checkpoints import convert as run
 
-    run(source, target, dtype=dtype, prediction=prediction, vae=vae, tokenizer=tokenizer)
+    run(
+        source,
+        target,
+        dtype=dtype,
+        prediction=prediction,
+        preset=preset,
+        vae=vae,
+        tokenizer=tokenizer,
+        loras=_weighted_files(lora or ()),
+    )
     print(target)
 
 

@@ -60,6 +60,13 @@ ROWS = (
     Row("few steps", "Lightning", "--preset lightning-1, -2, -4, -8", _CLOSE, _FEW),
     Row("few steps", "Hyper-SD", "--preset hyper-1, -2, -4, -8", _CLOSE, _FEW),
     Row(
+        "few steps",
+        "folders that keep a preset",
+        "fastsd convert FILE FOLDER --preset lightning-4",
+        _CLOSE,
+        "tests/test_families.py::test_a_converted_folder_keeps_its_preset",
+    ),
+    Row(
         "file",
         "diffusers folders",
         "safetensors, shards, variants, old forms",
@@ -120,6 +127,13 @@ ROWS = (
         "set_adapters; on the eager backend, in place",
         f"{_CLOSE}; taken off to the last bit",
         "tests/test_adapters.py::test_several_are_mixed_as_diffusers_mixes_them",
+    ),
+    Row(
+        "adapter",
+        "LoRAs inside an engine or a folder",
+        "fastsd export, fastsd convert: --lora FILE:WEIGHT",
+        "eager with the LoRAs on, > 55 dB; its weights, to the bit",
+        "tests/export/test_tasks_on_engines.py::test_a_lora_goes_in_when_the_engine_is_built",
     ),
     Row("task", "text to image", "", _PICTURES, _PIPELINE),
     Row("task", "image to image", "--image, --strength", _PICTURES, _TASKS + "test_image_to_image"),

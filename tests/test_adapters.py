@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsd.adapters import SharedLock
 from fastsd.backends import Backend
+from fastsd.checkpoints import convert, open_checkpoint
 from fastsd.errors import CheckpointError, FastsdError, UsageError
 from fastsd.pipeline import Pipeline
 from tests.checkpoints.loras import ATTENTION, EVERYTHING, kohya, old_diffusers, peft, write_lora
@@ -73,7 +74,7 @@ def digest(pipe: Pipeline) -> str:
     total = hashlib.sha256()
     for part in pipe.checkpoint.parts:
         for name, weight in pipe._backend.weights(part).items():
-            total.update(name.encode() + weight.contiguous().numpy().tobytes())
+            total.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -237,6 +238,29 @@ def test_a_then_b_then_none_is_none(
     assert where == {(p, n): w.data_ptr() for p, own in live.items() for n, w in own.items()}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_merged_for_good_is_what_is_put_on(
+    precision: str, sd1_folder: Path, theirs: Any, tmp_path: Path
+) -> None:
+    """For engines, and for converted folders: the very weights that load_lora_weights makes."""
+    a = write_lora(tmp_path / "a.safetensors", theirs, kohya, seed=1)
+    b = write_lora(tmp_path / "b.safetensors", theirs, peft, parts=["unet"], seed=2)
+    pipe = Pipeline.from_pretrained(sd1_folder, precision=precision)
+    pipe.load_lora_weights(a, adapter_name="a")
+    pipe.load_lora_weights(b, adapter_name="b")
+    pipe.set_adapters(["a", "b"], [0.3, 2.0])
+    loras = [(a, 0.3), (b, 2.0)]
+    merged = open_checkpoint(sd1_folder).with_loras(loras)
+    assert digest(Pipeline(merged, name="merged", precision=precision)) == digest(pipe)
+    if precision == "fp32":
+        convert(sd1_folder, tmp_path / "folder", loras=loras)
+        assert digest(Pipeline.from_pretrained(tmp_path / "folder")) == digest(pipe)
+    with pytest.raises(UsageError, match="finite"):
+        merged.with_loras([(a, float("nan"))])
+    with pytest.raises(CheckpointError, match="no LoRA file"):
+        merged.with_loras([(tmp_path / "none.safetensors", 1.0)])
+
+
 def test_it_moves_with_the_pipeline(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
     file = write_lora(tmp_path / "a.safetensors", theirs, kohya)
     pipe.load_lora_weights(file)
@@ -352,7 +376,7 @@ def test_a_backend_of_fixed_weights_says_so() -> None:
         def part(self, name: str, shapes: Any = None) -> Any:
             raise NotImplementedError
 
-    with pytest.raises(UsageError, match="engine backend's weights are fixed.*backend='eager'"):
+    with pytest.raises(UsageError, match="engine backend's weights are fixed.*export MODEL --lora"):
         Engine().weights("unet")
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastsd.checkpoints import open_checkpoint, save_folder
+from fastsd.checkpoints import convert, open_checkpoint, save_folder
 from fastsd.config import FEW_STEPS
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.pipeline import Pipeline
@@ -98,6 +98,24 @@ def test_presets_draw_as_their_makers_say(preset: str, sd1_folder: Path, theirs:
     assert psnr(output.images, expected) > 80
     assert output.metadata[0]["steps"] == call.get("num_inference_steps", 1)
     assert output.metadata[0]["guidance_scale"] == call["guidance_scale"]
+
+
+@pytest.mark.parametrize("preset", list(FEW_STEPS))
+def test_a_converted_folder_keeps_its_preset(preset: str, sd1_folder: Path, tmp_path: Path) -> None:
+    """Nothing need be said to draw with it, and diffusers needs no more than steps and guidance."""
+    convert(sd1_folder, tmp_path / "kept", dtype="fp32", preset=preset)
+    ours = quiet(Pipeline.from_pretrained(tmp_path / "kept"))
+    output = ours(PROMPT, generator=generator(), output_type="pt", **SIZE)
+    told = quiet(Pipeline.from_pretrained(sd1_folder, preset=preset))
+    again = told(PROMPT, generator=generator(), output_type="pt", **SIZE)
+    assert torch.equal(output.images, again.images)
+    for setting in ("steps", "guidance_scale", "timesteps", "sampler"):
+        assert output.metadata[0][setting] == again.metadata[0][setting]
+    theirs = quiet(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "kept"))
+    assert type(theirs.scheduler).__name__ == DOCUMENTED[preset][0]
+    call = DOCUMENTED[preset][2]
+    expected = theirs(PROMPT, generator=generator(), output_type="pt", **SIZE, **call).images
+    assert psnr(output.images, expected) > 80
 
 
 def test_an_unknown_preset_names_those_there_are(sd1_folder: Path) -> None:

@@ -84,8 +84,9 @@ class Backend(ABC):
         Raises UsageError where they cannot be, as in engines that were compiled with them.
         """
         raise UsageError(
-            f"the {self.name} backend's weights are fixed when it is built: adapters need "
-            f"backend='eager' (asked for {part})"
+            f"the {self.name} backend's weights are fixed when it is built, the {part}'s too: use "
+            "backend='eager', or build an engine that has the LoRA inside with `fastsd export "
+            "MODEL --lora FILE:WEIGHT`"
         )
 
     def use(self, op: str, implementation: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastsd.checkpoints.layout import (
     read_vae_folder,
     weight_files,
 )
+from fastsd.checkpoints.lora import LoRA, merge_, open_lora
 from fastsd.checkpoints.random_weights import PREFIX, preset, random_module
 from fastsd.checkpoints.single import read_single, read_vae_file
 from fastsd.checkpoints.weights import Use, empty_module, load_module, read_header
@@ -58,6 +60,7 @@ class Checkpoint:
 
     parts: text_encoder, text_encoder_2 (SDXL), unet, vae; passed_over: components or keys not used.
     tokenizer_folders: one for each text encoder; none: CLIP's own vocabulary.
+    merged: LoRAs that are part of the weights whenever a part is loaded, and how strongly.
     """
 
     path: Path
@@ -65,6 +68,7 @@ class Checkpoint:
     parts: dict[str, PartFiles]
     tokenizer_folders: tuple[Path, ...]
     passed_over: tuple[str, ...]
+    merged: tuple[tuple[LoRA, float], ...] = ()
 
     @cached_property
     def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
@@ -105,6 +109,22 @@ class Checkpoint:
         config = replace(self.config, vae=vae)
         return replace(self, config=config, parts={**self.parts, "vae": files})
 
+    def with_loras(self, loras: Sequence[tuple[str | Path, float]]) -> Checkpoint:
+        """Return this checkpoint with LoRAs merged into its weights, each at its weight.
+
+        Each is a file, a folder or a hub id. Raises CheckpointError for one that does not fit.
+        """
+        shapes = {
+            part: dict(empty_module(build).named_parameters())
+            for part, build in self.builders.items()
+            if part in self.parts
+        }
+        for source, weight in loras:
+            if not math.isfinite(weight):
+                raise UsageError(f"the weight of {source} must be a finite number, not {weight}")
+        opened = [(open_lora(source, self.config, shapes), weight) for source, weight in loras]
+        return replace(self, merged=(*self.merged, *opened))
+
     def load(
         self, part: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> nn.Module:
@@ -116,8 +136,20 @@ class Checkpoint:
             raise UsageError(f"the checkpoint has no part {part!r}; it has {', '.join(self.parts)}")
         build, files = self.builders[part], self.parts[part]
         if not files.weights:
-            return random_module(part, build, dtype=dtype, device=device)
-        return load_module(part, build, files.weights, dtype=dtype, device=device, uses=files.uses)
+            module = random_module(part, build, dtype=dtype, device=device)
+        else:
+            module = load_module(
+                part, build, files.weights, dtype=dtype, device=device, uses=files.uses
+            )
+        for name, weight in module.named_parameters():
+            deltas = [
+                (lora.deltas[part, name], strength)
+                for lora, strength in self.merged
+                if strength and (part, name) in lora.deltas
+            ]
+            if deltas:
+                merge_(weight, weight, deltas)
+        return module
 
     @property
     def builders(self) -> dict[str, Callable[[], nn.Module]]:

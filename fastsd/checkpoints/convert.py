@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,22 +45,33 @@ def convert(
     *,
     dtype: str | None = None,
     prediction: str | None = None,
+    preset: str | None = None,
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> None:
     """Write the checkpoint `source` as `target`, which appears whole or not at all.
 
     source: whatever opens, or a pickle (.ckpt, .pt, .bin). target: a folder in the diffusers
     layout; or, by the ending .safetensors, a single file in the original layout. A pickle becomes
     safetensors of the same names, whatever it holds. dtype: fp32, fp16 or bf16; None keeps the
-    UNet's. The rest is as in open_checkpoint. Raises CheckpointError or UsageError.
+    UNet's. preset: a folder keeps it, so that it is drawn with as such unasked; a single file has
+    no place for it. loras: merged into the weights, each at its weight. The rest is as in
+    open_checkpoint. Raises CheckpointError or UsageError.
     """
     target = Path(target)
     check_free(target, "choose another name or move it away")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; it is one of {', '.join(DTYPES)}")
     single = target.suffix == ".safetensors"
+    if single and preset is not None:
+        raise UsageError(
+            f"a single file cannot keep preset {preset!r}; convert to a folder, or give the preset "
+            "when you draw"
+        )
     pickled = isinstance(source, (str, Path)) and _is_pickle(Path(source))
+    if pickled and single and loras:
+        raise UsageError("a pickle is rewritten as it is; convert it first, then merge LoRAs")
     if pickled and single:
         with unpickled(Path(source)) as tensors, published_file(target) as draft:
             shutil.move(tensors, draft)
@@ -68,10 +79,21 @@ def convert(
     if pickled:
         with unpickled(Path(source)) as tensors:
             convert(
-                tensors, target, dtype=dtype, prediction=prediction, vae=vae, tokenizer=tokenizer
+                tensors,
+                target,
+                dtype=dtype,
+                prediction=prediction,
+                preset=preset,
+                vae=vae,
+                tokenizer=tokenizer,
+                loras=loras,
             )
         return
-    checkpoint = open_checkpoint(source, prediction=prediction, vae=vae, tokenizer=tokenizer)
+    checkpoint = open_checkpoint(
+        source, prediction=prediction, preset=preset, vae=vae, tokenizer=tokenizer
+    )
+    if loras:
+        checkpoint = checkpoint.with_loras(loras)
     chosen = DTYPES[dtype or _own_dtype(checkpoint)]
     modules = {part: checkpoint.load(part, chosen) for part in checkpoint.parts}
     if single:

@@ -20,7 +20,9 @@ from fastsd.errors import CheckpointError, UsageError
 from fastsd.files import read_json
 
 INDEX = "model_index.json"
-GUIDANCE = "_guidance_scale"  # in it: our own mark; diffusers passes over names with an underscore
+# In it, our own marks of how to draw where nothing else is asked -> the value of ScheduleConfig.
+# diffusers passes over names with an underscore.
+MARKS = {"_guidance_scale": "guidance", "_num_inference_steps": "steps", "_timesteps": "timesteps"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def read_layout(folder: Path) -> Layout:
             zero_empty_negative=kind.sdxl and index.get("force_zeros_for_empty_prompt", True),
         )
     return Layout(
-        _with_guidance(_few_steps(config), index, folder / INDEX),
+        _as_marked(_few_steps(config), index, folder / INDEX),
         parts=(*encoders, "unet", "vae"),
         tokenizers=tokenizers,
         passed_over=tuple(name for name in classes if COMPONENTS[name] is None),
@@ -138,14 +140,29 @@ def _few_steps(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def _with_guidance(config: ModelConfig, index: dict[str, Any], path: Path) -> ModelConfig:
-    """Take over the guidance weight that the folder's makers recorded, if they did."""
-    weight = index.get(GUIDANCE)
-    if weight is None:
-        return config
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1000:
-        raise CheckpointError(f"{path}: {GUIDANCE} must be a number from 0 to 1000, not {weight!r}")
-    return replace(config, schedule=replace(config.schedule, guidance=float(weight)))
+def _as_marked(config: ModelConfig, index: dict[str, Any], path: Path) -> ModelConfig:
+    """Take over what the folder's makers recorded of how to draw with it."""
+
+    def number(mark: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1000:
+            raise CheckpointError(f"{path}: {mark} must be a number from 0 to 1000, not {value!r}")
+        return value
+
+    marked: dict[str, Any] = {}
+    for mark, name in MARKS.items():
+        value = index.get(mark)
+        if value is None:
+            continue
+        if name == "timesteps":
+            values = value if isinstance(value, list) and value else [value]
+            marked[name] = tuple(float(number(mark, each)) for each in values)
+        elif name == "guidance":
+            marked[name] = float(number(mark, value))
+        elif isinstance(value, int) and number(mark, value) >= 1:
+            marked[name] = value
+        else:
+            raise CheckpointError(f"{path}: {mark} must be a whole number, not {value!r}")
+    return replace(config, schedule=replace(config.schedule, **marked)) if marked else config
 
 
 def check_channels(unet: UNetConfig, vae: VAEConfig) -> None:

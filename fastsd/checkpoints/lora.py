@@ -7,10 +7,11 @@ Knows names and shapes; who keeps the weights and changes them is fastsd.adapter
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,25 @@ class LoRA:
 
     title: str
     deltas: Mapping[Target, Delta]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of every change that it makes."""
+        total = hashlib.sha256()
+        for target, delta in sorted(self.deltas.items()):
+            total.update(f"{target} {tuple(delta.down.shape)} {delta.scale}".encode())
+            for tensor in (delta.up, delta.down):
+                total.update(tensor.contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+
+@torch.no_grad()
+def merge_(weight: Tensor, original: Tensor, deltas: Sequence[tuple[Delta, float]]) -> None:
+    """Write original + sum of strength * delta into `weight`, added in fp32 and rounded once."""
+    total = original.to(torch.float32, copy=True).flatten(1)
+    for delta, strength in deltas:
+        up, down = delta.up.to(total.device), delta.down.to(total.device)
+        total.addmm_(up, down, alpha=delta.scale * strength)
+    weight.copy_(total.view(weight.shape))
 
 
 def read_lora(

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastsd.checkpoints.configs import write_clip, write_unet, write_vae
 from fastsd.checkpoints.keys import foreign
-from fastsd.checkpoints.layout import GUIDANCE, INDEX, STEMS
+from fastsd.checkpoints.layout import INDEX, MARKS, STEMS
 from fastsd.checkpoints.schedulers import write_schedule
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
@@ -67,8 +67,10 @@ def save_description(
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }
-    if config.schedule.guidance is not None:
-        index[GUIDANCE] = config.schedule.guidance
+    for mark, name in MARKS.items():
+        value = getattr(config.schedule, name)
+        if value is not None:
+            index[mark] = list(value) if isinstance(value, tuple) else value
     if sdxl:
         index["force_zeros_for_empty_prompt"] = config.zero_empty_negative
         if config.family == "sdxl-refiner":

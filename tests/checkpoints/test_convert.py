@@ -75,6 +75,12 @@ def test_dtypes(singles: Singles, tmp_path: Path) -> None:
         convert(single.file, tmp_path / "x", dtype="int8")
 
 
+def test_what_a_single_file_cannot_keep(singles: Singles, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot keep preset 'lcm'; convert to a folder"):
+        convert(singles["sd1"].folder, tmp_path / "x.safetensors", preset="lcm")
+    assert not list(tmp_path.iterdir())
+
+
 # --- pickles --------------------------------------------------------------------------------------
 
 

@@ -395,3 +395,13 @@ def test_a_folder_may_record_its_guidance_weight(sd1_folder: Path, tmp_path: Pat
         record(nonsense)
         with pytest.raises(CheckpointError, match="_guidance_scale must be a number"):
             open_checkpoint(folder)
+    for mark, value, message in (
+        ("_num_inference_steps", 2.5, "a whole number"),
+        ("_num_inference_steps", 0, "a whole number"),
+        ("_num_inference_steps", "4", "a whole number"),
+        ("_timesteps", [800, "x"], "a number from 0 to 1000"),
+        ("_timesteps", {"a": 1}, "a number from 0 to 1000"),
+    ):
+        (folder / "model_index.json").write_text(json.dumps({**index, mark: value}))
+        with pytest.raises(CheckpointError, match=f"{mark} must be {message}"):
+            open_checkpoint(folder)

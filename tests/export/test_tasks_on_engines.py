@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import UsageError
+from fastsd.export.build import export
+from fastsd.export.parts import Request, source_digest
 from tests.export.conftest import SIZE
 from tests.export.test_to_onnx import assert_same_pictures
 from tests.test_tasks import mask, picture, quiet
@@ -32,6 +36,38 @@ def test_tasks_equal_eager(engine: str, source: str, request: pytest.FixtureRequ
         prompts = ["a (red:1.3) apple", "a cat"]
         given = {**settings, **task}
         assert_same_pictures(ours(prompts, **given).images, eager(prompts, **given).images)
+
+
+def test_a_lora_goes_in_when_the_engine_is_built(sd1_folder: Path, tmp_path: Path) -> None:
+    """It draws what eager draws with the LoRA on; the manifest says what is inside."""
+    eager = quiet(sd1_folder, device="cpu")
+    layers = ("down_blocks.0.attentions.0.proj_in", "mid_block.attentions.0.proj_in")
+    weights, lora = eager._backend.weights("unet"), {}
+    generator = torch.Generator().manual_seed(3)
+    for layer in layers:
+        rows, columns = weights[f"{layer}.weight"].flatten(1).shape
+        lora[f"unet.{layer}.lora_A.weight"] = torch.randn(4, columns, generator=generator) / 4
+        lora[f"unet.{layer}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) / 4
+    file = tmp_path / "style.safetensors"
+    save_file(lora, file)
+    checkpoint = open_checkpoint(sd1_folder).with_loras([(file, 0.7)])
+    request = Request(target="onnx", size=SIZE)
+    artifact = export(checkpoint, "sd1", request, tmp_path / "engine")
+    plain = open_checkpoint(sd1_folder)
+    assert artifact.manifest.model == "sd1 + style.safetensors:0.7"
+    assert artifact.manifest.source == source_digest(checkpoint) != source_digest(plain)
+    settings: dict[str, Any] = dict(
+        num_inference_steps=3, height=SIZE[0], width=SIZE[1], output_type="np", seed=1
+    )
+    ours = quiet(artifact.path, device="cpu")
+    without = eager("a cat", **settings).images
+    eager.load_lora_weights(file, adapter_name="style")
+    eager.set_adapters("style", 0.7)
+    drawn = ours("a cat", **settings).images
+    assert_same_pictures(drawn, eager("a cat", **settings).images)
+    assert np.abs(drawn - without).max() > 0.05
+    with pytest.raises(UsageError, match="fixed when it is built.*fastsd export MODEL --lora"):
+        ours.load_lora_weights(file)
 
 
 def test_what_an_engine_cannot_carry(sd1_onnx: Path) -> None:
