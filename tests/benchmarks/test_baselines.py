@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from fastsd.backends.eager import EagerBackend
 from fastsd.benchmarks import baselines
 from fastsd.benchmarks.contenders import Scene
 from fastsd.benchmarks.drawing import Drawer, Watch, measure_parts, open_fastsd
 from fastsd.config import PRESETS
 from fastsd.quality import psnr
+from tests import replay
 from tests.checkpoints.test_random_weights import in_small
 
 PROMPTS = ("a red apple", "a house by the sea")
@@ -91,6 +93,23 @@ def test_a_watch_adds_up_what_it_saw() -> None:
     assert parts["other"] == pytest.approx(1000 - 4 * parts["step"])
     assert "vae" not in parts and parts["unet"] <= parts["step"]
     assert Watch("cpu").parts_ms(5.0) == {"other": 5.0, "total": 5.0}
+
+
+def test_captured_steps_are_watched_captured(
+    sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in's replays run no Python: what the UNet's mark counts is the capture alone."""
+    monkeypatch.setattr(EagerBackend, "captures", True)
+    monkeypatch.setattr(EagerBackend, "capture", lambda self, step: replay.capture(step))
+    drawn = scene(str(sd1_folder), steps=5)
+    drawer = open_fastsd(drawn, backend="eager", precision="fp32")
+    watch = Watch("cpu")
+    with drawer.watched(watch):
+        drawer.draw(drawn.texts(0), drawn.seeds(0))
+        assert {"unet", "step"} <= set(watch.parts_ms(1.0))
+        watch.forget()
+        drawer.draw(drawn.texts(1), drawn.seeds(1))
+    assert "step" in watch.parts_ms(1.0) and "unet" not in watch.parts_ms(1.0)
 
 
 @pytest.mark.slow
