@@ -2,6 +2,8 @@
 
     y = dq(W 2^e) * dq(q(x 2^-e)) + b,   q(x) = clamp(round(x / scale) + zero point, 0, 255)
 
+A layer that rounds twice adds the product of k (x - dq(q(x))), over k, in the same call.
+
 Eager torch runs this anywhere, in floating point, exactly as rounded; oneDNN (through Inductor) and
 the ONNX runtimes fold quantise, product and dequantise into one int8 product. Weights are int8
 around zero, one scale an output channel (Jacob et al. 2018).
@@ -9,6 +11,7 @@ around zero, one scale an output channel (Jacob et al. 2018).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import final
 
 import torch
@@ -35,7 +38,7 @@ def powers(exponents: tuple[int, ...]) -> Tensor:
     return torch.ldexp(torch.ones(len(exponents)), torch.tensor(exponents))
 
 
-class _Int8(nn.Module):
+class _Int8(nn.Module, ABC):
     """What the two layers share: int8 weights, the input's rounding."""
 
     weight: Tensor
@@ -63,12 +66,28 @@ class _Int8(nn.Module):
         self.register_buffer("shrink", shrink)
         self.bias = layer.bias
         self.scale, self.zero_point = rounding.affine()
+        self.magnification = rounding.magnification() if rounding.twice else None
+
+    @abstractmethod
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Round x once and multiply it by the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C_in) -> (…, C_out), or (B, C_in, H, W) -> (B, C_out, H', W')."""
+        if self.shrink is not None:
+            x = x * self.shrink
+        if self.magnification is None:
+            return self.product(x, self.bias)
+        rest = (x - self.rounded(x)) * self.magnification
+        coarse, fine = self.product(torch.cat([x, rest]), None).chunk(2)  # weights are read once
+        out = coarse + fine / self.magnification
+        if self.bias is None:
+            return out
+        return out + self.bias.view(-1, *[1] * (self.weight.ndim - 2))
 
     def rounded(self, x: Tensor) -> Tensor:
         """Quantise and dequantise the input."""
         how = (self.scale, self.zero_point, 0, 255, torch.uint8)
-        if self.shrink is not None:
-            x = x * self.shrink
         out: Tensor = _ops.dequantize_per_tensor.default(
             _ops.quantize_per_tensor.default(x, *how), *how
         )
@@ -86,9 +105,9 @@ class _Int8(nn.Module):
 class Int8Linear(_Int8):
     """nn.Linear in int8."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(…, C_in) -> (…, C_out)."""
-        return F.linear(self.rounded(x), self.full_weight(), self.bias)
+        return F.linear(self.rounded(x), self.full_weight(), bias)
 
 
 @final
@@ -99,9 +118,9 @@ class Int8Conv2d(_Int8):
         super().__init__(layer, rounding)
         self.stride, self.padding = layer.stride, layer.padding
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        return F.conv2d(self.rounded(x), self.full_weight(), self.bias, self.stride, self.padding)
+        return F.conv2d(self.rounded(x), self.full_weight(), bias, self.stride, self.padding)
 
 
 def int8_layer(layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> Int8Linear | Int8Conv2d:
