@@ -52,6 +52,7 @@ SLOWEST = 8  # times the reference's time, above which a contender has to be ask
 KEPT_BYTES = 1 << 30  # of pictures, for each contender
 SETTLE_S = 0.02  # between turns, so that one contender's idling threads go to sleep
 ANSWER_S = 3600.0  # after which a contender that does not answer is given up
+PREPARE_S = 6 * ANSWER_S  # quantising and compiling a true-size model takes an hour on two cores
 BATCHES = (1, 2, 4, 8, 16)
 BYTES_A_PIXEL = 4096  # of activations while the decoder runs, and libraries' own needs:
 LIBRARIES_BYTES = 600 << 20
@@ -95,11 +96,17 @@ class Seat:
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
 
-    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+    def ask(self, do: str, *, limit_s: float = ANSWER_S, **fields: Any) -> dict[str, Any]:
         """Send a message and wait for the answer. Raises ContenderFailed."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
-        watchdog = threading.Timer(ANSWER_S, process.kill)
+        given_up = threading.Event()
+
+        def give_up() -> None:
+            given_up.set()
+            process.kill()
+
+        watchdog = threading.Timer(limit_s, give_up)
         watchdog.start()
         try:
             with contextlib.suppress(BrokenPipeError):  # its last words say more
@@ -109,7 +116,8 @@ class Seat:
         finally:
             watchdog.cancel()
         if not line:
-            raise ContenderFailed(self._last_words())
+            late = f"it was given up: no answer within {limit_s:g} s"
+            raise ContenderFailed(late if given_up.is_set() else self._last_words())
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -378,6 +386,7 @@ class Run:
             try:
                 answer = seat.ask(
                     "prepare",
+                    limit_s=PREPARE_S,
                     scene=asdict(self.scene),
                     prepares=contender.prepares,
                     options=_options(contender, self.scene),

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastsd.artifact import Artifact
 from fastsd.backends import ArtifactBackend, open_artifact
 from fastsd.checkpoints import Checkpoint, open_description
+from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
 from fastsd.export.calibration import PROMPTS
 from fastsd.export.parts import QUANTISED, Request, load_part
@@ -29,10 +30,12 @@ def receipt_prompts(name: str, request: Request) -> tuple[str, ...]:
     """Return the prompts to draw.
 
     The user's; else for the built-in model the first of its score, and for others a few if the
-    engine is quantised, none if not.
+    engine is quantised, none if not. Random weights draw noise, whose pictures tell nothing.
     """
     if request.prompts:
         return request.prompts
+    if name.startswith(RANDOM):
+        return ()
     if name == "builtin":
         return tasks(builtin_atlas())["english"].names[:BUILTIN_PROMPTS]
     return PROMPTS[:OTHER_PROMPTS] if request.precision in QUANTISED else ()

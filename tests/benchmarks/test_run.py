@@ -26,6 +26,7 @@ from fastsd.benchmarks.run import (
     ContenderFailed,
     Record,
     Run,
+    Seat,
     memory_need,
     plan_rounds,
     scene_of,
@@ -354,6 +355,15 @@ def test_what_is_planted_in_a_real_model_is_seen() -> None:
     assert rows["again"]["quality"]["psnr_db"]["worst"] == 100
     assert rows["noisy"]["quality"]["verdict"] == "close"
     assert 37 < rows["noisy"]["quality"]["psnr_db"]["worst"] < 43
+
+
+def test_who_does_not_answer_is_given_up_and_told_so() -> None:
+    seat = Seat(Contender("asleep", ""), SCENE)
+    try:
+        with pytest.raises(ContenderFailed, match=r"no answer within 0\.01 s"):
+            seat.ask("limits", limit_s=0.01)  # its process takes longer to start
+    finally:
+        seat.close()
 
 
 def test_no_reference_no_run() -> None:
