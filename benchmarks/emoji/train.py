@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from fastsd.benchmarks.emoji import vocabulary
 from fastsd.benchmarks.emoji.data import Emoji, captions, drawable
@@ -88,12 +89,20 @@ class Stage:
     """One training run against the clock: optimiser, learning rate, moving average, checkpoints."""
 
     def __init__(
-        self, module: nn.Module, path: Path, *, minutes: float, peak: float, decay: float
+        self,
+        module: nn.Module,
+        path: Path,
+        *,
+        minutes: float,
+        peak: float,
+        decay: float,
+        keep: float = 0.999,
     ) -> None:
         self.module = module
         self.path = path
         self.minutes = minutes
         self.peak = peak
+        self._keep = keep  # of the moving average, a step
         self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
         self._optimizer = torch.optim.AdamW(
             module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=decay, fused=True
@@ -143,7 +152,7 @@ class Stage:
 
     @torch.no_grad()
     def _follow(self) -> None:
-        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        keep = min(self._keep, (1 + self.step) / (10 + self.step))
         parameters = dict(self.module.named_parameters())
         averages = [self.average[name] for name in parameters]
         torch._foreach_lerp_(averages, list(parameters.values()), 1 - keep)
@@ -241,6 +250,7 @@ def refine_decoder(
     vae: VAE,
     pictures: Tensor,
     latents: Tensor,
+    drawn: Tensor,
     weights: Tensor,
     path: Path,
     *,
@@ -249,7 +259,8 @@ def refine_decoder(
 ) -> None:
     """Go on with the decoder alone, in place: the latents, which the UNet has learnt, stay as are.
 
-    Whole pictures and a little noise on the latents, as the UNet will leave some.
+    Whole pictures, every other one from what the UNet drew of it (`draw_all`), so that the decoder
+    learns what the UNet leaves rough. drawn: as latents; NaN where there is no drawing.
     """
     torch.manual_seed(0)
     assert vae.post_quant_conv is not None
@@ -257,16 +268,48 @@ def refine_decoder(
     decoder.to(device).train().requires_grad_(True)
     stage = Stage(decoder, path, minutes=minutes, peak=1e-3, decay=0.0)
     generator = torch.Generator().manual_seed(stage.step)
+    has_drawing = drawn.isfinite().flatten(1).all(dim=1)
 
     def losses() -> Tensor:
         rows = torch.multinomial(weights, 4, replacement=True, generator=generator)
         x = pictures[rows].to(device)
-        z = latents[rows] + 0.1 * torch.randn(latents[rows].shape, generator=generator)
+        from_drawing = has_drawing[rows] & (torch.arange(len(rows)) % 2 == 0)
+        z = torch.where(from_drawing[:, None, None, None], drawn[rows], latents[rows])
         return _picture_distance(vae.decode(z.to(device)), x)
 
     stage.run(losses)
     decoder.load_state_dict(stage.average)
     decoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def draw_all(
+    unet: UNet, names: Tensor, empty: Tensor, *, steps: int = 20, device: torch.device
+) -> Tensor:
+    """Draw each of `names` (N, tokens, D) once, as latents (N, C, h, w), by DDIM, guided.
+
+    empty: (1, tokens, D), what the text encoder says of no caption.
+    """
+    guidance = CONFIG.schedule.guidance or 1.0
+    alpha_bar = torch.from_numpy(alpha_bars(CONFIG.schedule)).float()
+    at = torch.linspace(len(alpha_bar) - 1, 0, steps + 1).round().long()
+    generator = torch.Generator().manual_seed(0)
+    side = CONFIG.unet.sample_size
+    drawn = []
+    for part in tqdm(torch.split(names, 64), desc="drawing", disable=None):
+        text = torch.cat([empty.expand_as(part), part]).float().to(device)
+        x = torch.randn((len(part), LATENT_CHANNELS, side, side), generator=generator).to(device)
+        for t, below in zip(at, at[1:], strict=False):
+            with quick(device):
+                plain, asked = unet.standard(torch.cat([x, x]), t, text).float().chunk(2)
+            v = plain + guidance * (asked - plain)
+            (alpha, sigma), (alpha_below, sigma_below) = (
+                (alpha_bar[i].sqrt(), (1 - alpha_bar[i]).sqrt()) for i in (t, below)
+            )
+            x0, noise = alpha * x - sigma * v, sigma * x + alpha * v
+            x = alpha_below * x0 + sigma_below * noise
+        drawn.append(x0.cpu())
+    return torch.cat(drawn)
 
 
 def _crops(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -378,7 +421,7 @@ def train_reader(
 
     def losses() -> Tensor:
         which, rows = examples.draw(256, dropout=CAPTION_DROPOUT)
-        with _quick(device):
+        with quick(device):
             scores, looks = reader(examples.ids[rows].to(device))
         distance = F.mse_loss(looks.float(), patches[which].to(device))
         return distance + 0.05 * F.cross_entropy(scores.float(), which.to(device))
@@ -396,7 +439,7 @@ def read(text_encoder: CLIPText, ids: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _quick(device: torch.device) -> Iterator[None]:
+def quick(device: torch.device) -> Iterator[None]:
     """Compute in bf16; on a CPU without the fused attention, whose backward pass is slow there."""
     fused = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION]
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel([*fused, SDPBackend.MATH]):
@@ -436,7 +479,7 @@ def train_unet(
         a = alpha_bar[t][:, None, None, None]
         x = a.sqrt() * x0 + (1 - a).sqrt() * noise
         v = a.sqrt() * noise - (1 - a).sqrt() * x0
-        with _quick(device):
+        with quick(device):
             prediction = unet.standard(x.to(device), t.to(device), states[rows].to(device).float())
         return F.mse_loss(prediction.float(), v.to(device))
 
@@ -521,12 +564,20 @@ def main() -> None:
 
     if (out / "vae.pt").is_file():
         return
+    unet = UNet(CONFIG.unet).to(device)
+    unet.load_state_dict(torch.load(out / "unet.pt", weights_only=True))
+    known = [i for i, emoji in enumerate(emojis) if not emoji.held_out]
+    names = tokenizer([*(emojis[i].english for i in known), ""], MAX_TOKENS).ids
+    said = read(text_encoder.to(device), torch.from_numpy(names), device)
+    drawn = torch.full_like(latents, math.nan)
+    drawn[known] = draw_all(unet, said[:-1], said[-1:], device=device)
     vae = VAE(CONFIG.vae)
     vae.load_state_dict(torch.load(out / "latents.pt", weights_only=True)["vae"])
     refine_decoder(
         vae,
         pictures,
         latents,
+        drawn,
         weights,
         out / "decoder-state.pt",
         minutes=arguments.decoder_minutes,

@@ -64,6 +64,7 @@ _OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 # a cross-attention's keys or values, whose input is the text
 _TEXT_READER = re.compile(r"attn2[._](processor\.)?to_[kv](_lora|\.lora)?[._](lora_)?(down|A)\b")
 _USUAL_NAME = "pytorch_lora_weights.safetensors"
+_BUILTIN_LCM = Path(__file__).resolve().parent.parent / "builtin" / "lcm_lora"
 _SHOWN = 5
 
 
@@ -298,10 +299,13 @@ def open_lora(
     weight_name: str | None = None,
     **hub_options: Any,
 ) -> LoRA:
-    """Open a LoRA: a file, a folder or hub id with one, or a dict of tensors. See `read_lora`."""
+    """Open a LoRA: a file, a folder or hub id with one, or a dict of tensors. See `read_lora`.
+
+    "builtin-lcm" is the built-in model's own, for 1 to 4 steps.
+    """
     if isinstance(source, Mapping):
         return read_lora(source, config, weights, title="the given tensors")
-    file = Path(source)
+    file = _BUILTIN_LCM if source == "builtin-lcm" else Path(source)
     if file.is_dir():
         file = _only_file(file, weight_name)
     elif not file.exists() and isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):

@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastsd import Pipeline
-from fastsd.benchmarks.emoji import data, export, train, vocabulary
+from fastsd.benchmarks.emoji import data, distil, export, train, vocabulary
 from fastsd.benchmarks.emoji.data import captions, draw, drawable, emojis
+from fastsd.checkpoints.lora import read_lora
+from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
+from fastsd.quality import psnr
 from fastsd.tokenizers import CLIPTokenizer
 
 needs_font = pytest.mark.skipif(
@@ -162,6 +166,33 @@ def test_a_trial_run_ends_in_a_checkpoint_that_draws(
     assert picture.size == (128, 128)
     known, pictures = drawable(12)
     assert len(known) == len(pictures) == 12
+
+    folder = tmp_path / "lora"
+    arguments = ["distil", "--run", str(run), "--to", str(folder), "--first", "12"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--batch", "4", "--minutes", "0.02"])
+    distil.main()
+    pipeline = Pipeline.from_pretrained(tmp_path / "model")
+    pipeline.load_lora_weights(folder)
+    changed = pipeline("grinning face", num_inference_steps=2, seed=0).images[0]
+    assert psnr(changed, picture) < 80
+
+
+def test_an_adapter_file_holds_the_changes_that_were_trained(tmp_path: Path) -> None:
+    """Read as any LoRA is, every layer's weight is the distilled one."""
+    torch.manual_seed(0)
+    unet = UNet(train.CONFIG.unet).requires_grad_(False)
+    layers = distil.LoRALayers(unet, rank=2)
+    for up in layers.up:
+        nn.init.normal_(up, std=0.05)
+    values = {name: value.detach().half().float() for name, value in layers.named_parameters()}
+    save_file(layers.file(values), tmp_path / "lora.safetensors")
+    own = dict(unet.named_parameters())
+    lora = read_lora(tmp_path / "lora.safetensors", train.CONFIG, {"unet": own}, title="lora")
+    changed = layers.weights(values)
+    assert len(changed) == len(lora.deltas) > 50
+    for (_, name), delta in lora.deltas.items():
+        weight = own[name] + (delta.scale * delta.up @ delta.down).view_as(own[name])
+        assert torch.allclose(weight, changed[name], atol=1e-6)
 
 
 def _seeded(seed: int) -> torch.Generator:
