@@ -60,8 +60,14 @@ def diffusers_pipeline(
         )
     pipeline.set_progress_bar_config(disable=True)
     # Explicitly: parts come in whatever dtype their files or that library's release prefers. And
-    # not by an argument: its name changed between releases.
-    return pipeline.to(dtype)
+    # not by an argument: its name changed between releases. It warns of a cast even where nothing
+    # is to stay as it was.
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    try:
+        return pipeline.to(dtype)
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
 
 
 def _assemble(checkpoint: Checkpoint, components: dict[str, Any]) -> Any:

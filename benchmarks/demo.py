@@ -18,7 +18,13 @@ from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.images import contact_sheet, save_png
 from fastsd.quality import psnr
 
-PROMPTS = ("a red apple", "a smiling face with sunglasses", "a yellow flower", "一只猫")
+# prompt -> its caption; the last is a pair of words that training left out
+PROMPTS = {
+    "a rainbow": "a rainbow",
+    "a red heart": "a red heart",
+    "红苹果": "红苹果 (a red apple)",
+    "woman firefighter: dark skin tone": "woman firefighter: dark",
+}
 STEPS = 20
 
 
@@ -45,7 +51,7 @@ def main() -> None:
         )
 
     for draw in (draw_ours, draw_theirs):  # warm both up
-        draw(PROMPTS[0], 0)
+        draw(next(iter(PROMPTS)), 0)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     pictures: list[Image.Image] = []
@@ -67,8 +73,8 @@ def main() -> None:
             f"PSNR {distances[-1]:.1f} dB"
         )
     sheet = arguments.out / "contact-sheet.png"
-    captions = [f"{name}: {prompt}" for prompt in PROMPTS for name in ("fastsd", "diffusers")]
-    save_png(contact_sheet(pictures, captions, columns=4), sheet)
+    captions = [f"{name}: {text}" for text in PROMPTS.values() for name in ("fastsd", "diffusers")]
+    save_png(contact_sheet(pictures, captions, columns=4, side=256), sheet)
     ratio = median(seconds["diffusers"]) / median(seconds["fastsd"])
     print(
         f"median seconds a picture: fastsd {median(seconds['fastsd']):.2f}, "

@@ -244,23 +244,14 @@ def write_report(
         write_json(draft / "results.json", results)
         names = [row["name"] for row in results["rows"] if row["name"] in first_pictures]
         sheet = contact_sheet(
-            [_enlarged(Image.fromarray(first_pictures[name])) for name in names],
+            [Image.fromarray(first_pictures[name]) for name in names],
             names,
             columns=min(4, len(names)),
+            side=256,
         )
         save_png(sheet, draft / "contact-sheet.png")
         plots = _plots(draft, results)
         (draft / "report.md").write_text("\n".join(_markdown_report(results, plots)), "utf-8")
-
-
-def _enlarged(picture: Image.Image, side: int = 256) -> Image.Image:
-    """Small pictures grow by a whole factor, their pixels kept; large ones are shrunk."""
-    if picture.width >= side:
-        return picture.resize((side, side), Image.Resampling.LANCZOS)
-    factor = side // picture.width
-    return picture.resize(
-        (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
-    )
 
 
 def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:

@@ -49,11 +49,10 @@ def main() -> None:
         *_outpainting(pipe, source, arguments.prompt, shared),
         *_weights(pipe, arguments.weighted, shared),
     ]
-    # Small pictures are enlarged, pixel by pixel, so that edges of masks can be judged.
-    scale = max(1, 256 // max(source.size))
-    pictures = [_enlarged(picture, scale) for _, picture in rows]
+    captions, pictures = zip(*rows, strict=True)
     sheet = arguments.out / "tasks-sheet.png"
-    save_png(contact_sheet(pictures, [caption for caption, _ in rows], columns=COLUMNS), sheet)
+    side = max(256, *source.size)  # enlarged by a whole factor, so that masks' edges can be judged
+    save_png(contact_sheet(pictures, captions, columns=COLUMNS, side=side), sheet)
     print(sheet)
 
 
@@ -129,10 +128,6 @@ def _check_kept(
     moved = (left + at[0], top + at[1], right + at[0], bottom + at[1])
     if not np.array_equal(np.asarray(given.crop(box)), np.asarray(drawn.crop(moved))):
         raise SystemExit("error: pixels outside the mask were changed")
-
-
-def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":

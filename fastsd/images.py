@@ -7,6 +7,7 @@ Knows nothing of models and samplers; torch is imported only where a tensor is a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -408,14 +409,26 @@ def _unquote(value: str) -> str:
 
 # --- contact sheets -------------------------------------------------------------------------------
 
-# Tried in this order for captions beyond the bundled font, which knows little more than ASCII.
+# Tried in this order for captions beyond the bundled font, which knows little more than ASCII:
+# what Linux distributions, macOS and Windows call their fonts, those with Chinese after the first.
 _FONTS = (
     "DejaVuSans.ttf",
     "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "NotoSansSC-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
     "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "uming.ttc",
     "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "STHeiti Light.ttc",
     "msyh.ttc",
+    "simsun.ttc",
     "Arial Unicode.ttf",
+    "unifont.otf",
+    "unifont.ttf",
 )
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -427,16 +440,22 @@ def contact_sheet(
     columns: int = 4,
     margin: int = 8,
     font_size: int = 14,
+    side: int | None = None,
 ) -> Image.Image:
     """Lay pictures in a grid on white, each with its caption below, cut to the picture's width.
 
-    Characters that no font of this machine has are written as their code points.
+    side: pixels; larger pictures are shrunk to it, smaller ones grow by a whole factor, so that
+    single pixels can be judged; None lays them as they are.
+
+    Characters that no font of this machine has are left out, "..." in the place of each run.
     """
     if not pictures or len(pictures) != len(captions) or columns < 1:
         raise UsageError(
             f"a contact sheet needs one caption a picture and a column or more; "
             f"{len(pictures)} pictures, {len(captions)} captions and {columns} columns were given"
         )
+    if side is not None:
+        pictures = [_resized(picture, side) for picture in pictures]
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     width = max(picture.width for picture in pictures)
@@ -453,15 +472,26 @@ def contact_sheet(
     return sheet
 
 
+def _resized(picture: Image.Image, side: int) -> Image.Image:
+    longest = max(picture.size)
+    if longest > side:
+        shrunk = [max(1, n * side // longest) for n in picture.size]
+        return picture.resize((shrunk[0], shrunk[1]), Image.Resampling.LANCZOS)
+    factor = side // longest
+    return picture.resize(
+        (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
+    )
+
+
 def _legible(text: str, size: int) -> tuple[str, _Font]:
-    """Choose a font that has every character; failing that, spell out the missing ones."""
+    """Choose a font that has every character; failing that, leave the missing ones out."""
     bundled = ImageFont.load_default(size=size)
     for font in (bundled, *_installed_fonts(size)):
         if not _missing(text, font):
             return text, font
     missing = _missing(text, bundled)
-    spelt = "".join(f"<{ord(c):04X}>" if c in missing else c for c in text)
-    return spelt, bundled
+    runs = itertools.groupby(text, missing.__contains__)
+    return "".join("..." if lacking else "".join(run) for lacking, run in runs), bundled
 
 
 def _installed_fonts(size: int) -> Iterable[_Font]:

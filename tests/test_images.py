@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFont, PngImagePlugin
 
 from fastsd import images
 from fastsd.errors import FastsdError, NumericsError, UsageError
@@ -476,12 +476,40 @@ def test_contact_sheet_places_every_picture() -> None:
     assert sheet.getpixel((2 * 36 + 4, 56)) == (255, 255, 255)
 
 
+def test_contact_sheet_enlarges_by_whole_factors() -> None:
+    small, large = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (400, 200), "blue")
+    small.putpixel((0, 0), (0, 255, 0))
+    sheet = contact_sheet([small, large], ["", ""], columns=1, margin=0, side=100)
+    assert sheet.size == (100, 2 * (60 + 28))
+    x = (100 - 90) // 2
+    assert sheet.crop((x, 0, x + 3, 3)).getcolors() == [(9, (0, 255, 0))]
+    assert sheet.crop((x + 3, 0, x + 90, 60)).getcolors() == [(87 * 60, (255, 0, 0))]
+    assert sheet.getpixel((0, 88 + 10 + 25)) == (0, 0, 255)  # 100 x 50, at the bottom of its place
+
+
 def test_captions_are_legible_whatever_the_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert images._legible("a red apple", 14)[0] == "a red apple"
     monkeypatch.setattr(images, "_FONTS", ("no such font.ttf",))
     text, font = images._legible("一只 cat é", 14)
-    assert text == "<4E00><53EA> cat <00E9>"
+    assert text == "... cat ..."
     assert not images._missing(text, font)
+
+
+def test_a_caption_is_written_in_a_font_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fonts this machine has: one is made that has Chinese, of a font that has not."""
+    fonttools = pytest.importorskip("fontTools.ttLib", reason="comes with matplotlib")
+    matplotlib = pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+    font = fonttools.TTFont(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    for table in font["cmap"].tables:
+        if table.isUnicode():
+            table.cmap[ord("猫")] = "C"
+    font.save(tmp_path / "chinese.ttf")
+    monkeypatch.setattr(images, "_FONTS", ("no such font.ttf", str(tmp_path / "chinese.ttf")))
+    text, chosen = images._legible("猫 cat", 14)
+    assert text == "猫 cat" and isinstance(chosen, ImageFont.FreeTypeFont)
+    assert chosen.path == str(tmp_path / "chinese.ttf")
 
 
 def test_captions_are_cut_to_the_width() -> None:
