@@ -30,6 +30,7 @@ _LORA = "tests/test_adapters.py::test_pictures_equal_diffusers"
 _CONVERTED = "diffusers' converter: identical tensors"
 _CLOSE = f"{_PICTURES}, > 80 dB"
 _TASKS = "tests/test_tasks.py::"
+_ENGINES = "tests/export/test_tasks_on_engines.py::"
 
 ROWS = (
     Row("family", "Stable Diffusion 1.x", "eps; PNDM and others", _PICTURES, _PIPELINE),
@@ -132,8 +133,8 @@ ROWS = (
         "adapter",
         "LoRAs inside an engine or a folder",
         "fastsd export, fastsd convert: --lora FILE:WEIGHT",
-        "eager with the LoRAs on, > 55 dB; its weights, to the bit",
-        "tests/export/test_tasks_on_engines.py::test_a_lora_goes_in_when_the_engine_is_built",
+        "eager with the LoRAs on, > 60 dB",
+        _ENGINES + "test_a_lora_and_a_preset_go_in_when_an_engine_is_built",
     ),
     Row("task", "text to image", "", _PICTURES, _PIPELINE),
     Row("task", "image to image", "--image, --strength", _PICTURES, _TASKS + "test_image_to_image"),
@@ -199,5 +200,19 @@ ROWS = (
         "--embedding; several vectors, SDXL's pairs",
         _PICTURES,
         "tests/test_prompting.py::test_learned_words",
+    ),
+    Row(
+        "task",
+        "pictures, masks, weights on engines",
+        "ONNX, OpenVINO; a GPU's and aoti's by the same contract",
+        "eager, > 60 dB",
+        _ENGINES + "test_tasks_equal_eager",
+    ),
+    Row(
+        "task",
+        "what engines refuse",
+        "other sizes than exported for, chunks, clip skip, embeddings",
+        "one clear error each",
+        _ENGINES + "test_what_an_engine_cannot_carry",
     ),
 )

@@ -18,7 +18,11 @@ from tests.export.conftest import SIZE
 from tests.export.test_to_onnx import assert_same_pictures
 from tests.test_tasks import mask, picture, quiet
 
-ENGINES = [("sd1_onnx", "sd1_folder"), ("sdxl_onnx_fast", "sdxl_folder")]
+ENGINES = [
+    ("sd1_onnx", "sd1_folder"),
+    ("sdxl_onnx_fast", "sdxl_folder"),
+    ("sd1_openvino", "sd1_folder"),
+]
 GIVEN: dict[str, Any] = dict(image=picture(SIZE), strength=0.8)
 MASKED: dict[str, Any] = dict(**GIVEN, mask_image=mask(SIZE), mask_feather=4)
 
@@ -38,9 +42,11 @@ def test_tasks_equal_eager(engine: str, source: str, request: pytest.FixtureRequ
         assert_same_pictures(ours(prompts, **given).images, eager(prompts, **given).images)
 
 
-def test_a_lora_goes_in_when_the_engine_is_built(sd1_folder: Path, tmp_path: Path) -> None:
-    """It draws what eager draws with the LoRA on; the manifest says what is inside."""
-    eager = quiet(sd1_folder, device="cpu")
+def test_a_lora_and_a_preset_go_in_when_an_engine_is_built(
+    sd1_folder: Path, tmp_path: Path
+) -> None:
+    """It draws, unasked, what eager draws with both; the manifest says what is inside."""
+    eager = quiet(sd1_folder, device="cpu", preset="hyper-2")
     layers = ("down_blocks.0.attentions.0.proj_in", "mid_block.attentions.0.proj_in")
     weights, lora = eager._backend.weights("unet"), {}
     generator = torch.Generator().manual_seed(3)
@@ -50,20 +56,20 @@ def test_a_lora_goes_in_when_the_engine_is_built(sd1_folder: Path, tmp_path: Pat
         lora[f"unet.{layer}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) / 4
     file = tmp_path / "style.safetensors"
     save_file(lora, file)
-    checkpoint = open_checkpoint(sd1_folder).with_loras([(file, 0.7)])
+    checkpoint = open_checkpoint(sd1_folder, preset="hyper-2").with_loras([(file, 0.7)])
     request = Request(target="onnx", size=SIZE)
     artifact = export(checkpoint, "sd1", request, tmp_path / "engine")
-    plain = open_checkpoint(sd1_folder)
+    plain = open_checkpoint(sd1_folder, preset="hyper-2")
     assert artifact.manifest.model == "sd1 + style.safetensors:0.7"
     assert artifact.manifest.source == source_digest(checkpoint) != source_digest(plain)
-    settings: dict[str, Any] = dict(
-        num_inference_steps=3, height=SIZE[0], width=SIZE[1], output_type="np", seed=1
-    )
+    settings: dict[str, Any] = dict(height=SIZE[0], width=SIZE[1], output_type="np", seed=1)
     ours = quiet(artifact.path, device="cpu")
     without = eager("a cat", **settings).images
     eager.load_lora_weights(file, adapter_name="style")
     eager.set_adapters("style", 0.7)
-    drawn = ours("a cat", **settings).images
+    output = ours("a cat", **settings)
+    assert (output.metadata[0]["steps"], output.metadata[0]["guidance_scale"]) == (2, 0.0)
+    drawn = output.images
     assert_same_pictures(drawn, eager("a cat", **settings).images)
     assert np.abs(drawn - without).max() > 0.05
     with pytest.raises(UsageError, match="fixed when it is built.*fastsd export MODEL --lora"):
