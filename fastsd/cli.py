@@ -57,7 +57,7 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     "embeddings": (dict, None),
 }
 # What is given to from_pretrained.
-LOADING = ("backend", "precision", "device", "prediction", "preset", "vae", "tokenizer")
+LOADING = ("backend", "floor", "precision", "device", "prediction", "preset", "vae", "tokenizer")
 # What it says besides, for people and other tools.
 REMARKS = {"versions", "sampler_title", "schedule_type", "not_recorded"}
 
@@ -95,7 +95,7 @@ Tokenizer = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; a user's mistake is one line on stderr, never a traceback."""
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    _listen()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a legacy code page must not break on a prompt
             stream.reconfigure(errors="backslashreplace")
@@ -110,6 +110,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+class _Line(logging.Formatter):
+    """A line as it is, and a warning as such."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return ("warning: " if record.levelno >= logging.WARNING else "") + super().format(record)
+
+
+def _listen() -> None:
+    """Show warnings, whoever gives them, and what fastsd says of its choices, on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("fastsd").setLevel(logging.INFO)
 
 
 def _checked(arguments: Sequence[str]) -> list[str]:
@@ -291,7 +306,15 @@ def generate(
     backend: Annotated[
         str | None,
         typer.Option(
-            help="What runs the model, see `fastsd env`. [default: eager, or the exported engine's]"
+            help="What runs the model, see `fastsd env`; auto: what `fastsd tune` found fastest. "
+            "[default: eager, or the exported engine's]"
+        ),
+    ] = None,
+    floor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PSNR",
+            help="With --backend auto: how near to exact the worst picture must be, in dB.",
         ),
     ] = None,
     precision: Annotated[
@@ -345,6 +368,7 @@ def generate(
         "width": width,
         "height": height,
         "backend": backend,
+        "floor": floor,
         "precision": precision,
         "device": device,
         "prediction": prediction,

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -182,6 +183,7 @@ class Pipeline:
         self._loops = self._new_loops(self._backend)
         self._adapters = Adapters()
         self._preview_vae: VAE | TinyVAE | None = None
+        self._chosen = False  # whether backend="auto" put the engine in the checkpoint's place
 
     @classmethod
     def from_pretrained(
@@ -244,7 +246,7 @@ class Pipeline:
             raise UsageError("safety checkers are not supported; pass safety_checker=None")
         if use_safetensors is False:
             raise UsageError("only safetensors are loaded; drop use_safetensors=False")
-        artifact = None
+        artifact, chosen = None, False
         if floor is not None and backend != "auto":
             raise UsageError("floor chooses among what was tuned; pass backend='auto' with it")
         if is_artifact(model):
@@ -275,11 +277,17 @@ class Pipeline:
         if backend == "auto":
             backend = None
             if artifact is None:
-                choice = choose(checkpoint, floor)
-                log.info(choice.reason)
+                choice = choose(
+                    checkpoint,
+                    floor,
+                    precision=_precision(precision, dtype or torch_dtype),
+                    device=_device(device).type,
+                )
+                _tell(choice.reason)
                 if choice.engine is not None:
                     artifact = Artifact.open(choice.engine)
-        return cls(
+                    chosen = True
+        pipe = cls(
             checkpoint,
             name=Path(model).name if Path(model).exists() else str(model),
             sampler=sampler,
@@ -290,6 +298,8 @@ class Pipeline:
             graph=graph,
             low_memory=low_memory,
         )
+        pipe._chosen = chosen
+        return pipe
 
     @classmethod
     def from_single_file(cls, file: str | Path, **options: Any) -> Pipeline:
@@ -850,7 +860,7 @@ class Pipeline:
                 "embeddings": vocabulary.named_in([*prompts.row(i // count).values()]) or None,
                 **({} if source is None else source.digests(i, prompts.batch * count)),
                 "model": self.name,
-                "backend": self._backend.name,
+                "backend": "auto" if self._chosen else self._backend.name,
                 "precision": self._backend.precision,
                 "versions": {"fastsd": fastsd.__version__, "torch": torch.__version__},
             }
@@ -1085,6 +1095,14 @@ def _device(device: str | torch.device | None) -> torch.device:
             "device 'cuda' was asked for, but torch sees no GPU; `fastsd env` says why"
         )
     return chosen
+
+
+def _tell(line: str) -> None:
+    """Say what was chosen: to the program's own log, or on stderr where it keeps none."""
+    if log.hasHandlers():
+        log.info(line)
+    else:
+        print(line, file=sys.stderr)
 
 
 def _precision(precision: str | None, dtype: torch.dtype | None) -> str | None:

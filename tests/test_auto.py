@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,8 @@ from fastsd.backends import auto
 from fastsd.backends.auto import Measured, choose, recall, remember
 from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import UsageError
+from fastsd.export.build import export
+from fastsd.export.parts import Request
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +63,17 @@ def test_the_fastest_that_holds_the_floor(
     assert choose(checkpoint, floor).engine != tmp_path / engine
 
 
+def test_what_else_is_asked_narrows_the_choice(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    remember(checkpoint, rows(tmp_path))
+    assert choose(checkpoint, precision="fp32").engine == tmp_path / "exact"
+    with pytest.raises(UsageError, match="still there holds fp16"):
+        choose(checkpoint, precision="fp16")
+    with pytest.raises(UsageError, match="still there holds int8 and 30 dB"):
+        choose(checkpoint, 30.0, precision="int8")
+    on_gpu = choose(checkpoint, precision="fp16", device="cuda")
+    assert on_gpu.engine is None and "eager fp16 on cuda" in on_gpu.reason
+
+
 def test_what_other_machines_or_threads_measured_is_not_taken(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,3 +97,34 @@ def test_the_pipeline_says_what_it_takes(
     assert pipe.artifact is None
     with pytest.raises(UsageError, match="pass backend='auto'"):
         Pipeline.from_pretrained("builtin", floor=30.0)
+
+
+def test_programs_and_the_command_line_say_it_on_stderr_once(tmp_path: Path) -> None:
+    """Without any logging set up; and a picture drawn so can be drawn again."""
+    script = "from fastsd import Pipeline; Pipeline.from_pretrained('builtin', backend='auto')"
+    drawn = str(tmp_path / "a.png")
+    generate = ["-m", "fastsd", "generate", "a", "--steps", "1", "--backend", "auto", "-o", drawn]
+    for arguments in (["-c", script], generate, ["-m", "fastsd", "generate", "--again", drawn]):
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        expected = 0 if "--again" in arguments else 1  # eager itself is recorded, not the choice
+        assert done.stderr.count("auto: eager fp32; no faster way was measured here") == expected
+
+
+def test_pictures_of_a_chosen_engine_record_the_choice(sd1_folder: Path, tmp_path: Path) -> None:
+    """The engine's folder is nobody else's: whoever draws the picture again chooses again."""
+    engine = export(
+        open_checkpoint(sd1_folder), "sd1", Request(target="onnx", size=(64, 64)), tmp_path / "e"
+    ).path
+    checkpoint = open_checkpoint(sd1_folder)
+    remember(checkpoint, [Measured("ort", "fp32", 1.0, exact=True, engine=str(engine))])
+    pipe = Pipeline.from_pretrained(sd1_folder, backend="auto", device="cpu", floor=30.0)
+    assert pipe.artifact is not None and pipe.artifact.path == engine
+    settings: dict[str, Any] = {"num_inference_steps": 1, "height": 64, "width": 64, "seed": 0}
+    (metadata,) = pipe("a", **settings).metadata
+    assert (metadata["backend"], metadata["precision"]) == ("auto", "fp32")
+    again = Pipeline.from_pretrained(
+        sd1_folder, backend=metadata["backend"], precision=metadata["precision"], device="cpu"
+    )
+    assert again("a", **settings).images[0].tobytes() == pipe("a", **settings).images[0].tobytes()

@@ -85,15 +85,35 @@ def recall(checkpoint: Checkpoint) -> list[Measured]:
     return rows if data.get("machine") == machine() else []
 
 
-def choose(checkpoint: Checkpoint, floor: float | None = None) -> Choice:
-    """Return the fastest way that holds `floor` (dB, worst picture) and whose engine is there."""
+def choose(
+    checkpoint: Checkpoint,
+    floor: float | None = None,
+    *,
+    precision: str | None = None,
+    device: str = "cpu",
+) -> Choice:
+    """Return the fastest way that holds `floor` (dB, worst picture) and whose engine is there.
+
+    precision: take only ways of this one. device: its type; what is tuned runs on the CPU.
+    """
+    if device != "cpu":
+        return Choice(None, f"auto: eager {precision or 'fp32'} on {device}; tuned are CPUs only")
     rows = recall(checkpoint)
     if not rows:
-        return Choice(None, "auto: eager fp32; nothing was measured here, see `fastsd tune`")
+        return Choice(
+            None,
+            f"auto: eager {precision or 'fp32'}; no faster way was measured here with "
+            f"{torch.get_num_threads()} threads, see `fastsd tune`",
+        )
     there = [row for row in rows if row.engine is None or is_artifact(row.engine)]
-    fit = [row for row in there if row.holds(floor)]
+    fit = [row for row in there if row.holds(floor) and precision in (None, row.precision)]
     if not fit:
-        raise UsageError(f"nothing that was tuned holds {floor} dB; run `fastsd tune` again")
+        asked = " and ".join(
+            [*([precision] if precision else []), *([f"{floor:g} dB"] if floor is not None else [])]
+        )
+        raise UsageError(
+            f"nothing that was tuned and is still there holds {asked}; run `fastsd tune` again"
+        )
     best = min(fit, key=lambda row: row.seconds)
     others = len(there) - 1
     asked = "" if floor is None else f" of those that hold {floor:g} dB"
