@@ -22,13 +22,13 @@ class Row:
     test: str
 
 
-_PICTURES = "diffusers' pictures"
+_PICTURES = "diffusers' pictures, > 50 dB"
 _PIPELINE = "tests/test_pipeline.py::test_equals_diffusers"
 _SINGLE = "tests/checkpoints/test_single.py::test_every_tensor_is_what_diffusers_converts"
 _FEW = "tests/test_families.py::test_presets_draw_as_their_makers_say"
 _LORA = "tests/test_adapters.py::test_pictures_equal_diffusers"
 _CONVERTED = "diffusers' converter: identical tensors"
-_CLOSE = f"{_PICTURES}, > 80 dB"
+_CLOSE = "diffusers' pictures, > 80 dB"
 _TASKS = "tests/test_tasks.py::"
 _ENGINES = "tests/export/test_tasks_on_engines.py::"
 
