@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,9 +56,11 @@ def diffusers_pipeline(
         pipeline = _assemble(model, given)
     else:
         folder = model.path if isinstance(model, Checkpoint) else model
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, **given
-        )
+        with warnings.catch_warnings():  # of what it then puts right itself
+            warnings.filterwarnings("ignore", "The configuration file of this scheduler")
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                folder, local_files_only=True, **given
+            )
     pipeline.set_progress_bar_config(disable=True)
     # Explicitly: parts come in whatever dtype their files or that library's release prefers. And
     # not by an argument: its name changed between releases. It warns of a cast even where nothing

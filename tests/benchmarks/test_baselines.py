@@ -49,7 +49,6 @@ def test_diffusers_draws_random_models_as_fastsd_does(
     assert torch.linalg.norm(a - b) / torch.linalg.norm(b) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 def test_weights_stored_in_half_are_drawn_in_full() -> None:
     """The built-in model's are, and transformers would compute in what it finds."""
     drawn = scene("builtin", steps=2)
@@ -113,6 +112,7 @@ def test_captured_steps_are_watched_captured(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what the others' exporters have to say of torch and numpy
 @pytest.mark.parametrize(
     ("packages", "prepare", "opener", "options", "floor_db"),
     [
