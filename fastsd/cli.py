@@ -48,7 +48,7 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     **{name: (list, name) for name in ("timesteps", "sigmas", "original_size", "target_size")},
     "crops_coords_top_left": (list, "crops_coords_top_left"),
     **{name: (_NUMBER, name) for name in ("strength", "guidance_rescale", "denoising_end")},
-    **{name: (int, name) for name in ("mask_feather", "clip_skip")},
+    **{name: (int, name) for name in ("mask_feather", "clip_skip", "cache_interval")},
     **{name: (_NUMBER, name) for name in ("aesthetic_score", "negative_aesthetic_score")},
     "outpaint": (list, "outpaint"),
     "prompt_syntax": (str, "prompt_syntax"),
@@ -317,6 +317,14 @@ def generate(
             help="With --backend auto: how near to exact the worst picture must be, in dB.",
         ),
     ] = None,
+    cache_interval: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="After the first fifth of the steps, run the UNet's deeper layers at every so "
+            "many only. 2: about 1.5 times as fast, a near picture. [default: 1, all]",
+        ),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32 (exact), fp16 or bf16. [default: fp32]")
     ] = None,
@@ -367,6 +375,7 @@ def generate(
         "seed": seed,
         "width": width,
         "height": height,
+        "cache_interval": cache_interval,
         "backend": backend,
         "floor": floor,
         "precision": precision,

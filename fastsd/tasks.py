@@ -371,11 +371,47 @@ class Predict:
                 single(x[i : i + 1], row[i::batch], tuple(t[i::batch] for t in fixed))
                 for i in range(batch)
             )
+        x, kv = self.inputs(x, fixed)
+        prediction: Tensor = self.unet(x, row, kv)
+        return prediction
+
+    def inputs(self, x: Tensor, fixed: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """Return x and kv as the UNet takes them."""
         if self.extra:
             *fixed, extra = fixed
             x = torch.cat([x, extra.to(x.dtype)], dim=1)
-        kv = tree_unflatten(fixed, self.form)
-        prediction: Tensor = self.unet(x.to(self.dtype), row, kv)
+        return x.to(self.dtype), tree_unflatten(fixed, self.form)
+
+
+def reused(steps: int, interval: int) -> tuple[bool, ...]:
+    """Say which of a run's steps use again what the UNet's deeper layers made at the step before.
+
+    The first fifth, which decides what is drawn, and from there on every interval-th compute all.
+    """
+    first = -(-steps // 5)
+    return tuple(i > first and (i - first) % interval != 0 for i in range(steps))
+
+
+class Cached:
+    """Predict as `plain` does, but take at the steps of `reuse` what the deeper layers made before.
+
+    Made for one run of a loop: it counts its calls.
+    """
+
+    def __init__(self, plain: Predict, backend: Backend, reuse: Sequence[bool]) -> None:
+        self._plain = plain
+        self._whole, self._shallow = backend.part("unet_deep"), backend.part("unet_shallow")
+        self._reuse = iter(reuse)
+        self._deep: Tensor | None = None
+
+    def __call__(self, x: Tensor, row: Tensor, fixed: Sequence[Tensor]) -> Tensor:
+        """Do what `Predict` does."""
+        x, kv = self._plain.inputs(x, fixed)
+        prediction: Tensor
+        if next(self._reuse, False) and self._deep is not None:
+            prediction = self._shallow(x, row, kv, self._deep)
+        else:
+            prediction, self._deep = self._whole(x, row, kv)
         return prediction
 
 
@@ -389,12 +425,13 @@ def bind_denoiser(
     guidance: float,
     extra: Tensor | None = None,
     one_at_a_time: bool = False,
+    cache_interval: int = 1,
 ) -> Denoiser:
     """Bind the UNet to a prompt and a schedule: all that does not depend on x is computed here,
     once.
 
     timesteps: (S,), one a row of the table. guidance: what distilled UNets are told; others ignore
-    it. extra, one_at_a_time: as `Predict` has them.
+    it. extra, one_at_a_time: as `Predict` has them. cache_interval: as `reused` has it.
     """
     batch = len(conditioning) // (2 if guided else 1)
     if one_at_a_time and batch > 1:
@@ -431,8 +468,10 @@ def bind_denoiser(
     )
     kv = backend.part("unet_context")(conditioning.context.to(backend.dtype))
     leaves, form = tree_flatten(kv)
-    predict = Predict(backend.part("unet"), backend.dtype, form, extra is not None)
-    return Denoiser(predict, rows, (*leaves, *([] if extra is None else [extra])))
+    plain = Predict(backend.part("unet"), backend.dtype, form, extra is not None)
+    reuse = reused(len(timesteps), cache_interval)
+    fixed = (*leaves, *([] if extra is None else [extra]))
+    return Denoiser(Cached(plain, backend, reuse) if any(reuse) else plain, rows, fixed)
 
 
 def _regroup(predictions: Iterable[Tensor]) -> Tensor:

@@ -16,7 +16,8 @@ from fastsd import Pipeline
 from fastsd.backends.eager import EagerBackend
 from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.errors import FastsdError, NumericsError, OutOfMemory, UnknownName, UsageError
-from fastsd.quality import psnr
+from fastsd.quality import builtin_atlas, psnr, tasks
+from fastsd.tasks import reused
 
 FAMILIES = ["sd1_folder", "sd2_folder", "sdxl_folder"]
 PROMPT = "a small red house by the sea"
@@ -409,3 +410,67 @@ def test_nan_weights_are_an_error_not_a_black_picture(sd1_folder: Path) -> None:
 def test_out_of_memory_is_typed(sd1: Pipeline) -> None:
     with pytest.raises(OutOfMemory, match="smaller size"):
         sd1(PROMPT, height=8_000_000, width=8_000_000, num_inference_steps=1)
+
+
+# --- steps that reuse what the deeper layers made ----------------------------------------------
+
+
+def test_which_steps_reuse() -> None:
+    assert reused(20, 1) == (False,) * 20
+    assert [i for i, again in enumerate(reused(20, 2)) if again] == [5, 7, 9, 11, 13, 15, 17, 19]
+    assert [i for i, again in enumerate(reused(8, 3)) if again] == [3, 4, 6, 7]
+    assert reused(1, 2) == (False,)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_steps_run_the_deeper_layers_less_often(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    pipe = quiet(request.getfixturevalue(family))
+    assert isinstance(pipe._backend, EagerBackend)
+    unet = pipe._backend.modules["unet"]
+    seen = {"mid_block": 0, "conv_out": 0}
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            seen[name] += 1
+
+        return hook
+
+    unet.mid_block.register_forward_hook(count("mid_block"))  # type: ignore[union-attr]
+    unet.conv_out.register_forward_hook(count("conv_out"))  # type: ignore[union-attr]
+    settings: dict[str, Any] = dict(
+        seed=3, num_inference_steps=6, sampler="ddim", guidance_scale=7.5
+    )
+    whole = pipe(PROMPT, **settings).images[0]
+    assert digest(pipe(PROMPT, cache_interval=1, **settings).images[0]) == digest(whole)
+    seen.update(mid_block=0, conv_out=0)
+    output = pipe(PROMPT, cache_interval=2, **settings)
+    assert (seen["mid_block"], seen["conv_out"]) == (4, 6)
+    assert output.metadata[0]["cache_interval"] == 2
+    assert 15 < psnr(output.images[0], whole) < 100
+    again = pipe(PROMPT, cache_interval=2, **settings).images[0]
+    assert digest(again) == digest(output.images[0]), "nothing is left of the run before"
+    with pytest.raises(UsageError, match="do not go together"):
+        pipe(PROMPT, cache_interval=2, batch_invariant=True, **settings)
+    with pytest.raises(UsageError, match="cache_interval must be"):
+        pipe(PROMPT, cache_interval=0, **settings)
+
+
+@pytest.mark.slow
+def test_the_builtin_model_keeps_its_pictures_with_cached_steps() -> None:
+    """64 prompts at guidance 7.5, 20 steps: the median is within 25 dB of whole steps."""
+    pipe = quiet("builtin")
+    prompts = tasks(builtin_atlas())["english"].names[:64]
+    distances = []
+    for start in range(0, len(prompts), 16):
+        settings: dict[str, Any] = dict(seed=start, num_inference_steps=20, guidance_scale=7.5)
+        names = list(prompts[start : start + 16])
+        pairs = zip(
+            pipe(names, cache_interval=2, **settings).images,
+            pipe(names, **settings).images,
+            strict=True,
+        )
+        distances += [psnr(a, b) for a, b in pairs]
+    print(f"median {np.median(distances):.2f} dB, worst {min(distances):.2f} dB")
+    assert np.median(distances) >= 25

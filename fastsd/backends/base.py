@@ -12,6 +12,8 @@ A part is a callable over torch tensors on the backend's device:
     unet           (x (B, C, H, W), row (B or 1, E), kv) -> prediction (B, C, H, W)
                    every step; under guidance x has half the batch of kv and of the prediction:
                    the part repeats it where the two rows first differ
+    unet_deep, unet_shallow   (x, row, kv) -> (prediction, deep); (x, row, kv, deep) -> prediction
+                   where steps may reuse what the deeper layers made at an earlier one
     vae_decoder    (z (B, C, h, w)) -> picture (B, 3, H, W) in [-1, 1]
     vae_encoder    (picture (B, 3, H, W)) -> moments (B, 2 C, h, w)
 

@@ -60,6 +60,8 @@ class EagerBackend(Backend):
             **texts,
             **{f"{name}_norm": text.final_layer_norm for name, text in texts.items()},
             "unet": unet,
+            "unet_deep": unet.forward_deep,
+            "unet_shallow": unet.forward_shallow,
             "unet_time": unet.time_rows,
             "unet_context": unet.context,
             "vae_decoder": lambda z: vae.decode(z.to(vae.dtype)),

@@ -314,6 +314,7 @@ class Level(nn.Module):
         *,
         saved: list[Tensor] | None = None,
         skips: list[Tensor] | None = None,
+        only: slice = slice(None),
     ) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H', W').
 
@@ -321,8 +322,9 @@ class Level(nn.Module):
         the VAE, which has neither.
         saved: list that a down level appends its outputs to. skips: the same list, from which an up
         level takes them, last first; it upsamples to the next one's size.
+        only: run these resnets, each with its attention.
         """
-        for resnet, attention_ in zip_longest(self.resnets, self.attentions):
+        for resnet, attention_ in [*zip_longest(self.resnets, self.attentions)][only]:
             if skips is not None:
                 x = torch.cat([x, widen(skips.pop(), x.shape[0])], dim=1)
             x = resnet(x, None if rows is None else next(rows))

@@ -142,6 +142,11 @@ class UNet(nn.Module):
         Guidance asks twice of one x: where kv (and row, unless it is 1) have 2 B, so has the
         result, and what comes before the first cross-attention is computed once for both.
         """
+        return self.forward_deep(x, row, kv)[0]
+
+    def forward_deep(self, x: Tensor, row: Tensor, kv: Sequence[KV]) -> tuple[Tensor, Tensor]:
+        """Predict as `forward` does, and return beside it what the last resnet is given, (B, C, H,
+        W): the work of all deeper layers, for `forward_shallow` to use again."""
         rows = iter(torch.split(row, self._row_widths, dim=-1))
         pairs = iter(kv)
         if row.shape[0] != 1:
@@ -151,8 +156,24 @@ class UNet(nn.Module):
         for level in self.down_blocks:
             x = level(x, rows, pairs, saved=skips)
         x = self.mid_block(x, rows, pairs)
-        for level in self.up_blocks:
+        *deeper, last = self.up_blocks
+        for level in deeper:
             x = level(x, rows, pairs, skips=skips)
+        deep = last(x, rows, pairs, skips=skips, only=slice(-1))
+        x = last(deep, rows, pairs, skips=skips, only=slice(-1, None))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
+        return out, deep
+
+    def forward_shallow(self, x: Tensor, row: Tensor, kv: Sequence[KV], deep: Tensor) -> Tensor:
+        """Predict as `forward` does, but with the `deep` of an earlier step (Ma et al. 2023,
+        DeepCache): only the first convolution and the last resnet see x and row anew.
+        """
+        if row.shape[0] != 1:
+            x = widen(x, row.shape[0])
+        rows = iter(torch.split(row, self._row_widths, dim=-1)[-1:])
+        pairs = iter(kv[len(kv) - self.config.depths[0] :])
+        last = self.up_blocks[-1]
+        x = last(deep, rows, pairs, skips=[self.conv_in(x)], only=slice(-1, None))
         out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 

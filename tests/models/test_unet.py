@@ -323,3 +323,27 @@ def test_true_size_sd15() -> None:
     with torch.no_grad():
         error = relative_l2(ours.standard(timestep=501, **drawn), truth(oracle, 501, drawn))
     assert error <= BAR
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "inpaint", "lcm", "one resnet a level"])
+def test_the_last_resnet_alone_goes_on_from_its_own_deep_features(family: str) -> None:
+    """From the same step it is that step, to the bit, guided or not; a later row changes it."""
+    ours, _ = pair(family)
+    conditions = inputs(FAMILIES[family], (9, 17))
+    x = conditions.pop("sample")[:1]
+    kv = ours.context(conditions.pop("encoder_hidden_states"))
+    guidance = None if "timestep_cond" not in conditions else torch.tensor([6.5, 6.5])
+    rows = ours.time_rows(
+        torch.tensor([500.0, 480.0]),
+        conditions.get("text_embeds"),
+        conditions.get("time_ids"),
+        guidance,
+    )
+    expected = ours(x, rows[0], kv)
+    whole, deep = ours.forward_deep(x, rows[0], kv)
+    assert torch.equal(whole, expected) and len(whole) == 2
+    assert torch.equal(ours.forward_shallow(x, rows[0], kv, deep), expected)
+    later = ours.forward_shallow(x, rows[1], kv, deep)
+    assert not torch.equal(later, expected)
+    assert relative_l2(later, ours(x, rows[1], kv)) < 0.1
+    assert relative_l2(ours.forward_shallow(x + 1, rows[0], kv, deep), expected) > 1e-3
