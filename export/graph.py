@@ -67,6 +67,11 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(value.name, value.dtype.numpy().name, shape)
 
 
+# A side of one pixel, at a UNet's lowest level, is a case of its own to torch's tracer, which asks
+# to be told that there is none. Graphs hold no such case: they run at any size.
+_SMALLEST = {"latent_height": 9, "latent_width": 9}  # 2 pixels wide after three halvings
+
+
 def _dynamic(part: GraphPart) -> tuple[dict[int, Any], ...]:
     """Name the sizes that may vary: "rows", or "8*latent_height" for a multiple of another."""
     dims: dict[str, Any] = {}
@@ -74,7 +79,7 @@ def _dynamic(part: GraphPart) -> tuple[dict[int, Any], ...]:
     def dim(word: str) -> Any:
         factor, _, name = word.rpartition("*")
         if name not in dims:
-            dims[name] = torch.export.Dim(name)
+            dims[name] = torch.export.Dim(name, min=_SMALLEST.get(name))
         return int(factor) * dims[name] if factor else dims[name]
 
     return tuple(

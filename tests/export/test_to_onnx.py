@@ -149,6 +149,29 @@ def test_fractional_timesteps_are_kept(sd1_onnx: Path, sd1_folder: Path) -> None
     assert_same_pictures(draw(sd1_onnx, **options), draw(sd1_folder, **options))
 
 
+def test_a_dynamic_graph_takes_any_size_and_number(sd1_folder: Path, tmp_path: Path) -> None:
+    """Down to one pixel at the lowest level, one row, and texts of several chunks."""
+    checkpoint = open_checkpoint(sd1_folder)
+    request = Request(target="onnx", size=SIZE, dynamic=True)
+    entry = open_exporter(checkpoint, request).write("unet", tmp_path)
+    assert entry.inputs[0].shape == ("rows", 4, "latent_height", "latent_width")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / entry.file)
+    exact = load_part(checkpoint, "unet", request, torch.float32).module
+    generator = torch.Generator().manual_seed(0)
+    for rows, height, width, tokens in ((1, 9, 17, 77), (2, 1, 2, 154), (5, 8, 3, 77)):
+        given = (
+            torch.randn(rows, 4, height, width, generator=generator),
+            torch.tensor(41.5),
+            torch.randn(rows, tokens, 32, generator=generator),
+        )
+        feed = {spec.name: t.numpy() for spec, t in zip(entry.inputs, given, strict=True)}
+        out, expected = torch.from_numpy(session.run(None, feed)[0]), exact(*given)
+        assert out.shape == expected.shape
+        assert (out - expected).norm() / expected.norm() <= BAR
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
