@@ -8,6 +8,8 @@ products; attention is our own kernel where the CPU can run it (kernels/native.p
 
 from __future__ import annotations
 
+import shlex
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from typing import final
 
 import torch
 from torch import nn
+from torch._inductor.package import package_aoti
 
 from fastsd.artifact import PartEntry, TensorSpec
 from fastsd.backends.aoti import LIBRARY, machine
@@ -27,7 +30,15 @@ from fastsd.kernels import native
 from fastsd.models.layers import TransformerBlock
 from fastsd.quant.apply import quantised
 
-CONFIG = {"freezing": True}  # constants folded, and packed as oneDNN wants them
+CONFIG = {
+    "freezing": True,  # constants folded, and packed as oneDNN wants them
+    "aot_inductor.package": True,
+    # One compilation a library: what would be kept for the next takes longer than it saves.
+    "aot_inductor.precompile_headers": False,
+    # The same bytes every time: no folder of a header, no address of a function of torch's.
+    "aot_inductor.enable_line_tables": False,
+    "size_asserts": False,
+}
 
 
 @final
@@ -81,7 +92,11 @@ def own_attention_(module: nn.Module, *, int8: bool) -> None:
 
 
 def compile_part(part: GraphPart, package: Path) -> tuple[TensorSpec, ...]:
-    """Trace a part, compile it into `package`, and return its outputs."""
+    """Trace a part, compile it into `package`, and return its outputs.
+
+    The package holds the library alone, none of torch's C++, and the same bytes wherever torch, the
+    checkpoint and the folders for temporary files lie.
+    """
     dims = {
         name: torch.export.Dim(name)
         for spec in part.inputs
@@ -97,10 +112,34 @@ def compile_part(part: GraphPart, package: Path) -> tuple[TensorSpec, ...]:
             part.module, part.example, dynamic_shapes=(dynamic,), strict=False
         )
         outputs = _outputs(program, part.outputs)
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(package), inductor_configs=CONFIG
-        )
+        with tempfile.TemporaryDirectory(prefix="fastsd-aoti-") as scratch:
+            files = compile_program(program, Path(scratch))
+            package_aoti(str(package), [f for f in files if not f.endswith(".cpp")])
     return outputs
+
+
+def compile_program(program: torch.export.ExportedProgram, scratch: Path) -> list[str]:
+    """Compile a traced graph; the files that torch made below `scratch`: C++, library, its JSON."""
+    module = program.module(check_guards=False)
+    assert isinstance(module, torch.fx.GraphModule) and program.example_inputs is not None
+    options = {
+        **CONFIG,
+        "aot_inductor.output_path": str(scratch),
+        "aot_inductor.model_name_for_generated_files": "part",  # else a hash of this very path
+        "cpp.cxx": (None, str(_compiler(scratch))),
+    }
+    files = torch._inductor.aot_compile(module, *program.example_inputs, options=options)
+    assert isinstance(files, list)
+    return [str(file) for file in files]
+
+
+def _compiler(scratch: Path) -> Path:
+    """Write a compiler that leaves no folder's name in what it makes; torch takes no such flags."""
+    script = scratch / Path(native.compiler()).name
+    command = [native.compiler(), *native.nameless(scratch)]
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.chmod(0o700)
+    return script
 
 
 def _outputs(

@@ -45,12 +45,19 @@ def compiler() -> str:
     )
 
 
+def nameless(*folders: Path) -> tuple[str, ...]:
+    """Return flags that keep `folders`, torch's own and symbols' names out of a library."""
+    known = (*folders, Path(torch.__file__).parent)
+    return ("-s", *(f"-ffile-prefix-map={folder}=." for folder in known))
+
+
 def build(library: Path) -> None:
     """Compile the kernels into `library` (a .so). Raises MissingDependency if that fails."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     command = [
         compiler(),
+        *nameless(*(source.parent for source in SOURCES)),
         *_FLAGS,
         *(f"-m{feature}" for feature in _FEATURES),
         *(flag for path in include_paths() for flag in ("-isystem", path)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,20 @@ def test_int8_layers_become_integer_products_of_onednn(tmp_path: Path) -> None:
     (output,) = compile_part(GraphPart("layers", rounded, (spec,), ("y",), (x,)), package)
     assert output == TensorSpec("y", "float32", (2, 256, 64))
     with zipfile.ZipFile(package) as opened:
-        code = "".join(
-            opened.read(name).decode() for name in opened.namelist() if name.endswith("wrapper.cpp")
-        )
-    assert code.count("aoti_torch_cpu__qconv_pointwise_tensor(") == 3
-    assert code.count("aoti_torch_cpu__qlinear_pointwise_tensor(") == 1
+        content = {name: opened.read(name) for name in opened.namelist()}
+    (library,) = (raw for name, raw in content.items() if name.endswith(".so"))
+    # Every call of torch's stands in the message that says it failed.
+    assert library.count(b"aoti_torch_cpu__qconv_pointwise_tensor(") == 3
+    assert library.count(b"aoti_torch_cpu__qlinear_pointwise_tensor(") == 1
+    assert b"aoti_torch_cpu_mkldnn__convolution" not in library
+    here = (
+        tempfile.gettempdir(),
+        str(tmp_path),
+        str(Path.home()),
+        str(Path(torch.__file__).parent),
+    )
+    for name, raw in content.items():
+        assert not [path for path in here if path.encode() in raw], name
     got = torch._inductor.aoti_load_package(str(package))(x)
     assert _relative(got, rounded(x)) < 0.01, "a rounding may fall the other way"
     assert 1e-4 < _relative(got, exact(x)) < 0.05
