@@ -18,7 +18,7 @@ from typing import final
 
 import torch
 from torch import nn
-from torch._inductor.package import package_aoti
+from torch._inductor.package.package import package_aoti
 
 from fastsd.artifact import PartEntry, TensorSpec
 from fastsd.backends.aoti import LIBRARY, machine
