@@ -25,11 +25,11 @@ from fastsd.benchmarks.emoji.train import (
     MAX_TOKENS,
     Examples,
     Stage,
+    noise_levels,
     quick,
     read,
 )
 from fastsd.models.unet import UNet
-from fastsd.samplers.schedule import alpha_bars
 from fastsd.tokenizers import CLIPTokenizer
 
 RANK = 8
@@ -115,7 +115,7 @@ def distil(
     layers = LoRALayers(unet, RANK).to(device)
     stage = Stage(layers, path, minutes=minutes, peak=1e-3, decay=0.0, keep=0.98)
     generator.manual_seed(1 + stage.step)
-    alpha_bar = torch.from_numpy(alpha_bars(CONFIG.schedule)).float()
+    last = CONFIG.schedule.train_steps - 1
     empty = states[-1:].float()
     guidance = CONFIG.schedule.guidance or 1.0
 
@@ -125,20 +125,16 @@ def distil(
             v: Tensor = torch.func.functional_call(
                 model, named, (x.to(device), t.to(device), text.to(device))
             )
-        alpha, sigma = noise_at(t)
+        alpha, sigma = noise_levels(t)
         return alpha * x - sigma * v.float().cpu()
-
-    def noise_at(t: Tensor) -> tuple[Tensor, Tensor]:
-        a = alpha_bar[t][:, None, None, None]
-        return a.sqrt(), (1 - a).sqrt()
 
     def losses() -> Tensor:
         which, rows = examples.draw(batch, dropout=0.0)
         x0 = latents[which]
         text = states[rows].float()
-        t = torch.randint(1, len(alpha_bar), (batch,), generator=generator)
-        t[: batch // 4] = len(alpha_bar) - 1  # where every picture starts, and one step ends
-        alpha, sigma = noise_at(t)
+        t = torch.randint(1, last + 1, (batch,), generator=generator)
+        t[: batch // 4] = last  # where every picture starts, and one step ends
+        alpha, sigma = noise_levels(t)
         x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
         below = (t - STRIDE).clamp(min=0)
         with torch.no_grad():
@@ -151,7 +147,7 @@ def distil(
             plain, asked = both.chunk(2)
             target = plain + guidance * (asked - plain)
             noise = (x - alpha * target) / sigma
-            alpha_below, sigma_below = noise_at(below)
+            alpha_below, sigma_below = noise_levels(below)
             x_below = alpha_below * target + sigma_below * noise
             named = clean(x_below, below, text, layers.weights(stage.average))
             target = torch.where((below == 0)[:, None, None, None], x_below, named)

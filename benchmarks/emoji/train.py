@@ -15,8 +15,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from fastsd import Pipeline
 from fastsd.benchmarks.emoji import vocabulary
 from fastsd.benchmarks.emoji.data import Emoji, captions, drawable
+from fastsd.checkpoints import save_folder
 from fastsd.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.samplers.schedule import alpha_bars
+from fastsd.tokenizers import CLIPTokenizer
 
 VOCABULARY = 4096
 MAX_TOKENS = 32
@@ -282,34 +286,25 @@ def refine_decoder(
     decoder.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def draw_all(
-    unet: UNet, names: Tensor, empty: Tensor, *, steps: int = 20, device: torch.device
+    modules: Mapping[str, nn.Module],
+    tokenizer: CLIPTokenizer,
+    names: list[str],
+    device: torch.device,
 ) -> Tensor:
-    """Draw each of `names` (N, tokens, D) once, as latents (N, C, h, w), by DDIM, guided.
-
-    empty: (1, tokens, D), what the text encoder says of no caption.
-    """
-    guidance = CONFIG.schedule.guidance or 1.0
-    alpha_bar = torch.from_numpy(alpha_bars(CONFIG.schedule)).float()
-    at = torch.linspace(len(alpha_bar) - 1, 0, steps + 1).round().long()
-    generator = torch.Generator().manual_seed(0)
-    side = CONFIG.unet.sample_size
-    drawn = []
-    for part in tqdm(torch.split(names, 64), desc="drawing", disable=None):
-        text = torch.cat([empty.expand_as(part), part]).float().to(device)
-        x = torch.randn((len(part), LATENT_CHANNELS, side, side), generator=generator).to(device)
-        for t, below in zip(at, at[1:], strict=False):
-            with quick(device):
-                plain, asked = unet.standard(torch.cat([x, x]), t, text).float().chunk(2)
-            v = plain + guidance * (asked - plain)
-            (alpha, sigma), (alpha_below, sigma_below) = (
-                (alpha_bar[i].sqrt(), (1 - alpha_bar[i]).sqrt()) for i in (t, below)
-            )
-            x0, noise = alpha * x - sigma * v, sigma * x + alpha * v
-            x = alpha_below * x0 + sigma_below * noise
-        drawn.append(x0.cpu())
-    return torch.cat(drawn)
+    """Draw each name once as the model is drawn with, in bf16: its latents (N, C, h, w), fp32."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        save_folder(folder, CONFIG, modules, [tokenizer])
+        pipeline = Pipeline.from_pretrained(folder, device=device, precision="bf16")
+        pipeline.set_progress_bar_config(disable=True)
+        drawn = [
+            pipeline(
+                names[start : start + 64], seed=start, num_inference_steps=20, output_type="latent"
+            ).images
+            for start in tqdm(range(0, len(names), 64), desc="drawing", disable=None)
+        ]
+    return torch.cat(drawn).float().cpu()
 
 
 def _crops(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -446,6 +441,12 @@ def quick(device: torch.device) -> Iterator[None]:
         yield
 
 
+def noise_levels(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return alpha and sigma of timesteps t (B,): x = alpha x0 + sigma noise. Each (B, 1, 1, 1)."""
+    a = torch.from_numpy(alpha_bars(CONFIG.schedule)).float()[t][:, None, None, None]
+    return a.sqrt(), (1 - a).sqrt()
+
+
 def train_unet(
     examples: Examples,
     latents: Tensor,
@@ -467,7 +468,6 @@ def train_unet(
     unet = UNet(CONFIG.unet).to(device)
     stage = Stage(unet, path, minutes=minutes, peak=1.5e-3, decay=0.01)
     generator.manual_seed(1 + stage.step)
-    alpha_bar = torch.from_numpy(alpha_bars(CONFIG.schedule)).float()
     steps = CONFIG.schedule.train_steps
 
     def losses() -> Tensor:
@@ -476,9 +476,9 @@ def train_unet(
         spread = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         t = (spread * steps).long()
         noise = torch.randn(x0.shape, generator=generator)
-        a = alpha_bar[t][:, None, None, None]
-        x = a.sqrt() * x0 + (1 - a).sqrt() * noise
-        v = a.sqrt() * noise - (1 - a).sqrt() * x0
+        alpha, sigma = noise_levels(t)
+        x = alpha * x0 + sigma * noise
+        v = alpha * noise - sigma * x0
         with quick(device):
             prediction = unet.standard(x.to(device), t.to(device), states[rows].to(device).float())
         return F.mse_loss(prediction.float(), v.to(device))
@@ -499,8 +499,6 @@ def _caption_lines(emojis: list[Emoji]) -> Iterator[str]:
 
 def main() -> None:
     """Run the stages that are not there yet."""
-    from fastsd.tokenizers import CLIPTokenizer
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the run")
     parser.add_argument("--vae-minutes", type=float, default=15)
@@ -521,6 +519,7 @@ def main() -> None:
     if not (out / "tokenizer" / "vocab.json").is_file():
         vocabulary.learn(_caption_lines(drawable()[0]), VOCABULARY, out / "tokenizer")
     tokenizer = CLIPTokenizer.from_folder(out / "tokenizer")
+    tokenizer.max_tokens = MAX_TOKENS
 
     weights = torch.tensor([TONE_WEIGHT if emoji.tone else 1.0 for emoji in emojis])
     if not (out / "latents.pt").is_file():
@@ -564,15 +563,13 @@ def main() -> None:
 
     if (out / "vae.pt").is_file():
         return
-    unet = UNet(CONFIG.unet).to(device)
+    unet, vae = UNet(CONFIG.unet), VAE(CONFIG.vae)
     unet.load_state_dict(torch.load(out / "unet.pt", weights_only=True))
-    known = [i for i, emoji in enumerate(emojis) if not emoji.held_out]
-    names = tokenizer([*(emojis[i].english for i in known), ""], MAX_TOKENS).ids
-    said = read(text_encoder.to(device), torch.from_numpy(names), device)
-    drawn = torch.full_like(latents, math.nan)
-    drawn[known] = draw_all(unet, said[:-1], said[-1:], device=device)
-    vae = VAE(CONFIG.vae)
     vae.load_state_dict(torch.load(out / "latents.pt", weights_only=True)["vae"])
+    modules = {"text_encoder": text_encoder.cpu(), "unet": unet, "vae": vae}
+    known = [i for i, emoji in enumerate(emojis) if not emoji.held_out]
+    drawn = torch.full_like(latents, math.nan)
+    drawn[known] = draw_all(modules, tokenizer, [emojis[i].english for i in known], device)
     refine_decoder(
         vae,
         pictures,
