@@ -121,7 +121,7 @@ class Calibrator:
             for recorder in self._recorders:
                 watching.enter_context(recorder.watching())
             self.draw(prompts, _FIRST_SEED)
-        tell(f"watched {len(prompts)} pictures of {steps} steps")
+        tell(f"pictures watched: {len(prompts)}, of {steps} steps each")
 
     def draw(self, prompts: Sequence[str], seed: int) -> list[Any]:
         """Draw one picture a prompt."""

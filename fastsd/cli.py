@@ -86,7 +86,10 @@ Vae = Annotated[
 ]
 Lora = Annotated[
     list[str] | None,
-    typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to draw with; may be given again."),
+    typer.Option(
+        metavar="FILE[:WEIGHT]",
+        help="A LoRA to draw with, builtin-lcm for the built-in model's own; may be given again.",
+    ),
 ]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Its folder, for a file whose vocabulary is not CLIP's.")

@@ -183,7 +183,6 @@ class Pipeline:
         self._loops = self._new_loops(self._backend)
         self._adapters = Adapters()
         self._preview_vae: VAE | TinyVAE | None = None
-        self._chosen = False  # whether backend="auto" put the engine in the checkpoint's place
 
     @classmethod
     def from_pretrained(
@@ -246,7 +245,7 @@ class Pipeline:
             raise UsageError("safety checkers are not supported; pass safety_checker=None")
         if use_safetensors is False:
             raise UsageError("only safetensors are loaded; drop use_safetensors=False")
-        artifact, chosen = None, False
+        artifact = None
         if floor is not None and backend != "auto":
             raise UsageError("floor chooses among what was tuned; pass backend='auto' with it")
         if is_artifact(model):
@@ -286,8 +285,7 @@ class Pipeline:
                 _tell(choice.reason)
                 if choice.engine is not None:
                     artifact = Artifact.open(choice.engine)
-                    chosen = True
-        pipe = cls(
+        return cls(
             checkpoint,
             name=Path(model).name if Path(model).exists() else str(model),
             sampler=sampler,
@@ -298,8 +296,6 @@ class Pipeline:
             graph=graph,
             low_memory=low_memory,
         )
-        pipe._chosen = chosen
-        return pipe
 
     @classmethod
     def from_single_file(cls, file: str | Path, **options: Any) -> Pipeline:
@@ -882,7 +878,10 @@ class Pipeline:
                 "embeddings": vocabulary.named_in([*prompts.row(i // count).values()]) or None,
                 **({} if source is None else source.digests(i, prompts.batch * count)),
                 "model": self.name,
-                "backend": "auto" if self._chosen else self._backend.name,
+                # With weights of its own, a checkpoint has an engine in its place by choice.
+                "backend": "auto"
+                if self.artifact is not None and self.checkpoint.parts
+                else self._backend.name,
                 "precision": self._backend.precision,
                 "versions": {"fastsd": fastsd.__version__, "torch": torch.__version__},
             }

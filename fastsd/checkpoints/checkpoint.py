@@ -17,6 +17,7 @@ from torch import nn
 
 from fastsd.checkpoints import hub
 from fastsd.checkpoints.layout import (
+    BUILTIN,
     Layout,
     check_present,
     read_layout,
@@ -38,7 +39,6 @@ from fastsd.tokenizers import CLIPTokenizer
 log = logging.getLogger("fastsd")
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
-BUILTIN = Path(__file__).resolve().parent.parent / "builtin"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

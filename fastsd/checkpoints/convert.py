@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -76,36 +76,26 @@ def convert(
         with unpickled(Path(source)) as tensors, published_file(target) as draft:
             shutil.move(tensors, draft)
         return
-    if pickled:
-        with unpickled(Path(source)) as tensors:
-            convert(
-                tensors,
-                target,
-                dtype=dtype,
-                prediction=prediction,
-                preset=preset,
-                vae=vae,
-                tokenizer=tokenizer,
-                loras=loras,
-            )
-        return
-    checkpoint = open_checkpoint(
-        source, prediction=prediction, preset=preset, vae=vae, tokenizer=tokenizer
-    )
-    if loras:
-        checkpoint = checkpoint.with_loras(loras)
-    chosen = DTYPES[dtype or _own_dtype(checkpoint)]
-    modules = {part: checkpoint.load(part, chosen) for part in checkpoint.parts}
-    if single:
-        tensors_of = _original(checkpoint, modules)
-        written = {key: t.to(chosen).contiguous() for key, t in tensors_of.items()}
-        marks = {"v": "v", "eps": "epsilon"}
-        spec = marks.get(checkpoint.config.schedule.prediction)
-        metadata = {"format": "pt"} | ({"modelspec.prediction_type": spec} if spec else {})
-        with published_file(target) as draft:
-            save_file(written, draft, metadata=metadata)
-    else:
-        save_folder(target, checkpoint.config, modules, checkpoint.tokenizers, dtype=chosen)
+    with ExitStack() as stack:
+        if pickled:
+            source = stack.enter_context(unpickled(Path(source)))
+        checkpoint = open_checkpoint(
+            source, prediction=prediction, preset=preset, vae=vae, tokenizer=tokenizer
+        )
+        if loras:
+            checkpoint = checkpoint.with_loras(loras)
+        chosen = DTYPES[dtype or _own_dtype(checkpoint)]
+        modules = {part: checkpoint.load(part, chosen) for part in checkpoint.parts}
+        if single:
+            tensors_of = _original(checkpoint, modules)
+            written = {key: t.to(chosen).contiguous() for key, t in tensors_of.items()}
+            marks = {"v": "v", "eps": "epsilon"}
+            spec = marks.get(checkpoint.config.schedule.prediction)
+            metadata = {"format": "pt"} | ({"modelspec.prediction_type": spec} if spec else {})
+            with published_file(target) as draft:
+                save_file(written, draft, metadata=metadata)
+        else:
+            save_folder(target, checkpoint.config, modules, checkpoint.tokenizers, dtype=chosen)
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str:

@@ -19,6 +19,7 @@ from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.files import read_json
 
+BUILTIN = Path(__file__).resolve().parent.parent / "builtin"
 INDEX = "model_index.json"
 # In it, our own marks of how to draw where nothing else is asked -> the value of ScheduleConfig.
 # diffusers passes over names with an underscore.

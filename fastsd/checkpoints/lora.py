@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastsd.checkpoints import hub
 from fastsd.checkpoints.keys import canonical, guess
+from fastsd.checkpoints.layout import BUILTIN
 from fastsd.checkpoints.ldm import unet_map
 from fastsd.checkpoints.weights import WEIGHT_DTYPES, read_header, read_metadata
 from fastsd.config import PRESETS, ModelConfig
@@ -64,7 +65,6 @@ _OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 # a cross-attention's keys or values, whose input is the text
 _TEXT_READER = re.compile(r"attn2[._](processor\.)?to_[kv](_lora|\.lora)?[._](lora_)?(down|A)\b")
 _USUAL_NAME = "pytorch_lora_weights.safetensors"
-_BUILTIN_LCM = Path(__file__).resolve().parent.parent / "builtin" / "lcm_lora"
 _SHOWN = 5
 
 
@@ -310,7 +310,7 @@ def open_lora(
     """
     if isinstance(source, Mapping):
         return read_lora(source, config, weights, title="the given tensors")
-    file = _BUILTIN_LCM if source == "builtin-lcm" else Path(source)
+    file = BUILTIN / "lcm_lora" if source == "builtin-lcm" else Path(source)
     if file.is_dir():
         file = _only_file(file, weight_name)
     elif not file.exists() and isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):

@@ -193,7 +193,7 @@ def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Chosen]:
     for name in recorder.values:
         groups.setdefault(shares_input(name), []).append(name)
     candidates = {
-        group: [recorder.values[group].wide()]
+        group: [recorder.values[names[0]].wide()]
         if role(f"{recorder.part}.{group}") in TWICE_ROLES
         else _candidates(recorder.values[names[0]], [found[name].weight for name in names])
         for group, names in groups.items()
