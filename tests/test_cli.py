@@ -435,6 +435,8 @@ def test_a_terminal_sees_a_bar_and_ctrl_c_stops(sd1_folder: Path, tmp_path: Path
     reader, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
     command = [sys.executable, "-m", "fastsd", "generate", "a cat", "--count", "100000"]
+    # A suite started in the background ignores ctrl-C, which processes of its own would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*command, "--model", str(sd1_folder), "--seed", "0", *QUICK],
         cwd=tmp_path,
@@ -442,6 +444,7 @@ def test_a_terminal_sees_a_bar_and_ctrl_c_stops(sd1_folder: Path, tmp_path: Path
         stderr=terminal,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     os.close(terminal)
     assert process.stdout is not None
     first = process.stdout.readline()
