@@ -17,7 +17,7 @@ from fastsd.backends import ArtifactBackend, open_artifact
 from fastsd.checkpoints import Checkpoint, open_description
 from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
-from fastsd.export.calibration import PROMPTS
+from fastsd.export.calibration import GUIDANCE, PROMPTS
 from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
@@ -52,6 +52,8 @@ def measure(
 
     parts: the relative L2 error of each part's first output on one random input. pictures: PSNR
     (dB) and SSIM against eager fp32 over the prompts, median and worst; None without prompts.
+    Models are drawn with GUIDANCE, whatever their own, so that receipts compare: the more guidance,
+    the more is seen of what rounding changed. Those made for few steps are drawn as they were made.
     Raises NumericsError if a picture is not finite, and what opening the backend raises.
     """
     backend = open_artifact(artifact, checkpoint.config, device=torch.device("cpu"))
@@ -92,23 +94,23 @@ def _compare(
     # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
     exact = Pipeline(checkpoint, name="exact", device="cpu", sampler=engine.sampler)
     height, width = request.size
-    settings: dict[str, Any] = {"num_inference_steps": STEPS, "height": height, "width": width}
-    distances, likeness = [], []
+    settings: dict[str, Any] = {"height": height, "width": width}
+    if checkpoint.config.schedule.steps is None:
+        settings |= {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    distances, likeness, drawn = [], [], {}
     for start in range(0, len(prompts), request.batch):
         texts = list(prompts[start : start + request.batch])
         seeds = list(range(start, start + len(texts)))
-        pairs = zip(
-            engine(texts, seed=seeds, **settings).images,
-            exact(texts, seed=seeds, **settings).images,
-            strict=True,
-        )
-        for a, b in pairs:
+        output = engine(texts, seed=seeds, **settings)
+        drawn = output.metadata[0]
+        for a, b in zip(output.images, exact(texts, seed=seeds, **settings).images, strict=True):
             distances.append(min(psnr(a, b), 100.0))  # equal pictures: JSON has no infinity
             likeness.append(ssim(a, b))
     worst = int(np.argmin(distances))
     return {
         "prompts": len(prompts),
-        "steps": STEPS,
+        "steps": drawn["steps"],
+        "guidance_scale": drawn["guidance_scale"],
         "sampler": engine.sampler,
         "size": [width, height],
         "psnr_db": {

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -26,6 +27,7 @@ from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import ArtifactError, StaleArtifact, UntrustedArtifact
 from fastsd.export import EXPORTERS, verify
 from fastsd.export.build import Exporter, export
+from fastsd.export.calibration import GUIDANCE
 from fastsd.export.parts import Request
 from fastsd.images import read_metadata
 from fastsd.quality import psnr
@@ -177,6 +179,29 @@ def test_a_floor_that_does_not_hold_publishes_nothing(
     assert pictures["prompts"] == 2 and pictures["size"] == [SIZE[1], SIZE[0]]
     assert 50 <= pictures["psnr_db"]["worst"] <= pictures["psnr_db"]["median"]
     assert pictures["worst_prompt"] in prompts and pictures["ssim"]["worst"] > 0.99
+
+
+def test_receipts_are_drawn_with_one_guidance_whatever_the_models_own(
+    quick: Path, sd1_folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(sd1_folder)
+    request = Request(target="onnx", size=SIZE, prompts=("a cat",))
+
+    def pictures(name: str, **schedule: Any) -> dict[str, Any]:
+        config = replace(
+            checkpoint.config, schedule=replace(checkpoint.config.schedule, **schedule)
+        )
+        changed = replace(checkpoint, config=config)
+        receipt = export(changed, "sd1", request, tmp_path / name).manifest.receipt
+        assert receipt is not None
+        found: dict[str, Any] = receipt["pictures"]
+        return found
+
+    usual = pictures("usual")
+    assert (usual["steps"], usual["guidance_scale"]) == (verify.STEPS, GUIDANCE)
+    assert pictures("mild", guidance=2.0) == usual
+    few = pictures("few", guidance=0.0, steps=2)  # such a model draws nothing good otherwise
+    assert (few["steps"], few["guidance_scale"]) == (2, 0.0)
 
 
 # --- the command line ----------------------------------------------------------------------------
