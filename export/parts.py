@@ -209,7 +209,10 @@ def _text_part(index: int) -> Callable[..., GraphPart]:
             if text.projection is None
             else ("text_embeds", "last_hidden_state")
         )
-        if config.text_layer != -1:
+        # clip_skip reads an earlier layer, through the final norm where the UNet reads the last.
+        # In the standard layout other tools expect that one alone.
+        norm: nn.Module = nn.Identity() if config.text_layer != -1 else module.final_layer_norm
+        if config.text_layer != -1 or request.layout == "fast":
             outputs += tuple(f"hidden_states.{i}" for i in range(text.layers + 1))
 
         def encode(input_ids: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,7 +221,7 @@ def _text_part(index: int) -> Callable[..., GraphPart]:
                 "last_hidden_state": out.last,
                 "pooler_output": out.pooled,
                 "text_embeds": out.embeds,
-                **{f"hidden_states.{i}": hidden for i, hidden in enumerate(out.hidden)},
+                **{f"hidden_states.{i}": norm(hidden) for i, hidden in enumerate(out.hidden)},
             }
             return tuple(named[name] for name in outputs)
 

@@ -1110,8 +1110,8 @@ def list_models(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in ROWS], indent=2))
         return
-    rows = [[row.kind, row.name, row.note, row.held_to] for row in ROWS]
-    _print_table([["kind", "name", "how", "held to"], *rows])
+    rows = [[r.kind, r.name, r.note, r.held_to, " ".join(r.engines)] for r in ROWS]
+    _print_table([["kind", "name", "how", "held to", "engines run on it"], *rows])
     print("each row is held by a test of the suite; --json names it")
 
 

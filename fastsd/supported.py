@@ -13,13 +13,18 @@ KINDS = ("family", "few steps", "file", "VAE", "adapter", "task")
 
 @dataclass(frozen=True)
 class Row:
-    """kind: one of KINDS. note: how to ask for it, or its limits. test: path::function."""
+    """kind: one of KINDS. note: how to ask for it, or its limits. test: path::function.
+
+    engines: the targets of `fastsd export` whose engines were run on it, > 60 dB to eager
+    (tests/export/test_tasks_on_engines.py).
+    """
 
     kind: str
     name: str
     note: str
     held_to: str
     test: str
+    engines: tuple[str, ...] = ()
 
 
 _PICTURES = "diffusers' pictures, > 50 dB"
@@ -31,11 +36,12 @@ _CONVERTED = "diffusers' converter: identical tensors"
 _CLOSE = "diffusers' pictures, > 80 dB"
 _TASKS = "tests/test_tasks.py::"
 _ENGINES = "tests/export/test_tasks_on_engines.py::"
+_ALL = ("onnx", "openvino", "aoti")  # TensorRT's need a GPU to run
 
 ROWS = (
-    Row("family", "Stable Diffusion 1.x", "eps; PNDM and others", _PICTURES, _PIPELINE),
-    Row("family", "Stable Diffusion 2.x", "v or eps (--prediction)", _PICTURES, _PIPELINE),
-    Row("family", "SDXL", "sizes and crops as arguments", _PICTURES, _PIPELINE),
+    Row("family", "Stable Diffusion 1.x", "eps; PNDM and others", _PICTURES, _PIPELINE, _ALL),
+    Row("family", "Stable Diffusion 2.x", "v or eps (--prediction)", _PICTURES, _PIPELINE, _ALL),
+    Row("family", "SDXL", "sizes and crops as arguments", _PICTURES, _PIPELINE, _ALL),
     Row(
         "family",
         "SDXL refiner",
@@ -49,6 +55,7 @@ ROWS = (
         "UNets of 9 channels: 1.x, 2.x, SDXL",
         _PICTURES,
         _TASKS + "test_inpainting_with_its_own_checkpoint",
+        _ALL,
     ),
     Row("few steps", "LCM", "by its scheduler, or --preset lcm", _CLOSE, _FEW),
     Row(
@@ -135,15 +142,24 @@ ROWS = (
         "fastsd export, fastsd convert: --lora FILE:WEIGHT",
         "eager with the LoRAs on, > 60 dB",
         _ENGINES + "test_a_lora_and_a_preset_go_in_when_an_engine_is_built",
+        _ALL,
     ),
-    Row("task", "text to image", "", _PICTURES, _PIPELINE),
-    Row("task", "image to image", "--image, --strength", _PICTURES, _TASKS + "test_image_to_image"),
+    Row("task", "text to image", "", _PICTURES, _PIPELINE, _ALL),
+    Row(
+        "task",
+        "image to image",
+        "--image, --strength",
+        _PICTURES,
+        _TASKS + "test_image_to_image",
+        _ALL,
+    ),
     Row(
         "task",
         "inpainting with any model",
         "--image, --mask",
         _PICTURES,
         _TASKS + "test_inpainting_with_any_checkpoint",
+        _ALL,
     ),
     Row(
         "task",
@@ -151,6 +167,7 @@ ROWS = (
         "--outpaint",
         "the picture's own pixels, kept",
         _TASKS + "test_outpainting_keeps_the_picture_and_draws_the_rest",
+        _ALL,
     ),
     Row(
         "task",
@@ -158,6 +175,7 @@ ROWS = (
         "--image, several seeds",
         _PICTURES,
         _TASKS + "test_variations_are_image_to_image_under_several_seeds",
+        _ALL,
     ),
     Row(
         "task",
@@ -165,6 +183,7 @@ ROWS = (
         "guidance_rescale=",
         _PICTURES,
         _TASKS + "test_guidance_rescale",
+        _ALL,
     ),
     Row(
         "task",
@@ -172,27 +191,31 @@ ROWS = (
         "denoising_end, denoising_start",
         _PICTURES,
         _TASKS + "test_two_stages",
+        _ALL,
     ),
     Row(
         "task",
         "prompt weights",
-        "(word:1.3), [word], BREAK, any length",
+        "(word:1.3), [word]",
         "transformers' encoder, the web UI's rules",
         "tests/test_prompting.py::test_weights",
+        _ALL,
     ),
     Row(
         "task",
         "long prompts",
-        "chunks of 75 tokens, BREAK",
+        "chunks of 75 tokens, BREAK; engines: --dynamic",
         "transformers' encoder, the web UI's rules",
         "tests/test_prompting.py::test_long_prompts",
+        ("onnx", "openvino"),
     ),
     Row(
         "task",
         "clip skip",
-        "--clip-skip",
+        "--clip-skip; engines: --layout fast, or SDXL",
         _PICTURES,
         "tests/test_prompting.py::test_clip_skip",
+        _ALL,
     ),
     Row(
         "task",
@@ -203,15 +226,8 @@ ROWS = (
     ),
     Row(
         "task",
-        "pictures, masks, weights on engines",
-        "ONNX, OpenVINO; aoti and TensorRT have not been run through it",
-        "eager, > 60 dB",
-        _ENGINES + "test_tasks_equal_eager",
-    ),
-    Row(
-        "task",
         "what engines refuse",
-        "other sizes than exported for, chunks, clip skip, embeddings",
+        "other sizes than exported for, embeddings; what is said above",
         "one clear error each",
         _ENGINES + "test_what_an_engine_cannot_carry",
     ),

@@ -86,10 +86,12 @@ class Sizes:
         self, config: ModelConfig, size: tuple[int, int], batch: int, *, guided: bool
     ) -> Tensor:
         """The (B, 6) numbers, (B, 5) for a refiner, for pictures of `size`; unconditional first."""
-        row = (*(self.original or size), *self.crop)
+        original = self.original or size
         if config.unet.size_ids == 6:
-            return torch.tensor([(*row, *(self.target or size))] * batch, dtype=torch.float32)
-        wanted, unwanted = ((*row, score) for score in self.scores)
+            row = (*original, *self.crop, *(self.target or size))
+            return torch.tensor([row] * batch, dtype=torch.float32)
+        wanted = (*original, *self.crop, self.scores[0])
+        unwanted = (*original, 0, 0, self.scores[1])  # of a refiner alone, diffusers crops one half
         rows = [unwanted] * (batch // 2) + [wanted] * (batch // 2) if guided else [wanted] * batch
         return torch.tensor(rows, dtype=torch.float32)
 
@@ -294,7 +296,7 @@ class TextEncoder:
         if not output.hidden:
             raise UsageError(
                 "clip_skip needs hidden states of the text encoder that this exported engine does "
-                "not give; drop it, or use the checkpoint itself"
+                "not give; drop it, export with --layout fast, or use the checkpoint itself"
             )
         hidden: Tensor = output.hidden[layer - self.clip_skip]
         if layer != -1:

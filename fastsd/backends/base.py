@@ -143,6 +143,11 @@ class ArtifactBackend(Backend):
                 for name in self.entries
                 if name.startswith("text_encoder")
             },
+            **{
+                f"{name}_norm": lambda hidden: hidden  # of the graph itself
+                for name in self.entries
+                if name.startswith("text_encoder")
+            },
             "unet_time": self._pack_rows if standard else self._time,
             "unet_context": (lambda context: context) if standard else self._context,
             "unet": self._unet_standard if standard else self._unet_fast,
@@ -183,7 +188,8 @@ class ArtifactBackend(Backend):
                 "fixed; use the checkpoint itself"
             )
         out = self._run(part, {"input_ids": input_ids})
-        # Where the UNet reads the last layer, no other leaves the graph: clip_skip finds none.
+        # Through the norm already. Where the UNet reads the last layer, a graph of the standard
+        # layout gives no other: clip_skip finds none.
         hidden = [out[name] for name in out if name.startswith("hidden_states.")]
         last = out["last_hidden_state"]
         embeds = out.get("text_embeds")
@@ -306,7 +312,8 @@ class ArtifactBackend(Backend):
             if wrong and spec.name == "encoder_hidden_states":
                 raise UsageError(
                     f"{self.artifact.path} reads texts of {spec.shape[1]} tokens, not "
-                    f"{given[1]}; shorten the prompt, or pass prompt_syntax='plain' to cut it"
+                    f"{given[1]}; shorten the prompt, pass prompt_syntax='plain' to cut it, or "
+                    "export to ONNX or OpenVINO with --dynamic, which read any length"
                 )
             if wrong:
                 raise UsageError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,17 @@ from fastsd.quant.spec import INT8_ROLES, QuantSpec, Rounding, role
 SIZE = (64, 96)  # height, width: unlike each other, and not what the checkpoints were made for
 
 
-def write(source: Path, path: Path, **options: Any) -> Path:
-    """Export `source` to `path`; a static ONNX graph of SIZE unless told otherwise."""
-    request = Request(**{"target": "onnx", "size": SIZE, **options})
+Engine = Callable[[str, str], Path]
+
+
+def layout_of(target: str) -> str:
+    """Return the layout that a target is exported in by default."""
+    return "fast" if target == "aoti" else "standard"
+
+
+def write(source: Path, path: Path, target: str = "onnx", **options: Any) -> Path:
+    """Export `source` to `path`; a static graph of SIZE unless told otherwise."""
+    request = Request(**{"target": target, "size": SIZE, "layout": layout_of(target), **options})
     return export(open_checkpoint(source), source.name, request, path).path
 
 
@@ -52,3 +62,31 @@ def sd1_openvino(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def sdxl_onnx_fast(sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SDXL, fast layout, fp32, one picture of SIZE."""
     return write(sdxl_folder, tmp_path_factory.mktemp("onnx") / "sdxl", layout="fast")
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Give the engine of a family and target, fp32, one picture of SIZE; each is exported once."""
+    shared = {
+        ("sd1", "onnx"): "sd1_onnx",
+        ("sdxl", "onnx"): "sdxl_onnx_fast",
+        ("sd1", "openvino"): "sd1_openvino",
+    }
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, target: str) -> Path:
+        if target == "openvino":
+            pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+        if target == "aoti" and not (shutil.which("g++") or shutil.which("clang++")):
+            pytest.skip("there is no C++ compiler here")
+        key = (family, target)
+        if key not in made:
+            source = request.getfixturevalue(f"{family}_folder")
+            made[key] = (
+                request.getfixturevalue(shared[key])
+                if key in shared
+                else write(source, tmp_path_factory.mktemp(target) / family, target)
+            )
+        return made[key]
+
+    return get

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastsd.artifact import read_manifest
-from tests.export.test_to_aoti import needs_compiler
+from tests.export.conftest import layout_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -26,8 +26,7 @@ import fastsd, torch
 from fastsd.checkpoints import open_checkpoint
 from fastsd.export.build import export
 from fastsd.export.parts import Request
-model, target, out = sys.argv[1:]
-layout = "fast" if target == "aoti" else "standard"
+model, target, layout, out = sys.argv[1:]
 request = Request(target=target, size=(64, 64), layout=layout)
 export(open_checkpoint(model), "sd1", request, Path(out))
 print(Path(fastsd.__file__).parent, Path(torch.__file__).parent, sep="\\n")
@@ -54,7 +53,7 @@ def export_in_clone(home: Path, source: Path, target: str, seed: int) -> tuple[P
     }
     engine = home / "engine"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(model), target, str(engine)],
+        [sys.executable, "-c", SCRIPT, str(model), target, layout_of(target), str(engine)],
         cwd=home,
         env=environment,
         capture_output=True,
@@ -67,7 +66,7 @@ def export_in_clone(home: Path, source: Path, target: str, seed: int) -> tuple[P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnx", "openvino", pytest.param("aoti", marks=needs_compiler)])
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
 def test_two_clones_export_the_same_files_and_no_path(
     target: str, sd1_folder: Path, tmp_path: Path
 ) -> None:

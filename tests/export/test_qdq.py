@@ -7,20 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastsd.artifact import Artifact
+from fastsd import Pipeline
 from fastsd.checkpoints import open_checkpoint
 from fastsd.export import graph, qdq
 from fastsd.export.build import export, open_exporter
+from fastsd.export.calibration import GUIDANCE
 from fastsd.export.parts import GraphPart, Request, load_part
-from fastsd.export.verify import measure
 from fastsd.models.unet import UNet
-from fastsd.quality import builtin_atlas, tasks
+from fastsd.quality import Task, builtin_atlas, psnr, task_score, tasks
 from fastsd.quant.apply import quantised
 from fastsd.quant.spec import TWICE_ROLES, QuantSpec, Rounding, role
 from tests.export.conftest import SIZE, flat_spec
@@ -139,21 +140,50 @@ def test_a_unet_in_int8_is_the_runtimes(sd1_folder: Path, tmp_path: Path) -> Non
     assert (out - expected).norm() < theirs
 
 
+# --- the built-in model: 64 pictures at guidance 7.5 ----------------------------------------------
+
+ATLAS = builtin_atlas()
+ENGLISH = tasks(ATLAS)["english"]
+JUDGED = Task(ENGLISH.names[:64], ENGLISH.expected[:64])
+
+
+def draw(model: str | Path) -> list[Any]:
+    pipe = Pipeline.from_pretrained(model, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    pictures: list[Any] = []
+    for seed in range(0, len(JUDGED.names), 4):
+        texts = list(JUDGED.names[seed : seed + 4])
+        pictures += pipe(texts, seed=seed, num_inference_steps=20, guidance_scale=GUIDANCE).images
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def exact_pictures() -> list[Any]:
+    return draw("builtin")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "precision", "median", "worst"),
-    [("onnx", "int8", 30, 20), ("openvino", "int8", 30, 20), ("onnx", "fp8", 28, 0)],
+    [("onnx", "int8", 30, 20), ("openvino", "int8", 30, 20), ("onnx", "fp8", 28, 20)],
 )
 def test_the_builtin_model_keeps_its_pictures(
-    target: str, precision: str, median: float, worst: float, tmp_path: Path
+    target: str,
+    precision: str,
+    median: float,
+    worst: float,
+    exact_pictures: list[Any],
+    tmp_path: Path,
 ) -> None:
-    """64 prompts at the default guidance, against eager fp32."""
+    """Near to eager fp32's, and as often what was asked for."""
     checkpoint = open_checkpoint("builtin")
     side = checkpoint.config.default_size
     options: dict[str, Any] = {"size": (side, side), "precision": precision, "batch": 4}
     request = Request(target=target, layout="fast", **options)
-    artifact = export(checkpoint, "builtin", request, tmp_path / "engine")
-    prompts = tasks(builtin_atlas())["english"].names[:64]
-    receipt = measure(Artifact.open(artifact.path), checkpoint, request, prompts)
-    assert receipt["pictures"]["psnr_db"]["median"] >= median, receipt
-    assert receipt["pictures"]["psnr_db"]["worst"] >= worst, receipt
+    drawn = draw(export(checkpoint, "builtin", request, tmp_path / "engine").path)
+    distances = [psnr(a, b) for a, b in zip(drawn, exact_pictures, strict=True)]
+    found = f"median {np.median(distances):.2f} dB, worst {min(distances):.2f} dB"
+    assert np.median(distances) >= median and min(distances) >= worst, found
+    scores = [task_score(ATLAS, JUDGED, pictures).top1 for pictures in (drawn, exact_pictures)]
+    assert abs(scores[0] - scores[1]) <= 0.02, scores
+    print(f"{target} {precision}: {found}; {scores[0]:.1%} named right, exact {scores[1]:.1%}")

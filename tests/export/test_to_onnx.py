@@ -17,6 +17,7 @@ from fastsd import Pipeline
 from fastsd.artifact import Artifact
 from fastsd.backends import open_artifact
 from fastsd.checkpoints import open_checkpoint
+from fastsd.checkpoints.layout import BUILTIN
 from fastsd.errors import UsageError
 from fastsd.export import graph
 from fastsd.export.build import open_exporter
@@ -211,10 +212,10 @@ def test_every_family_layout_and_size(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "builtin"])
 def test_true_half_precision(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """fp16 inside and at the border, SDXL's VAE too, whose activations are scaled into range."""
-    source = request.getfixturevalue(f"{family}_folder")
+    source = BUILTIN if family == "builtin" else request.getfixturevalue(f"{family}_folder")
     folder = write(source, tmp_path / "engine", precision="fp16")
     manifest = Artifact.open(folder).manifest
     assert manifest.receipt is not None and max(manifest.receipt["parts"].values()) <= 2e-2
