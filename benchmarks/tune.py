@@ -19,7 +19,7 @@ from fastsd.errors import ArtifactError, MissingDependency, UsageError
 from fastsd.export.build import export, own_engine
 from fastsd.export.parts import Request
 
-CANDIDATES = (("aoti", "fp32"), ("aoti", "int8"))
+CANDIDATES = (("aoti", "fp32"), ("aoti", "bf16"), ("aoti", "int8"))
 EXACT_ERROR = 1e-4  # relative L2 of every part below which an engine counts as exact
 PROMPT = "a red apple"
 

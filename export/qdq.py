@@ -63,10 +63,7 @@ def prepare(
             return module
         if isinstance(module, VAE) and module.config.force_upcast and dtype == torch.float16:
             return module  # its activations are scaled into fp16's range, away from their roundings
-        roundings = spec.only(part.partition("_")[0])
-        # Two products in int8 gain nothing over one in fp16, and these are few.
-        once = {name: rounding for name, rounding in roundings.items() if not rounding.twice}
-        return with_qdq(module, once, format_, dtype)
+        return with_qdq(module, spec.only(part.partition("_")[0]), format_, dtype)
 
     return prepared
 

@@ -9,6 +9,7 @@ products; attention is our own kernel where the CPU can run it (kernels/native.p
 from __future__ import annotations
 
 import shlex
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,17 +19,15 @@ from typing import final
 
 import torch
 from torch import nn
-from torch._inductor.package.package import package_aoti
 
 from fastsd.artifact import PartEntry, TensorSpec
-from fastsd.backends.aoti import LIBRARY, machine
+from fastsd.backends.aoti import INSIDE, LIBRARY, PACKAGE, machine
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import UsageError
 from fastsd.export.build import Exporter
+from fastsd.export.for_cpu import bf16_pays, for_cpu
 from fastsd.export.parts import GraphPart, Request, load_part
 from fastsd.kernels import native
-from fastsd.models.layers import TransformerBlock
-from fastsd.quant.apply import quantised
 
 CONFIG = {
     "freezing": True,  # constants folded, and packed as oneDNN wants them
@@ -38,15 +37,20 @@ CONFIG = {
     # The same bytes every time: no folder of a header, no address of a function of torch's.
     "aot_inductor.enable_line_tables": False,
     "size_asserts": False,
+    # Weights in a file of their own, which is read once and straight into their place.
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.package_constants_on_disk_format": "binary_blob",
 }
+
+_REWRITTEN = ("unet", "vae_decoder")  # by for_cpu; the first holds our kernels' library
 
 
 @final
 class AotiExporter(Exporter):
-    """AOTInductor packages for this CPU, in fp32 or int8."""
+    """AOTInductor packages for this CPU, in fp32, with bf16 products or with int8 ones."""
 
     target = "aoti"
-    precisions = ("fp32", "int8")
+    precisions = ("fp32", "bf16", "int8")
     layouts = ("fast",)
     native = True
 
@@ -62,40 +66,40 @@ class AotiExporter(Exporter):
         return machine()
 
     def write(self, part: str, folder: Path) -> PartEntry:
-        """Compile one part into `<part>/model.pt2`."""
+        """Compile one part into `<part>/package/`."""
         home = folder / part
         home.mkdir(exist_ok=True)
         weights: tuple[str, ...] = ()
-        if part == "unet" and self._own_kernels:
-            native.build(home / LIBRARY)
-            native.load(home / LIBRARY)
-            weights = (f"{part}/{LIBRARY}",)
+        if part in _REWRITTEN and self._own_kernels:
+            library = folder / _REWRITTEN[0] / LIBRARY
+            if part == _REWRITTEN[0]:
+                native.build(library)
+                weights = (f"{part}/{LIBRARY}",)
+            native.load(library)
         loaded = load_part(self.checkpoint, part, self.request, torch.float32, self._prepared)
-        outputs = compile_part(loaded, home / "model.pt2")
-        return PartEntry(f"{part}/model.pt2", loaded.inputs, outputs, weights)
+        outputs, (code, *beside) = compile_part(loaded, home / PACKAGE)
+        weights += tuple(file.relative_to(folder).as_posix() for file in beside)
+        return PartEntry(code.relative_to(folder).as_posix(), loaded.inputs, outputs, weights)
 
     def _prepared(self, part: str, module: nn.Module) -> nn.Module:
-        """Put int8 layers and our attention into a freshly loaded model."""
-        if self.spec is not None and part in ("unet", "vae_decoder"):
-            module = quantised(module, self.spec.only(part.split("_")[0]))
-        if part == "unet" and self._own_kernels:
-            own_attention_(module, int8=self.spec is not None)
-        return module
+        """Rewrite what runs every step, and the decoder."""
+        if part not in _REWRITTEN:
+            return module
+        precision = self.request.precision
+        return for_cpu(
+            module,
+            None if self.spec is None else self.spec.only(part.split("_")[0]),
+            bf16=precision == "bf16" or (precision == "int8" and bf16_pays()),
+            own_kernels=self._own_kernels,
+        )
 
 
-def own_attention_(module: nn.Module, *, int8: bool) -> None:
-    """Let `module` attend by our own kernels: self-attention in int8 if asked, else in fp32."""
-    for block in module.modules():
-        if isinstance(block, TransformerBlock):
-            block.attn1.implementation = "vnni" if int8 else "avx512"
-            block.attn2.implementation = "avx512"
+def compile_part(part: GraphPart, package: Path) -> tuple[tuple[TensorSpec, ...], list[Path]]:
+    """Trace a part, compile it into the folder `package`; return its outputs and files, code first.
 
-
-def compile_part(part: GraphPart, package: Path) -> tuple[TensorSpec, ...]:
-    """Trace a part, compile it into `package`, and return its outputs.
-
-    The package holds the library alone, none of torch's C++, and the same bytes wherever torch, the
-    checkpoint and the folders for temporary files lie.
+    The package holds the library, its weights and what describes them, none of torch's C++, and the
+    same bytes wherever torch, the checkpoint and the folders for temporary files lie. It is not
+    packed into one file: every process that loads such a one writes it out anew.
     """
     dims = {
         name: torch.export.Dim(name)
@@ -112,13 +116,16 @@ def compile_part(part: GraphPart, package: Path) -> tuple[TensorSpec, ...]:
             part.module, part.example, dynamic_shapes=(dynamic,), strict=False
         )
         outputs = _outputs(program, part.outputs)
-        with tempfile.TemporaryDirectory(prefix="fastsd-aoti-") as scratch:
-            files = compile_program(program, Path(scratch))
-            package_aoti(str(package), [f for f in files if not f.endswith(".cpp")])
-    return outputs
+        with tempfile.TemporaryDirectory(prefix=".", dir=package.parents[1]) as scratch:
+            files = [f for f in compile_program(program, Path(scratch)) if f.suffix != ".cpp"]
+            inside = package / INSIDE
+            shutil.rmtree(package, ignore_errors=True)
+            inside.mkdir(parents=True)
+            moved = [file.rename(inside / file.name) for file in files]
+    return outputs, sorted(moved, key=lambda file: (file.suffix != ".so", file.name))
 
 
-def compile_program(program: torch.export.ExportedProgram, scratch: Path) -> list[str]:
+def compile_program(program: torch.export.ExportedProgram, scratch: Path) -> list[Path]:
     """Compile a traced graph; the files that torch made below `scratch`: C++, library, its JSON."""
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule) and program.example_inputs is not None
@@ -130,7 +137,7 @@ def compile_program(program: torch.export.ExportedProgram, scratch: Path) -> lis
     }
     files = torch._inductor.aot_compile(module, *program.example_inputs, options=options)
     assert isinstance(files, list)
-    return [str(file) for file in files]
+    return [Path(str(file)) for file in files]
 
 
 def _compiler(scratch: Path) -> Path:

@@ -10,32 +10,21 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <immintrin.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <utility>
 #include <vector>
+
+#include "avx512.h"
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int VECTORS = 4;
 constexpr int TILE = LANES * VECTORS;  // queries
 constexpr int BLOCK = 96;              // keys: 16 times the 6 that a register tile holds, and a multiple of 4
-
-// Call f(0), …, f(N - 1) with constants: arrays of vectors so indexed stay in registers. (Loops are unrolled too late.)
-template <int... I, typename F>
-[[gnu::always_inline]] inline void each(std::integer_sequence<int, I...>, F&& f) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, typename F>
-[[gnu::always_inline]] inline void each(F&& f) {
-  each(std::make_integer_sequence<int, N>{}, f);
-}
 
 struct Shape {
   int64_t batch, heads, queries, keys, width;
@@ -49,29 +38,6 @@ struct Rows {  // one head's (N, K) inside a strided tensor
 
 Rows head_of(const at::Tensor& x, int64_t b, int64_t m) {
   return {x.const_data_ptr<float>() + b * x.stride(0) + m * x.stride(1), x.stride(2)};
-}
-
-// 2^x for x <= 8: degree 3 is enough where the result is rounded to 8 bits, degree 6 for fp32.
-template <bool INT8>
-inline __m512 exp2_(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 p;
-  if constexpr (INT8) {
-    p = _mm512_set1_ps(0.055826318f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24013971f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69314721f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  } else {
-    p = _mm512_set1_ps(1.5403530e-4f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  }
-  return _mm512_scalef_ps(p, whole);
 }
 
 // sum += x . y in every lane, four bytes each, x unsigned and y signed. As assembly: around the intrinsic, g++ 12 copies
@@ -370,7 +336,7 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 
 }  // namespace
 
-TORCH_LIBRARY(fastsd_cpu, library) {
+TORCH_LIBRARY_FRAGMENT(fastsd_cpu, library) {
   library.def("attention(Tensor q, Tensor k, Tensor v, bool int8) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastsd_cpu, CPU, library) { library.impl("attention", &attention); }

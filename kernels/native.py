@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsd.errors import MissingDependency
 
-SOURCES = (Path(__file__).with_name("attention_cpu.cpp"),)
+SOURCES = tuple(Path(__file__).with_name(f"{name}_cpu.cpp") for name in ("attention", "group_norm"))
 NAMESPACE = "fastsd_cpu"
 _FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 # No reordering of sums and no contraction beyond what the sources write: they say what they round.
@@ -84,6 +84,7 @@ def load(library: Path) -> None:
     if not loaded():  # one library a process: the second would define the same names again
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"{NAMESPACE}::attention")(_attention_shape)
+        torch.library.register_fake(f"{NAMESPACE}::group_norm")(_group_norm_shape)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, int8: bool) -> Tensor:
@@ -91,15 +92,58 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, int8: bool) -> Tensor:
 
     q: (B, M, Nq, K), k, v: (B, M, N, K), fp32 on the CPU, K a multiple of 4 and dense.
     """
+    _require()
+    out: Tensor = torch.ops.fastsd_cpu.attention(q, k, v, int8)
+    return out
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    silu: bool,
+    dtype: torch.dtype = torch.float32,
+    multiplier: Tensor | None = None,
+    zero: int = 0,
+) -> Tensor:
+    """Normalise x (B, C, H, W), fp32 on the CPU, group by group; with `silu` then SiLU.
+
+    weight, bias: (C,) fp32, C a multiple of 16. dtype: fp32, bf16 or uint8, which is
+    clamp(round(y * multiplier) + zero, 0, 255), with a multiplier (C,) fp32. Returns (B, C, H, W),
+    channels-last. Source: Wu & He 2018, arXiv:1803.08494.
+    """
+    _require()
+    out: Tensor = torch.ops.fastsd_cpu.group_norm(
+        x, weight, bias, groups, eps, silu, dtype, multiplier, zero
+    )
+    return out
+
+
+def _require() -> None:
     if not loaded():
         raise MissingDependency(
             "fastsd's CPU kernels are not loaded; they come with an engine: "
             "`fastsd export MODEL --to aoti`"
         )
-    out: Tensor = torch.ops.fastsd_cpu.attention(q, k, v, int8)
-    return out
 
 
 def _attention_shape(q: Tensor, k: Tensor, v: Tensor, int8: bool) -> Tensor:
     batch, heads, queries, width = q.shape
     return q.new_empty((batch, queries, heads, width)).transpose(1, 2)
+
+
+def _group_norm_shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
+    multiplier: Tensor | None,
+    zero: int,
+) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from fastsd.artifact import Artifact
 from fastsd.backends.base import ArtifactBackend
+from fastsd.backends.heap import keep_freed_memory
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, UsageError
 from fastsd.kernels import native
 
 LIBRARY = "kernels.so"  # beside the UNet's package, where it uses kernels of ours
+PACKAGE = "package"  # a part's own folder, laid out as torch's loader wants it
+INSIDE = "data/aotinductor/model"
 _SETS = ("avx", "amx", "fma", "f16c", "neon", "sve", "i8mm", "bf16", "dot")  # instruction sets
 
 
@@ -33,23 +36,24 @@ class AotiBackend(ArtifactBackend):
         if device.type != "cpu":
             raise UsageError(f"{artifact.path} was compiled for the CPU; pass device='cpu'")
         super().__init__(artifact, config, device=device)
+        keep_freed_memory()
         library = artifact.path / "unet" / LIBRARY
         if library.is_file():
             native.load(library)
-        self._packages = {
-            part: self._open(part, entry.file) for part, entry in self.entries.items()
-        }
+        self._packages = {part: self._open(part) for part in self.entries}
 
     @classmethod
     def machine(cls, device: torch.device) -> dict[str, str]:
         """Return what the code is bound to: torch, the system, the CPU's instruction sets."""
         return machine()
 
-    def _open(self, part: str, file: str) -> Any:
-        from torch._inductor import aoti_load_package
+    def _open(self, part: str) -> Any:
+        from torch.export.pt2_archive._package import AOTICompiledModel
 
-        try:
-            return aoti_load_package(str(self.artifact.path / file))
+        folder = self.artifact.path / part / PACKAGE
+        try:  # torch._inductor.aoti_load_package takes folders too, but warns of each
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
+            return AOTICompiledModel(loader)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ArtifactError(

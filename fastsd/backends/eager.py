@@ -11,6 +11,7 @@ from torch import nn
 
 from fastsd.backends import cuda_graph
 from fastsd.backends.base import Backend, Part, Shapes, dtype_of
+from fastsd.backends.heap import keep_freed_memory
 from fastsd.backends.measured import fastest
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
@@ -39,6 +40,8 @@ class EagerBackend(Backend):
         self.precision = precision
         self.device = device
         self.dtype = dtype_of(precision, self.precisions, self.name)
+        if device.type == "cpu":
+            keep_freed_memory()
         modules = {name: checkpoint.load(name, self.dtype, device) for name in checkpoint.parts}
         if device.type == "cuda":  # the CPU's own convolutions measured slower channels-last
             for name in ("unet", "vae"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,6 @@ from fastsd.quant.apply import layers, swapped
 from fastsd.quant.linear import int8_layer, powers
 from fastsd.quant.spec import (
     INT8_ROLES,
-    TWICE_ROLES,
     QuantSpec,
     Rounding,
     role,
@@ -32,7 +31,6 @@ _POSITIONS = 64  # of an input whose channels are kept, a call
 _CUTS = [0.2 + 0.02 * i for i in range(41)]  # shares of the full range that "mse" tries
 METHODS = ("minmax", "percentile", "mse")
 MIGRATIONS = (0.0, 0.5, 0.75)  # how much of the channels' spread moves into the weights
-_HEADROOM = 2.0  # of a range that is rounded twice, over all that was seen: 16 bits can afford it
 
 
 class Values:
@@ -89,11 +87,6 @@ class Values:
             return Rounding.of(float(bottom), float(top), exponents)
         cuts = [Rounding.of(full.low * cut, full.high * cut, exponents) for cut in _CUTS]
         return min(cuts, key=lambda cut: _rounding_error(x, cut))
-
-    def wide(self) -> Rounding:
-        """Round twice, with room for values beyond those that were seen."""
-        low, high = float(self.low.min()), float(self.high.max())
-        return replace(Rounding.of(_HEADROOM * low, _HEADROOM * high), twice=True)
 
 
 def _channels(x: Tensor) -> int:
@@ -183,7 +176,6 @@ def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Chosen]:
 
     Tried are all METHODS of cutting the range and MIGRATIONS of the channels' spread; taken is the
     one with the least squared error at the layer's own output over `calls` of the recorded calls.
-    What rounds twice (TWICE_ROLES) keeps twice its range: other prompts reach further.
     Raises UsageError if nothing was recorded.
     """
     if not recorder.calls or not recorder.values:
@@ -193,9 +185,7 @@ def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Chosen]:
     for name in recorder.values:
         groups.setdefault(shares_input(name), []).append(name)
     candidates = {
-        group: [recorder.values[names[0]].wide()]
-        if role(f"{recorder.part}.{group}") in TWICE_ROLES
-        else _candidates(recorder.values[names[0]], [found[name].weight for name in names])
+        group: _candidates(recorder.values[names[0]], [found[name].weight for name in names])
         for group, names in groups.items()
     }
     errors = {group: [0.0] * len(tried) for group, tried in candidates.items()}

@@ -27,7 +27,7 @@ ROLES: Mapping[str, re.Pattern[str]] = MappingProxyType(
             "pixel attention": r"attentions\.\d+\.(to_[qkv]|to_out\.0)",
             "resnet": r"conv[12]",
             "shortcut": r"conv_shortcut",
-            "sampler": r"(down|up)samplers\.\d+\.conv",
+            "sampler": r"(down|up)samplers\.\d+\.(conv|phases\.\d)",
             "projection": r"proj_in|proj_out",
             "self-attention in": r"attn1\.to_[qkv]",
             "cross-attention in": r"attn2\.to_q",
@@ -38,14 +38,13 @@ ROLES: Mapping[str, re.Pattern[str]] = MappingProxyType(
     }
 )
 # The one rule, for every model. Edges see the latents and the picture themselves; time and text are
-# computed once a schedule and once a prompt, so that nothing is won there.
-INT8_ROLES = frozenset(ROLES) - {"edge", "time", "text"}
-# These read the sum that runs through the whole network, with no norm before them: a few channels
-# are far larger than the rest, and eight bits over all of them lose the rest. On the built-in model
-# they alone cost more than all other layers together.
-TWICE_ROLES = frozenset({"shortcut", "sampler"})
+# computed once a schedule and once a prompt, so that nothing is won there. Shortcuts and samplers
+# read the sum that runs through the whole network, with no norm before them: a few channels are far
+# larger than the rest, and eight bits over all of them lose the rest. On the built-in model they
+# alone cost more than all other layers together.
+INT8_ROLES = frozenset(ROLES) - {"edge", "time", "text", "shortcut", "sampler"}
 
-FORMAT = 2
+FORMAT = 3
 
 
 def role(name: str) -> str | None:
@@ -65,13 +64,11 @@ class Rounding:
     low <= 0 <= high: zero must be exact, as padding is zero. exponents: () for none. Dividing the
     channels by powers of two, and multiplying the weights by them, is exact, and lets channels of
     different sizes share one scale (Xiao et al. 2023, SmoothQuant).
-    twice: what is left is rounded too, some 256 times as fine, for twice the work: 16 bits in all.
     """
 
     low: float
     high: float
     exponents: tuple[int, ...] = ()
-    twice: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
@@ -90,12 +87,6 @@ class Rounding:
         """Return (scale, zero point) of uint8: x = scale * (q - zero point), q in 0..255."""
         scale = (self.high - self.low) / 255
         return scale, min(255, max(0, round(-self.low / scale)))
-
-    def magnification(self) -> int:
-        """Return how much larger the rest of a rounding, within half a step, may be made to fill
-        the range: 2 min(q of low..0, q of 0..high)."""
-        zero = self.affine()[1]
-        return 2 * max(1, min(zero, 255 - zero))
 
     def symmetric(self, largest: float = 127) -> float:
         """Return the scale of a format around zero: x = scale * q, |q| <= largest."""
@@ -157,9 +148,7 @@ class QuantSpec:
                     f"reads format {FORMAT}; calibrate again"
                 )
             layers = {
-                str(name): Rounding(
-                    float(r["low"]), float(r["high"]), tuple(r["exponents"]), bool(r["twice"])
-                )
+                str(name): Rounding(float(r["low"]), float(r["high"]), tuple(r["exponents"]))
                 for name, r in data["layers"].items()
             }
             kept = {str(name): str(why) for name, why in data["kept"].items()}

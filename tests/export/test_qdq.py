@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from fastsd.export import graph, qdq
 from fastsd.export.build import export, open_exporter
 from fastsd.export.calibration import GUIDANCE
 from fastsd.export.parts import GraphPart, Request, load_part
-from fastsd.models.unet import UNet
 from fastsd.quality import Task, builtin_atlas, psnr, task_score, tasks
 from fastsd.quant.apply import quantised
-from fastsd.quant.spec import TWICE_ROLES, QuantSpec, Rounding, role
+from fastsd.quant.spec import Rounding
 from tests.export.conftest import SIZE, flat_spec
 
 
@@ -80,23 +78,6 @@ def test_nodes_and_their_meaning(name: str, tmp_path: Path) -> None:
         assert (y - expected).norm() / expected.norm() < 1e-5
     if name == "UINT8":
         assert torch.allclose(quantised(module, ROUNDINGS)(x), expected, atol=1e-5)
-
-
-def test_what_would_round_twice_stays_in_floating_point(sd1_folder: Path) -> None:
-    """Twice the work in int8 gains nothing where there is fp16."""
-    checkpoint = open_checkpoint(sd1_folder)
-    spec = flat_spec(checkpoint)
-    twice = [n for n in spec.only("unet") if role(f"unet.{n}") in TWICE_ROLES]
-    layers_ = {
-        name: replace(rounding, twice=name.removeprefix("unet.") in twice)
-        for name, rounding in spec.layers.items()
-    }
-    unet = qdq.prepare(QuantSpec(layers_), qdq.UINT8, torch.float32)(
-        "unet", UNet(checkpoint.config.unet)
-    )
-    kinds = {name: type(unet.get_submodule(name)) for name in spec.only("unet")}
-    assert twice and {kinds[name] for name in twice} == {nn.Conv2d}
-    assert nn.Conv2d not in {kind for name, kind in kinds.items() if name not in twice}
 
 
 def test_half_precision_scales_are_stored_exactly(tmp_path: Path) -> None:

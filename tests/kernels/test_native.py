@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.kernels import native, reference
@@ -88,6 +89,64 @@ def test_it_is_traced_with_its_true_strides() -> None:
     q, k, v = draw((2, 4, 64, 33, 40))
     traced = torch.export.export(Attend(), (q, k, v)).module()
     assert torch.equal(traced(q, k, v), Attend()(q, k, v))
+
+
+# (B, C, H, W): one and more pixels, fewer pixels than threads, widths of whole and broken eights
+MAPS = ((1, 32, 1, 1), (2, 48, 9, 7), (1, 320, 16, 16), (3, 128, 65, 3))
+
+
+@pytest.mark.parametrize("silu", (False, True))
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_group_norm_equals_the_formula(shape: tuple[int, ...], silu: bool) -> None:
+    """A mean far from zero must cost no digits."""
+    torch.manual_seed(0)
+    x = torch.randn(shape) * 2 + 1000
+    weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+    truth = F.group_norm(x.double(), 16, weight.double(), bias.double(), 1e-6)
+    truth = F.silu(truth) if silu else truth
+    out = native.group_norm(x, weight, bias, 16, 1e-6, silu=silu)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    # x * scale + offset, both some 500 times the result, in fp32
+    assert relative_l2(out, truth) <= 5e-4
+    near = x - 1000
+    truth = F.group_norm(near.double(), 16, weight.double(), bias.double(), 1e-6)
+    truth = F.silu(truth) if silu else truth
+    assert relative_l2(native.group_norm(near, weight, bias, 16, 1e-6, silu=silu), truth) <= 1e-6
+
+
+def test_group_norm_rounds_as_its_reader_would() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 10, 9).to(memory_format=torch.channels_last) * 3
+    weight, bias = torch.rand(64) + 0.5, torch.randn(64)
+    multiplier = torch.rand(64) * 30 + 30
+    exact = native.group_norm(x, weight, bias, 8, 1e-5, silu=True)
+    half = native.group_norm(x, weight, bias, 8, 1e-5, silu=True, dtype=torch.bfloat16)
+    assert torch.equal(half, exact.bfloat16())
+    rounded = native.group_norm(
+        x, weight, bias, 8, 1e-5, silu=True, dtype=torch.uint8, multiplier=multiplier, zero=5
+    )
+    truth = ((exact * multiplier.view(-1, 1, 1)).round() + 5).clamp(0, 255)
+    assert (rounded.float() - truth).abs().max() <= 1
+    assert (rounded != truth).double().mean() < 2e-3, "only at ties, for a coarser exponential"
+    assert {0, 255} <= set(rounded.unique().tolist()), "both ends must be reached"
+
+
+def test_group_norm_keeps_what_is_not_finite_in_sight() -> None:
+    x = torch.randn(1, 16, 4, 4)
+    x[0, 3, 1, 1] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        out = native.group_norm(x, torch.ones(16), torch.ones(16), 1, 1e-5, silu=True, dtype=dtype)
+        assert out.isnan().all()
+
+
+def test_what_group_norm_cannot_take_is_refused() -> None:
+    ones = torch.ones(24)
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        native.group_norm(torch.ones(1, 24, 2, 2), ones, ones, 4, 1e-5, silu=False)
+    with pytest.raises(RuntimeError, match="uint8 needs one"):
+        native.group_norm(
+            torch.ones(1, 16, 2, 2), ones[:16], ones[:16], 4, 1e-5, silu=False, dtype=torch.uint8
+        )
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -1,0 +1,152 @@
+"""A model rewritten for a CPU: the same function but for rounding, in fewer products and passes.
+
+Every rewrite puts a module in the place of one or two of the model's own, before it is traced.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from fastsd.kernels import native
+from fastsd.models.layers import (
+    NormSiLU,
+    PhasedUpsample,
+    Transformer,
+    TransformerBlock,
+    Upsample,
+)
+from fastsd.quant.apply import layers, quantised
+from fastsd.quant.linear import Bf16Layer, Int8Conv2d
+from fastsd.quant.spec import ROLES, Rounding, role
+
+# Edges see the latents and the picture; time and text are computed once. All else may be bf16.
+BF16_ROLES = frozenset(ROLES) - {"edge", "time", "text"}
+# A norm and the layer that alone reads it, by their names in the module that holds both.
+_PAIRS = (
+    ("norm1", "conv1"),
+    ("norm2", "conv2"),
+    ("conv_norm_out", "conv_out"),
+    ("norm", "proj_in"),
+)
+
+
+def for_cpu(
+    module: nn.Module, roundings: Mapping[str, Rounding] | None, *, bf16: bool, own_kernels: bool
+) -> nn.Module:
+    """Return a UNet or VAE (`module`, which is taken over) as it runs fastest.
+
+    roundings: of the layers that are to be int8, by name; None where none is, nor attention's
+    products. bf16: whether the others of BF16_ROLES are. own_kernels: whether kernels.native runs.
+    """
+    if roundings:
+        module = quantised(module, roundings)
+    _phase_upsamplers(module)
+    if bf16:
+        for name, layer in layers(module).items():
+            if role(name) in BF16_ROLES:
+                module.set_submodule(name, Bf16Layer(layer))
+    if own_kernels:
+        _fuse_norms(module)
+        for block in module.modules():
+            if isinstance(block, TransformerBlock):
+                block.attn1.implementation = "avx512" if roundings is None else "vnni"
+                block.attn2.implementation = "avx512"
+    return module
+
+
+def _phase_upsamplers(module: nn.Module) -> None:
+    found = {name: m for name, m in module.named_modules() if isinstance(m, Upsample)}
+    for name, upsample in found.items():
+        module.set_submodule(name, PhasedUpsample(upsample))
+
+
+def _fuse_norms(module: nn.Module) -> None:
+    for holder in list(module.modules()):
+        for norm_name, layer_name in _PAIRS:
+            norm, layer = getattr(holder, norm_name, None), getattr(holder, layer_name, None)
+            if not (isinstance(norm, nn.GroupNorm) and _runs(norm)):
+                continue
+            assert isinstance(layer, nn.Module)
+            if isinstance(holder, Transformer) and holder.linear:  # tokens are made between them
+                setattr(holder, norm_name, Norm(norm))
+            else:
+                setattr(holder, norm_name, nn.Identity())
+                setattr(holder, layer_name, NormThen(norm, layer))
+        norm = getattr(holder, "group_norm", None)
+        if isinstance(norm, nn.GroupNorm) and _runs(norm):
+            holder.group_norm = Norm(norm)
+
+
+def _runs(norm: nn.GroupNorm) -> bool:
+    """Whether our kernel takes it."""
+    return norm.num_channels % 16 == 0
+
+
+class Norm(nn.Module):
+    """GroupNorm, and SiLU where it was NormSiLU, by our own kernel."""
+
+    multiplier: Tensor | None
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.register_buffer("multiplier", None)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.groups, self.eps, self.silu = norm.num_groups, norm.eps, isinstance(norm, NormSiLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), fp32."""
+        return self.normalised(x, torch.float32)
+
+    def normalised(self, x: Tensor, dtype: torch.dtype, zero: int = 0) -> Tensor:
+        """Return it as `kernels.native.group_norm` does in `dtype`."""
+        return native.group_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.groups,
+            self.eps,
+            silu=self.silu,
+            dtype=dtype,
+            multiplier=self.multiplier,
+            zero=zero,
+        )
+
+
+@final
+class NormThen(Norm):
+    """A norm and the layer after it; what lies between is written once, as the layer reads it."""
+
+    def __init__(self, norm: nn.GroupNorm, layer: nn.Module) -> None:
+        super().__init__(norm)
+        self.layer = layer
+        if isinstance(layer, Int8Conv2d):
+            self.multiplier = layer.multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W'), fp32."""
+        if isinstance(self.layer, Int8Conv2d):
+            return self.layer.product(self.normalised(x, torch.uint8, self.layer.zero_point))
+        dtype = torch.bfloat16 if isinstance(self.layer, Bf16Layer) else torch.float32
+        out: Tensor = self.layer(self.normalised(x, dtype))
+        return out
+
+
+@cache
+def bf16_pays() -> bool:
+    """Measure whether this CPU multiplies bf16 clearly faster than fp32: some do not."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.ones(768, 768, dtype=dtype) for _ in range(2))
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] > 1.4 * seconds[torch.bfloat16]

@@ -1,0 +1,22 @@
+"""The C library's heap, where a CPU's tensors live."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensor; elsewhere do nothing.
+
+    It gives large blocks back to the system at once, and then every page of every activation is
+    cleared and mapped anew: a fifth of the time of decoding a picture of 512x512. Up to 2 GB of
+    what is free stays with the process, which is told apart from what it uses by no one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)

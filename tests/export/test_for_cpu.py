@@ -1,0 +1,119 @@
+"""The rewrites for CPUs, each against the model as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastsd.config import UNetConfig, VAEConfig
+from fastsd.export.for_cpu import BF16_ROLES, Norm, NormThen, for_cpu
+from fastsd.kernels import native
+from fastsd.models.layers import PhasedUpsample, Upsample
+from fastsd.models.unet import UNet
+from fastsd.models.vae import VAE
+from fastsd.quant.apply import layers, quantised
+from fastsd.quant.linear import Bf16Layer
+from fastsd.quant.spec import Rounding, role
+from tests.models.oracles import relative_l2, shake_
+
+OWN = native.obstacle() is None
+needs_kernels = pytest.mark.skipif(
+    not OWN, reason=f"our CPU kernels cannot run here: {native.obstacle()}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if OWN:
+        library = tmp_path_factory.mktemp("native") / "kernels.so"
+        native.build(library)
+        native.load(library)
+    with torch.no_grad():
+        yield
+
+
+def unet(linear: bool = False) -> tuple[UNet, tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]]:
+    torch.manual_seed(0)
+    config = UNetConfig(
+        widths=(32, 64),
+        depths=(1, 0),
+        heads=(2, 2),
+        layers_per_level=1,
+        context_width=16,
+        norm_groups=8,
+        linear_projection=linear,
+    )
+    module = UNet(config)
+    shake_(module)
+    call = (
+        torch.randn(2, 4, 8, 16),
+        module.time_rows(torch.tensor([500.0]))[0],
+        module.context(torch.randn(2, 5, 16)),
+    )
+    return module, call
+
+
+@pytest.mark.parametrize("size", ((5, 7), (1, 1), (8, 2)), ids=str)
+def test_an_upsampler_by_phases_is_the_upsampler(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    whole = Upsample(16).requires_grad_(False)
+    phased, x = PhasedUpsample(whole), torch.randn(2, 16, *size)
+    assert relative_l2(phased(x), whole(x)) <= 1e-6
+    height, width = 2 * size[0] - 1, 2 * size[1]
+    assert torch.equal(phased(x, (height, width)), whole(x, (height, width)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("linear", (False, True), ids=("convolved", "linear"))
+def test_the_exact_unet_stays_exact(linear: bool) -> None:
+    module, call = unet(linear)
+    exact = module(*call)
+    rewritten = for_cpu(copy.deepcopy(module), None, bf16=False, own_kernels=True)
+    assert relative_l2(rewritten(*call), exact) <= 2e-6
+    kinds = [type(m) for m in rewritten.modules()]
+    assert kinds.count(NormThen) and (Norm in kinds) == linear
+    assert nn.GroupNorm not in kinds and Upsample in kinds
+
+
+@needs_kernels
+def test_the_exact_decoder_stays_exact() -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(widths=(32, 64), norm_groups=8, layers_per_level=1))
+    shake_(vae)
+    z = torch.randn(1, 4, 6, 5)
+    exact = vae.decode(z)
+    rewritten = for_cpu(copy.deepcopy(vae), None, bf16=False, own_kernels=True)
+    assert isinstance(rewritten, VAE)
+    assert relative_l2(rewritten.decode(z), exact) <= 2e-6
+
+
+@needs_kernels
+def test_what_is_int8_and_what_is_bf16() -> None:
+    """All that the spec leaves out is bf16, but for edges, times and texts; norms round at once."""
+    module, call = unet()
+    names = [n for n in layers(module) if role(n) == "resnet"]
+    roundings = {name: Rounding(-8.0, 8.0, tuple([-1] * 8 + [0] * 24)) for name in names[:1]}
+    roundings |= {name: Rounding(-8.0, 8.0) for name in names[1:3]}
+    rounded = quantised(module, roundings)(*call)
+    rewritten = for_cpu(copy.deepcopy(module), roundings, bf16=True, own_kernels=False)
+    own = for_cpu(copy.deepcopy(module), roundings, bf16=True, own_kernels=True)
+    halves = {
+        n.removesuffix(".layer") for n, m in rewritten.named_modules() if n.endswith(".layer")
+    }
+    expected = {n for n in layers(module) if role(n) in BF16_ROLES} - set(roundings)
+    samplers = {n for n in expected if "upsamplers" in n}
+    phases = {n.replace(".conv", f".phases.{i}") for n in samplers for i in range(4)}
+    assert halves == expected - samplers | phases and samplers
+    assert all(isinstance(rewritten.get_submodule(name), Bf16Layer) for name in halves)
+    for result in (rewritten(*call), own(*call)):
+        assert relative_l2(result, rounded) < 0.02
+
+
+def test_widths_that_the_kernel_does_not_take_keep_their_norm() -> None:
+    vae = VAE(VAEConfig(widths=(24, 24), norm_groups=8, layers_per_level=1))
+    rewritten = for_cpu(vae, None, bf16=False, own_kernels=True)
+    assert not any(isinstance(m, Norm) for m in rewritten.modules())
