@@ -349,7 +349,7 @@ class Draft:
         elif self.path.exists():
             self.path.rename(self._aside)  # if we are killed here, the next export puts it back
         self.folder.rename(self.path)
-        _remove(self._aside)
+        self._forget_aside()
         return Artifact(self.path, manifest, digest)
 
     def _check_path(self) -> None:
@@ -362,10 +362,18 @@ class Draft:
         """Remove what exports to this path left when they were killed; put back what one took."""
         if self._aside.exists() and not self.path.exists():
             self._aside.rename(self.path)
-        _remove(self._aside)
+        self._forget_aside()
         for folder in self.path.parent.glob(f".{_literal(self.path.name)}.*.draft"):
             if folder != self.folder:
                 _remove(folder)
+
+    def _forget_aside(self) -> None:
+        """Remove what was replaced, under another name: half removed, it must not be put back."""
+        if self._aside.exists():
+            doomed = self.path.with_name(f".{self.path.name}.replaced.draft")
+            _remove(doomed)
+            self._aside.rename(doomed)
+            _remove(doomed)
 
     def _release(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -227,6 +227,31 @@ def test_what_a_kill_between_two_renames_took_is_put_back(tmp_path: Path) -> Non
     assert [entry.name for entry in tmp_path.iterdir()] == ["engine"]
 
 
+def test_what_a_kill_left_half_removed_is_not_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the replaced artifact is removed; then the user removes the new one."""
+    path = tmp_path / "engine"
+    publish(path)
+    remove = shutil.rmtree
+
+    def killed(folder: Path) -> None:
+        if Path(folder).name.startswith(".engine.") and (Path(folder) / PART.file).exists():
+            (Path(folder) / PART.file).unlink()
+            raise KeyboardInterrupt
+        remove(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(path, force=True)
+    monkeypatch.undo()
+    assert not damaged(path)
+    remove(path)
+    with Draft(path, key="b" * 64):
+        assert not path.exists(), "there is nothing whole to put back"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_exports_to_one_place_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "engine"
     with Draft(path, key="a" * 64) as first:
