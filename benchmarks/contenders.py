@@ -237,7 +237,11 @@ def own_contenders() -> list[Contender]:
         for backend, home in BACKENDS.items()
         if backend not in ENGINES.values()
         for precision in _precisions(home)
-    ] + [*engines, *(_setting(name, options) for name, options in GPU_SETTINGS.items())]
+    ] + [
+        *engines,
+        _cached(_engine("aoti", "int8")),
+        *(_setting(name, options) for name, options in GPU_SETTINGS.items()),
+    ]
 
 
 # What a GPU must show of the eager backend in fp16: name -> options beside backend and precision.
@@ -278,6 +282,12 @@ def _engine(target: str, precision: str) -> Contender:
         copies=2.2 if precision == "fp32" else 1.2,
         only_on="cuda" if target == "tensorrt" else None,
     )
+
+
+def _cached(engine: Contender) -> Contender:
+    """The same engine, every second step of which uses again what the deeper layers made."""
+    options = {**engine.options, "cache_interval": 2}
+    return replace(engine, name=f"fastsd-cached/{engine.precision}", options=options)
 
 
 def _precisions(home: str) -> Sequence[str]:

@@ -123,7 +123,9 @@ class PipelineDrawer(Drawer):
         watched: Callable[[Any, Watch], AbstractContextManager[None]],
         *,
         fixed_batch: bool = False,
+        **settings: Any,
     ) -> None:
+        """settings: what each call is given beside the scene's."""
         self.fixed_batch = fixed_batch
         self._pipeline = pipeline
         self._watched = watched
@@ -132,6 +134,7 @@ class PipelineDrawer(Drawer):
             "guidance_scale": scene.guidance,
             "height": scene.size,
             "width": scene.size,
+            **settings,
         }
         pipeline.set_progress_bar_config(disable=True)
 
@@ -178,7 +181,9 @@ def open_fastsd(
     return PipelineDrawer(pipeline.use(**use), scene, _watch_fastsd)
 
 
-def prepare_engine(scene: Scene, folder: str, *, target: str, precision: str) -> None:
+def prepare_engine(
+    scene: Scene, folder: str, *, target: str, precision: str, cache_interval: int = 1
+) -> None:
     """Export the scene's model as `fastsd export` does, for the scene's size and batch."""
     from fastsd.export.build import export
     from fastsd.export.parts import Request
@@ -193,12 +198,13 @@ def prepare_engine(scene: Scene, folder: str, *, target: str, precision: str) ->
     export(open_checkpoint(scene.model), scene.model, request, Path(folder))
 
 
-def open_engine(scene: Scene, folder: str, **_: str) -> Drawer:
+def open_engine(scene: Scene, folder: str, *, cache_interval: int = 1, **_: str) -> Drawer:
     """Open an engine that was exported on this machine."""
     pipeline = Pipeline.from_pretrained(
         folder, sampler=scene.sampler, device=scene.device, trust_native=True
     )
-    return PipelineDrawer(pipeline, scene, _watch_fastsd, fixed_batch=True)
+    settings = {"cache_interval": cache_interval} if cache_interval > 1 else {}
+    return PipelineDrawer(pipeline, scene, _watch_fastsd, fixed_batch=True, **settings)
 
 
 @contextmanager
@@ -214,7 +220,7 @@ def _watch_fastsd(pipeline: Any, watch: Watch) -> Iterator[None]:
 _PARTS = {
     **dict.fromkeys(("text_encoder", "text_encoder_2"), "text_encoder"),
     **dict.fromkeys(("unet_time", "unet_context"), "context"),
-    "unet": "unet",
+    **dict.fromkeys(("unet", "unet_deep", "unet_shallow"), "unet"),
     "vae_decoder": "vae",
 }
 

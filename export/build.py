@@ -62,7 +62,7 @@ class Exporter(ABC):
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts to write, in order."""
-        return part_names(self.checkpoint, self.request.layout)
+        return part_names(self.checkpoint, self.request)
 
     @abstractmethod
     def write(self, part: str, folder: Path) -> PartEntry:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -28,6 +29,7 @@ from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, Decoder, Encoder, scale_activations_
 
 LAYOUTS = ("standard", "fast")
+SHALLOW = ("aoti",)  # targets whose steps may reuse what the deeper layers made (unet_shallow)
 QUANTISED = ("int8", "fp8")  # precisions that need a QuantSpec
 
 
@@ -77,11 +79,12 @@ class GraphPart:
     example: tuple[Tensor, ...]
 
 
-def part_names(checkpoint: Checkpoint, layout: str) -> tuple[str, ...]:
-    """Return the parts of a model in a layout."""
+def part_names(checkpoint: Checkpoint, request: Request) -> tuple[str, ...]:
+    """Return the parts of a model in the request's layout."""
     encoders = ("text_encoder", "text_encoder_2")[: len(checkpoint.config.text_encoders)]
-    hoisted = ("unet_time", "unet_context") if layout == "fast" else ()
-    return (*encoders, *hoisted, "unet", "vae_decoder", "vae_encoder")
+    hoisted = ("unet_time", "unet_context") if request.layout == "fast" else ()
+    shallow = ("unet_shallow",) if request.target in SHALLOW else ()
+    return (*encoders, *hoisted, "unet", *shallow, "vae_decoder", "vae_encoder")
 
 
 def load_part(
@@ -97,8 +100,7 @@ def load_part(
     inside, so that they do not.
     prepared: given the part's name and the model loaded for it, returns what is traced instead.
     """
-    component = {"vae_decoder": "vae", "vae_encoder": "vae"}.get(name, name.partition("_time")[0])
-    component = component.partition("_context")[0]
+    component = next((whole for whole in ("unet", "vae") if name.startswith(whole)), name)
     module = prepared(name, checkpoint.load(component, dtype))
     if component == "vae" and dtype == torch.float16 and checkpoint.config.vae.force_upcast:
         for half in (module.encoder, module.decoder):
@@ -263,7 +265,7 @@ def _examples(inputs: list[TensorSpec]) -> tuple[Tensor, ...]:
 
 
 def _unet_fast(
-    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
+    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype, part: str = "unet"
 ) -> GraphPart:
     unet, sizes, name = config.unet, _Sizes(request, config), _name(dtype)
     with torch.no_grad():
@@ -277,7 +279,7 @@ def _unet_fast(
         ).shape[-1]
     # Guidance asks twice of one picture. Where the batch is fixed, the graph repeats it itself,
     # after what the two rows share; were it to vary, the tracer could not tell rows from pictures.
-    once = request.target == "aoti"
+    once = request.target in SHALLOW
     alike = once and not (unet.pooled_width or unet.guidance_width)  # rows of time alone
     samples = sizes.pictures if once else sizes.rows
     inputs = [
@@ -288,18 +290,30 @@ def _unet_fast(
             for label, t in zip(_kv_names(len(kv)), [t for pair in kv for t in pair], strict=True)
         ),
     ]
+    if part == "unet_shallow":
+        last = 2 * (len(kv) - unet.depths[0])  # the last resnet's attentions, if it has any
+        deep = TensorSpec("deep", name, (sizes.rows, unet.widths[0], *sizes.latent))
+        inputs = [*inputs[:2], deep, *inputs[2 + last :]]
 
-    def predict(sample: Tensor, row: Tensor, *flat: Tensor) -> Tensor:
-        out: Tensor = module(sample, row, list(zip(flat[::2], flat[1::2], strict=True)))
+    def predict(sample: Tensor, row: Tensor, *flat: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if part == "unet_shallow":
+            deep, *flat_kv = flat
+            return module.forward_shallow(sample, row, _paired(flat_kv), deep)
+        if once:
+            return module.forward_deep(sample, row, _paired(flat))
+        out: Tensor = module(sample, row, _paired(flat))
         return out
 
-    return GraphPart(
-        "unet", _Call(module, predict), tuple(inputs), ("out_sample",), _examples(inputs)
-    )
+    outputs = ("out_sample", "deep") if once and part == "unet" else ("out_sample",)
+    return GraphPart(part, _Call(module, predict), tuple(inputs), outputs, _examples(inputs))
 
 
 def _kv_names(pairs: int) -> tuple[str, ...]:
     return tuple(f"{letter}.{i}" for i in range(pairs) for letter in "kv")
+
+
+def _paired(flat: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _unet(module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype) -> GraphPart:
@@ -376,6 +390,7 @@ _PARTS: dict[str, Callable[..., GraphPart]] = {
     "text_encoder": _text_part(0),
     "text_encoder_2": _text_part(1),
     "unet": _unet,
+    "unet_shallow": partial(_unet_fast, part="unet_shallow"),
     "unet_time": _unet_time,
     "unet_context": _unet_context,
     "vae_decoder": _vae_decoder,

@@ -42,7 +42,8 @@ CONFIG = {
     "aot_inductor.package_constants_on_disk_format": "binary_blob",
 }
 
-_REWRITTEN = ("unet", "vae_decoder")  # by for_cpu; the first holds our kernels' library
+# By for_cpu; the first holds our kernels' library.
+_REWRITTEN = ("unet", "unet_shallow", "vae_decoder")
 
 
 @final

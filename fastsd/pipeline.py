@@ -739,11 +739,13 @@ class Pipeline:
         """Raise UsageError where steps cannot reuse what an earlier one made."""
         if batch_invariant:
             raise UsageError("cache_interval and batch_invariant do not go together; drop one")
-        if self._backend.name != "eager":
+        try:
+            self._backend.part("unet_shallow")
+        except UsageError:
             raise UsageError(
-                f"the {self._backend.name} backend computes whole steps only; drop cache_interval, "
-                "or use backend='eager' and the checkpoint itself"
-            )
+                f"this {self._backend.name} engine computes whole steps only; drop cache_interval, "
+                "or use the checkpoint itself, or an engine of `fastsd export --to aoti`"
+            ) from None
         if self._backend.captures and self._graph != "none":
             raise UsageError(
                 "captured steps are all alike, and cache_interval makes them differ; drop it, or "

@@ -7,6 +7,7 @@ another is refused before any of its code runs.
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -40,7 +41,10 @@ class AotiBackend(ArtifactBackend):
         library = artifact.path / "unet" / LIBRARY
         if library.is_file():
             native.load(library)
-        self._packages = {part: self._open(part) for part in self.entries}
+        self._packages: dict[str, Any] = {}
+        self._opening = threading.Lock()
+        if "unet_shallow" in self.entries:
+            self._parts |= {"unet_deep": self._unet_deep, "unet_shallow": self._unet_shallow}
 
     @classmethod
     def machine(cls, device: torch.device) -> dict[str, str]:
@@ -64,36 +68,55 @@ class AotiBackend(ArtifactBackend):
     def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one package."""
         entry = self.entries[part]
+        with self._opening:  # when it is first asked for: many tasks never need the encoder
+            if part not in self._packages:
+                self._packages[part] = self._open(part)
         out = self._packages[part](*(inputs[spec.name] for spec in entry.inputs))
         tensors = (out,) if isinstance(out, Tensor) else out
         return {spec.name: tensor for spec, tensor in zip(entry.outputs, tensors, strict=True)}
 
     def _unet_fast(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> Tensor:
-        """Give the package as many pictures as it takes at once, each with its rows of kv.
+        return self._predict("unet", x, row, kv)["out_sample"]
+
+    def _unet_deep(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        out = self._predict("unet", x, row, kv)
+        return out["out_sample"], out["deep"]
+
+    def _unet_shallow(self, x: Tensor, row: Tensor, kv: dict[str, Tensor], deep: Tensor) -> Tensor:
+        return self._predict("unet_shallow", x, row, {**kv, "deep": deep})["out_sample"]
+
+    def _predict(
+        self, part: str, x: Tensor, row: Tensor, given: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give a package as many pictures as it takes at once, each with its rows of `given`.
 
         The package answers `rows` times a picture, twice under guidance. Where only one answer is
         wanted, it is asked the same twice.
         """
-        sizes = {spec.name: spec.shape[0] for spec in self.entries["unet"].inputs}
-        pictures, rows = sizes["sample"], sizes["k.0"]
+        sizes = {spec.name: spec.shape[0] for spec in self.entries[part].inputs}
+        per_row = {name: t for name, t in given.items() if name in sizes}
+        pictures, rows = sizes["sample"], sizes[next(iter(per_row))]
         assert isinstance(pictures, int) and isinstance(rows, int), "packages have fixed sizes"
-        answers, batch = rows // pictures, len(x)
-        wanted = len(kv["k.0"]) // batch
+        answers, batch, asked = rows // pictures, len(x), len(next(iter(per_row.values())))
+        wanted = asked // batch
         outputs = []
         for start in range(0, batch, pictures):
             index = torch.arange(start, start + pictures).clamp(max=batch - 1)
             at = torch.cat([index + batch * min(i, wanted - 1) for i in range(answers)])
-            whole = rows == len(kv["k.0"]) and pictures == batch  # nothing to pick: no copies
+            whole = rows == asked and pictures == batch  # nothing to pick: no copies
             inputs = {
                 "sample": x if whole else x[index],
-                "row": row if len(row) == sizes["row"] else row.expand(len(kv["k.0"]), -1)[at],
-                **{name: t if whole else t[at] for name, t in kv.items()},
+                "row": row if len(row) == sizes["row"] else row.expand(asked, -1)[at],
+                **{name: t if whole else t[at] for name, t in per_row.items()},
             }
-            self._check_sizes("unet", self.entries["unet"], inputs)
-            dense = {name: t.contiguous() for name, t in inputs.items()}
-            out = self.run("unet", dense)["out_sample"]
-            outputs.append(out.reshape(answers, pictures, *out.shape[1:])[:wanted])
-        return torch.cat(outputs, dim=1)[:, :batch].flatten(0, 1)
+            self._check_sizes(part, self.entries[part], inputs)
+            outputs.append(self.run(part, {name: t.contiguous() for name, t in inputs.items()}))
+        joined = {}
+        for name in outputs[0]:
+            each = [out[name] for out in outputs]
+            kept = [t.reshape(answers, pictures, *t.shape[1:])[:wanted] for t in each]
+            joined[name] = torch.cat(kept, dim=1)[:, :batch].flatten(0, 1)
+        return joined
 
 
 def machine() -> dict[str, str]:
