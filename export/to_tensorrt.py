@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -19,7 +20,7 @@ from fastsd.artifact import PartEntry, TensorSpec, cache_folder
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import ArtifactError, MissingDependency, OutOfMemory
 from fastsd.export.build import Exporter
-from fastsd.export.parts import GraphPart, Request, load_part
+from fastsd.export.parts import Request, load_part
 
 try:
     try:
@@ -74,21 +75,24 @@ class TensorrtExporter(Exporter):
 
     def write(self, part: str, folder: Path) -> PartEntry:
         """Trace one part, parse its ONNX graph, build and write the engine."""
-        dtype = DTYPES.get(self.request.precision, torch.float16)
-        prepared = qdq.prepare(self.spec, FORMATS.get(self.request.precision), dtype)
-        traced = load_part(self.checkpoint, part, self.request, dtype, prepared)
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
-            entry = graph.write(graph.trace(traced), traced, Path(scratch))
+            entry = self._write_graph(part, Path(scratch))  # the model itself is let go of again
             size = sum(
                 (Path(scratch) / file).stat().st_size for file in (entry.file, *entry.weights)
             )
             check_memory(part, size)
-            engine = self.build(traced, Path(scratch) / entry.file)
+            engine = self.build(part, entry.inputs, Path(scratch) / entry.file)
         (folder / part).mkdir(exist_ok=True)
         (folder / part / "model.plan").write_bytes(engine)
         return PartEntry(f"{part}/model.plan", entry.inputs, entry.outputs)
 
-    def build(self, part: GraphPart, file: Path) -> Any:
+    def _write_graph(self, part: str, folder: Path) -> PartEntry:
+        dtype = DTYPES.get(self.request.precision, torch.float16)
+        prepared = qdq.prepare(self.spec, FORMATS.get(self.request.precision), dtype)
+        traced = load_part(self.checkpoint, part, self.request, dtype, prepared)
+        return graph.write(graph.trace(traced), traced, folder)
+
+    def build(self, part: str, inputs: Sequence[TensorSpec], file: Path) -> Any:
         """Build the engine of a graph on disk; a buffer. Raises ArtifactError with the reason."""
         builder = trt.Builder(self._log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -96,14 +100,14 @@ class TensorrtExporter(Exporter):
         if not parser.parse_from_file(str(file)):
             problems = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
             raise ArtifactError(
-                f"TensorRT {trt.__version__} cannot read the graph of {part.name}: {problems}"
+                f"TensorRT {trt.__version__} cannot read the graph of {part}: {problems}"
             )
         config = builder.create_builder_config()
         if self.request.refit:
             config.set_flag(trt.BuilderFlag.REFIT)
-        if any(isinstance(size, str) for spec in part.inputs for size in spec.shape):
+        if any(isinstance(size, str) for spec in inputs for size in spec.shape):
             profile = builder.create_optimization_profile()
-            for spec in part.inputs:
+            for spec in inputs:
                 profile.set_shape(spec.name, *profile_shapes(spec, self.request))
             config.add_optimization_profile(profile)
         cache = config.create_timing_cache(
@@ -114,8 +118,7 @@ class TensorrtExporter(Exporter):
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             raise ArtifactError(
-                f"TensorRT {trt.__version__} could not build {part.name}; its own message stands "
-                "above"
+                f"TensorRT {trt.__version__} could not build {part}; its own message stands above"
             )
         self._timings.parent.mkdir(parents=True, exist_ok=True)
         draft = self._timings.with_suffix(f".{os.getpid()}")
