@@ -48,6 +48,7 @@ def compiler() -> str:
 def nameless(*folders: Path) -> tuple[str, ...]:
     """Return flags that keep `folders`, torch's own and symbols' names out of a library."""
     known = (*folders, Path(torch.__file__).parent)
+    known = tuple(path for folder in known for path in (folder, folder.resolve()))  # GCC says both
     return ("-s", *(f"-ffile-prefix-map={folder}=." for folder in known))
 
 
