@@ -17,6 +17,7 @@ import torch
 
 from fastsd.artifact import read_manifest
 from tests.export.conftest import layout_of
+from tests.export.test_to_aoti import needs_compiler
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -66,7 +67,7 @@ def export_in_clone(home: Path, source: Path, target: str, seed: int) -> tuple[P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnx", "openvino"])
+@pytest.mark.parametrize("target", ["onnx", "openvino", pytest.param("aoti", marks=needs_compiler)])
 def test_two_clones_export_the_same_files_and_no_path(
     target: str, sd1_folder: Path, tmp_path: Path
 ) -> None:
