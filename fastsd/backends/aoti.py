@@ -24,6 +24,7 @@ from fastsd.kernels import native
 LIBRARY = "kernels.so"  # beside the UNet's package, where it uses kernels of ours
 PACKAGE = "package"  # a part's own folder, laid out as torch's loader wants it
 INSIDE = "data/aotinductor/model"
+_SELDOM = ("vae_encoder", "unet_shallow")
 _SETS = ("avx", "amx", "fma", "f16c", "neon", "sve", "i8mm", "bf16", "dot")  # instruction sets
 
 
@@ -41,8 +42,14 @@ class AotiBackend(ArtifactBackend):
         library = artifact.path / "unet" / LIBRARY
         if library.is_file():
             native.load(library)
-        self._packages: dict[str, Any] = {}
+        # While one is opened its weights are in memory twice: the largest goes first. What only
+        # some tasks ask for waits until they do.
         self._opening = threading.Lock()
+        self._packages = {
+            part: self._open(part)
+            for part in sorted(self.entries, key=self._weights, reverse=True)
+            if part not in _SELDOM
+        }
         if "unet_shallow" in self.entries:
             self._parts |= {"unet_deep": self._unet_deep, "unet_shallow": self._unet_shallow}
 
@@ -50,6 +57,11 @@ class AotiBackend(ArtifactBackend):
     def machine(cls, device: torch.device) -> dict[str, str]:
         """Return what the code is bound to: torch, the system, the CPU's instruction sets."""
         return machine()
+
+    def _weights(self, part: str) -> int:
+        """How large the files of a part are, in bytes."""
+        files = self.artifact.manifest.files
+        return sum(files[file].size_bytes for file in self.entries[part].weights)
 
     def _open(self, part: str) -> Any:
         from torch.export.pt2_archive._package import AOTICompiledModel
@@ -68,7 +80,7 @@ class AotiBackend(ArtifactBackend):
     def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one package."""
         entry = self.entries[part]
-        with self._opening:  # when it is first asked for: many tasks never need the encoder
+        with self._opening:
             if part not in self._packages:
                 self._packages[part] = self._open(part)
         out = self._packages[part](*(inputs[spec.name] for spec in entry.inputs))
