@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from fastsd.kernels import native
 from tests import fixtures
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Build and load our kernels for CPUs; whether this one runs them."""
+    if native.obstacle() is not None:
+        return False
+    library = tmp_path_factory.mktemp("native") / "kernels.so"
+    native.build(library)
+    native.load(library)
+    return True
 
 
 @pytest.fixture(scope="session")

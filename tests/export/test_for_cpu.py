@@ -26,12 +26,8 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if OWN:
-        library = tmp_path_factory.mktemp("native") / "kernels.so"
-        native.build(library)
-        native.load(library)
+@pytest.fixture(autouse=True)
+def _without_gradients(cpu_kernels: bool) -> Iterator[None]:
     with torch.no_grad():
         yield
 

@@ -31,7 +31,6 @@ from fastsd.export.build import export, open_exporter
 from fastsd.export.for_cpu import for_cpu
 from fastsd.export.parts import GraphPart, Request
 from fastsd.export.to_aoti import compile_part
-from fastsd.kernels import native
 from fastsd.models.layers import Resnet
 from fastsd.quality import psnr
 from fastsd.quant.apply import quantised
@@ -59,7 +58,7 @@ class Layers(nn.Module):
 
 
 @needs_compiler
-def test_int8_layers_become_integer_products_of_onednn(tmp_path: Path) -> None:
+def test_int8_layers_become_integer_products_of_onednn(tmp_path: Path, cpu_kernels: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 16, 16, 16)
     exact = Layers().eval().requires_grad_(False)
@@ -70,11 +69,7 @@ def test_int8_layers_become_integer_products_of_onednn(tmp_path: Path) -> None:
         "linear": Rounding(-5.0, 5.0),
     }
     expected, rounded = exact(x), quantised(exact, roundings)(x)
-    own = native.obstacle() is None
-    if own:
-        native.build(tmp_path / "kernels.so")
-        native.load(tmp_path / "kernels.so")
-    prepared = for_cpu(exact, roundings, bf16=True, own_kernels=own)
+    prepared = for_cpu(exact, roundings, bf16=True, own_kernels=cpu_kernels)
     spec = TensorSpec("x", "float32", tuple(x.shape))
     part = GraphPart("layers", prepared, (spec,), ("y",), (x,))
     (output,), files = compile_part(part, tmp_path / "layers" / PACKAGE)

@@ -29,10 +29,8 @@ SHAPES = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    library = tmp_path_factory.mktemp("native") / "kernels.so"
-    native.build(library)
-    native.load(library)
+def _kernels(cpu_kernels: bool) -> None:
+    """All need them."""
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
