@@ -301,7 +301,8 @@ _PART_COLOURS = {
 
 
 def _colour(name: str) -> str:
-    return _COLOURS.get(name.split("/")[0], _OTHER)
+    tool = name.split("/")[0]
+    return _COLOURS.get(tool) or _COLOURS.get(tool.split("-")[0], _OTHER)  # fastsd-cached: ours
 
 
 def _plots(folder: Path, results: Results) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a call of a compiled CPU engine's part goes: python -m fastsd.benchmarks.profile ENGINE.
+"""Where a call of a compiled engine's part goes: python -m fastsd.benchmarks.engine_profile ENGINE.
 
 oneDNN tells of each product it computed and for how long, torch of our own kernels; what is left is
 what the compiler wrote (element-wise work, norms over tokens) and torch's own.
@@ -147,7 +147,7 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Profile parts of an engine and print the tables."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastsd.benchmarks.profile", description=__doc__
+        prog="python -m fastsd.benchmarks.engine_profile", description=__doc__
     )
     parser.add_argument("engine", type=Path, help="an artifact of `fastsd export --to aoti`")
     parser.add_argument("--part", nargs="+", default=["unet", "vae_decoder"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastsd.benchmarks.profile import Product, operations, read_last_call, report
+from fastsd.benchmarks.engine_profile import Product, operations, read_last_call, report
 
 HEAD = "onednn_verbose,v1,primitive,exec,cpu"
 CONVOLUTION = (
