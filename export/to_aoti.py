@@ -202,7 +202,9 @@ def _compiler(scratch: Path) -> Path:
     command = [native.compiler(), *native.nameless(scratch)]
     script.write_text(
         "#!/bin/sh\n"
-        f"for file; do case $file in *.cpp) sed -i -E '{_PADDING}' \"$file\";; esac; done\n"
+        "for file; do case $file in *.cpp)\n"  # not sed -i, which is not the same everywhere
+        f'sed -E \'{_PADDING}\' "$file" >"$file.new" && mv "$file.new" "$file" || exit 1;;\n'
+        "esac; done\n"
         f'exec {shlex.join(command)} "$@"\n'
     )
     script.chmod(0o700)

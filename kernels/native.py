@@ -77,7 +77,7 @@ def build(library: Path) -> None:
 
 def loaded() -> bool:
     """Whether the kernels can be called in this process."""
-    return hasattr(torch.ops, NAMESPACE) and hasattr(torch.ops.fastsd_cpu, "attention")
+    return hasattr(torch.ops, NAMESPACE) and hasattr(torch.ops.fastsd_cpu, "group_norm")
 
 
 def load(library: Path) -> None:

@@ -12,8 +12,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensor; elsewhere do nothing.
 
     It gives large blocks back to the system at once, and then every page of every activation is
-    cleared and mapped anew: a fifth of the time of decoding a picture of 512x512. Up to 2 GB of
-    what is free stays with the process, which is told apart from what it uses by no one.
+    cleared and mapped anew: a fifth of the time of decoding a picture of 512x512. It is a setting
+    of the whole process, which in turn keeps up to 2 GB more than it uses.
     """
     if platform.libc_ver()[0] != "glibc":
         return

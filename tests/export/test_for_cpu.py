@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastsd.config import UNetConfig, VAEConfig
+from fastsd.config import VAEConfig
 from fastsd.export.for_cpu import BF16_ROLES, Norm, NormThen, for_cpu
 from fastsd.kernels import native
 from fastsd.models.layers import PhasedUpsample, Upsample
@@ -19,6 +20,7 @@ from fastsd.quant.apply import layers, quantised
 from fastsd.quant.linear import Bf16Layer
 from fastsd.quant.spec import Rounding, role
 from tests.models.oracles import relative_l2, shake_
+from tests.quant.test_quant import UNET
 
 OWN = native.obstacle() is None
 needs_kernels = pytest.mark.skipif(
@@ -34,16 +36,7 @@ def _without_gradients(cpu_kernels: bool) -> Iterator[None]:
 
 def unet(linear: bool = False) -> tuple[UNet, tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]]:
     torch.manual_seed(0)
-    config = UNetConfig(
-        widths=(32, 64),
-        depths=(1, 0),
-        heads=(2, 2),
-        layers_per_level=1,
-        context_width=16,
-        norm_groups=8,
-        linear_projection=linear,
-    )
-    module = UNet(config)
+    module = UNet(replace(UNET, linear_projection=linear))
     shake_(module)
     call = (
         torch.randn(2, 4, 8, 16),
