@@ -39,7 +39,7 @@ CONFIG = {
     # The same bytes every time: no folder of a header, no address of a function of torch's.
     "aot_inductor.enable_line_tables": False,
     "size_asserts": False,
-    # Weights in a file of their own, which is read once and straight into their place.
+    # Weights in a file of their own, which an engine finds wherever it was moved to.
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "binary_blob",
 }
