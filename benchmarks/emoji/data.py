@@ -134,14 +134,25 @@ def drawable(first: int | None = None) -> tuple[list[Emoji], np.ndarray]:
 
 
 def captions(emoji: Emoji) -> list[tuple[str, float]]:
-    """What people may call it, each with its share of the training captions (they sum to 1)."""
+    """What people may call it, each with its share of the training captions (they sum to 1).
+
+    A keyword that is another emoji's name means that one: whoever writes "sun" wants the sun.
+    """
     name, chinese = emoji.english, emoji.chinese
+    words = [word for word in emoji.keywords if word not in _names()]
+    chinese_words = [word for word in emoji.chinese_keywords if word not in _names()]
     article = "an" if name[0] in "aeiou" else "a"
-    texts = [(name, 0.32), (f"{article} {name}", 0.12), (f"{name} emoji", 0.05), (chinese, 0.3)]
-    texts += _shared([f"{name}, {word}" for word in emoji.keywords], name, 0.08)
-    texts += _shared([word for word in emoji.keywords], name, 0.05)
-    texts += _shared([f"{chinese}，{word}" for word in emoji.chinese_keywords], chinese, 0.08)
+    texts = [(name, 0.32), (f"{article} {name}", 0.1), (f"{name} emoji", 0.05), (chinese, 0.3)]
+    texts += _shared([f"{name}, {word}" for word in emoji.keywords], name, 0.06)
+    texts += _shared(words, name, 0.06)
+    texts += _shared([f"{chinese}，{word}" for word in emoji.chinese_keywords], chinese, 0.05)
+    texts += _shared(chinese_words, chinese, 0.06)
     return texts
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(name for emoji in emojis() for name in (emoji.english, emoji.chinese))
 
 
 def _shared(texts: list[str], instead: str, share: float) -> list[tuple[str, float]]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastsd.benchmarks.emoji.data import drawable
-from fastsd.benchmarks.emoji.export import load_text_encoder, load_unet
+from fastsd.benchmarks.emoji.export import load_drawing
 from fastsd.benchmarks.emoji.train import (
     CONFIG,
     MAX_TOKENS,
@@ -176,11 +176,12 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_folder(run / "tokenizer")
     generator = torch.Generator()
     examples = Examples(emojis, lambda texts: tokenizer(texts, MAX_TOKENS).ids, generator)
+    text_encoder, unet = load_drawing(run)
     tensors = distil(
-        load_unet(run),
+        unet,
         examples,
         torch.load(run / "latents.pt", weights_only=True)["latents"],
-        read(load_text_encoder(run).to(device), examples.ids, device),
+        read(text_encoder.to(device), examples.ids, device),
         run / "lora-state.pt",
         minutes=arguments.minutes,
         batch=arguments.batch,

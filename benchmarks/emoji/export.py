@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from fastsd.benchmarks.emoji.data import PICTURE_SIZE, drawable
 from fastsd.benchmarks.emoji.train import CONFIG
@@ -27,23 +28,16 @@ from fastsd.quality import ATLAS_COLUMNS, ATLAS_SIDE, small
 from fastsd.tokenizers import CLIPTokenizer
 
 
-def load_text_encoder(run: Path) -> CLIPText:
-    """Load the text encoder of a run."""
-    text_encoder = CLIPText(CONFIG.text_encoders[0])
-    text_encoder.load_state_dict(torch.load(run / "text.pt", weights_only=True))
-    return text_encoder.eval()
-
-
-def load_unet(run: Path) -> UNet:
-    """Load the UNet of a run: the finished one, or the average so far."""
-    unet = UNet(CONFIG.unet)
-    finished = run / "unet.pt"
+def load_drawing(run: Path) -> tuple[CLIPText, UNet]:
+    """Load the text encoder and the UNet of a run: the finished ones, or their averages so far."""
+    finished = run / "drawing.pt"
     if finished.is_file():
-        unet.load_state_dict(torch.load(finished, weights_only=True))
+        weights = torch.load(finished, weights_only=True)
     else:
-        state = torch.load(run / "unet-state.pt", weights_only=True)
-        unet.load_state_dict(state["average"])
-    return unet.eval()
+        weights = torch.load(run / "drawing-state.pt", weights_only=True)["average"]
+    text_encoder, unet = CLIPText(CONFIG.text_encoders[0]), UNet(CONFIG.unet)
+    nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).load_state_dict(weights)
+    return text_encoder.eval(), unet.eval()
 
 
 def load_vae(run: Path) -> VAE:
@@ -80,11 +74,8 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("fastsd/builtin"))
     arguments = parser.parse_args()
 
-    modules = {
-        "text_encoder": load_text_encoder(arguments.run),
-        "unet": load_unet(arguments.run),
-        "vae": load_vae(arguments.run),
-    }
+    text_encoder, unet = load_drawing(arguments.run)
+    modules = {"text_encoder": text_encoder, "unet": unet, "vae": load_vae(arguments.run)}
     tokenizer = CLIPTokenizer.from_folder(arguments.run / "tokenizer")
     tokenizer.max_tokens = CONFIG.text_encoders[0].max_tokens
     assert CONFIG.default_size == PICTURE_SIZE

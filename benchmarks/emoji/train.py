@@ -4,10 +4,11 @@ otherwise.
     python -m fastsd.benchmarks.emoji.train --out runs/emoji
 
 Six stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the
-latents of all pictures, the text encoder, the UNet, and the VAE's decoder once more. Each training
-stage lasts a given number of minutes and its learning rate falls to nothing over them, so that it
-always ends well; it saves its state every minute and goes on from there. `export.py` writes the
-result as an ordinary checkpoint.
+latents of all pictures, the text encoder by itself, the UNet with the text encoder, and the VAE's
+decoder once more. `--start builtin` goes on from a model that is there instead: its vocabulary and
+VAE are kept, so that the first four stages fall away. Each training stage lasts a given number of
+minutes and its learning rate falls to nothing over them, so that it always ends well; it saves its
+state every minute and goes on from there. `export.py` writes the result as an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from fastsd import Pipeline
 from fastsd.benchmarks.emoji import vocabulary
 from fastsd.benchmarks.emoji.data import Emoji, captions, drawable
-from fastsd.checkpoints import save_folder
+from fastsd.checkpoints import open_checkpoint, save_folder
 from fastsd.config import CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
@@ -85,12 +86,18 @@ CONFIG = ModelConfig(
 )
 TONE_WEIGHT = 0.15  # how often a skin-tone variant is seen for each time a base emoji is
 CAPTION_DROPOUT = 0.1
+NOISES = 2  # that every caption of a batch is drawn from
 PATCHES = 4  # along each side: of a picture's latents, one for each of the last tokens
 SAVE_EVERY_S = 60.0
 
 
 class Stage:
-    """One training run against the clock: optimiser, learning rate, moving average, checkpoints."""
+    """One training run against the clock: optimiser, learning rate, moving average, checkpoints.
+
+    muon: weights that are matrices inside the network, a convolution's too, are optimised by Muon
+    (Jordan et al. 2024) in place of AdamW, at the same learning rate. On the UNet it got as far in
+    one minute as AdamW in three.
+    """
 
     def __init__(
         self,
@@ -101,6 +108,7 @@ class Stage:
         peak: float,
         decay: float,
         keep: float = 0.999,
+        muon: bool = False,
     ) -> None:
         self.module = module
         self.path = path
@@ -108,15 +116,34 @@ class Stage:
         self.peak = peak
         self._keep = keep  # of the moving average, a step
         self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
-        self._optimizer = torch.optim.AdamW(
-            module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=decay, fused=True
-        )
+        matrices = _matrices(module) if muon else []
+        others = set(module.parameters()) - set(matrices)
+        self._flat = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in matrices]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [p for p in module.parameters() if p in others],
+                lr=peak,
+                betas=(0.9, 0.98),
+                weight_decay=decay,
+                fused=True,
+            )
+        ]
+        if muon:
+            self._optimizers.append(
+                torch.optim.Muon(
+                    [flat for _, flat in self._flat],
+                    lr=peak,
+                    weight_decay=decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
         self.step = 0
         self.elapsed_s = 0.0
         if path.is_file():
             state = torch.load(path, weights_only=True)
             module.load_state_dict(state["module"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            for optimizer, held in zip(self._optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(held)
             self.average = state["average"]
             self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
@@ -131,12 +158,15 @@ class Stage:
         while self.share < 1:
             start = time.monotonic()
             loss = losses()
-            self._optimizer.zero_grad(set_to_none=True)
+            self.module.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._rate()
-            self._optimizer.step()
+            for weight, flat in self._flat:
+                flat.grad = None if weight.grad is None else weight.grad.reshape(flat.shape)
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self._rate()
+                optimizer.step()
             self._follow()
             self.step += 1
             self.elapsed_s += time.monotonic() - start
@@ -164,12 +194,22 @@ class Stage:
     def _save(self) -> None:
         state = {
             "module": self.module.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "average": self.average,
             "step": self.step,
             "elapsed_s": self.elapsed_s,
         }
         save(state, self.path)
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of linear and convolution layers, the first and the last of a UNet apart."""
+    layers = {
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not name.endswith(("conv_in", "conv_out"))
+    }
+    return [weight for name, weight in module.named_parameters() if name in layers]
 
 
 def save(state: Any, path: Path) -> None:
@@ -340,26 +380,32 @@ def _picture_distance(y: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def encode(vae: VAE, pictures: Tensor) -> Tensor:
+    """Return the latents of all pictures, (N, C, h, w), on the CPU: what the VAE takes for mean."""
+    device = next(vae.parameters()).device
+    parts = torch.split(pictures, 64)
+    return torch.cat([vae.encode(part.to(device)).chunk(2, dim=1)[0].cpu() for part in parts])
+
+
+@torch.no_grad()
 def normalise_(vae: VAE, pictures: Tensor) -> Tensor:
     """Give every latent channel mean 0 and variance 1 by folding both into the 1x1 convolutions.
 
     Returns the latents of all pictures, (N, C, h, w).
     """
-    device = next(vae.parameters()).device
-    means = torch.cat(
-        [vae.encode(part.to(device)).chunk(2, dim=1)[0] for part in torch.split(pictures, 64)]
-    )
+    means = encode(vae, pictures)
     mean, deviation = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
     before, after = vae.quant_conv, vae.post_quant_conv
     assert before is not None and before.bias is not None
     assert after is not None and after.bias is not None
-    scale = torch.cat([1 / deviation, torch.ones_like(deviation)])
-    shift = torch.cat([-mean / deviation, -2 * deviation.log()])
+    scale = torch.cat([1 / deviation, torch.ones_like(deviation)]).to(before.weight)
+    shift = torch.cat([-mean / deviation, -2 * deviation.log()]).to(before.weight)
+    mean, deviation = mean.to(before.weight), deviation.to(before.weight)
     before.weight.mul_(scale[:, None, None, None])
     before.bias.mul_(scale).add_(shift)
     after.bias.add_(torch.einsum("oixy,i->o", after.weight, mean))
     after.weight.mul_(deviation[None, :, None, None])
-    return ((means - mean[:, None, None]) / deviation[:, None, None]).cpu()
+    return encode(vae, pictures)
 
 
 class Examples:
@@ -447,45 +493,49 @@ def noise_levels(t: Tensor) -> tuple[Tensor, Tensor]:
     return a.sqrt(), (1 - a).sqrt()
 
 
-def train_unet(
+def train_drawing(
+    text_encoder: CLIPText,
+    unet: UNet,
     examples: Examples,
     latents: Tensor,
-    states: Tensor,
     path: Path,
     *,
     minutes: float,
     batch: int,
     device: torch.device,
     generator: torch.Generator,
-) -> UNet:
-    """Learn v = alpha * noise - sigma * x0 (Salimans and Ho 2022), the text encoder being done.
+) -> dict[str, Tensor]:
+    """Learn v = alpha * noise - sigma * x0 (Salimans and Ho 2022), the text encoder with the UNet.
 
-    states: (captions, N, D), what it says of each. All timesteps weigh the same, and those of a
-    batch are spread evenly. (Min-SNR weights, made for large data, leave next to nothing to the
-    noisiest steps, where a small model learns what a caption looks like.)
+    Returns the parameters of both, by `text_encoder.` and `unet.`. Every caption of a batch is read
+    once and drawn NOISES times, since reading costs a quarter of drawing. All timesteps weigh the
+    same, and those of a batch are spread evenly. (Min-SNR weights, made for large data, leave next
+    to nothing to the noisiest steps, where a small model learns what a caption looks like.)
     """
     torch.manual_seed(0)
-    unet = UNet(CONFIG.unet).to(device)
-    stage = Stage(unet, path, minutes=minutes, peak=1.5e-3, decay=0.01)
+    both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device)
+    both.train().requires_grad_(True)
+    stage = Stage(both, path, minutes=minutes, peak=1e-3, decay=0.01, muon=True)
     generator.manual_seed(1 + stage.step)
     steps = CONFIG.schedule.train_steps
+    count = batch // NOISES
 
     def losses() -> Tensor:
-        which, rows = examples.draw(batch, dropout=CAPTION_DROPOUT)
-        x0 = latents[which]
-        spread = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        t = (spread * steps).long()
+        which, rows = examples.draw(count, dropout=CAPTION_DROPOUT)
+        x0 = latents[which].repeat(NOISES, 1, 1, 1)
+        spread = torch.arange(count * NOISES) + torch.rand(count * NOISES, generator=generator)
+        t = (spread / (count * NOISES) * steps).long()
         noise = torch.randn(x0.shape, generator=generator)
         alpha, sigma = noise_levels(t)
         x = alpha * x0 + sigma * noise
         v = alpha * noise - sigma * x0
         with quick(device):
-            prediction = unet.standard(x.to(device), t.to(device), states[rows].to(device).float())
+            states = text_encoder(examples.ids[rows].to(device)).last.repeat(NOISES, 1, 1)
+            prediction = unet.standard(x.to(device), t.to(device), states)
         return F.mse_loss(prediction.float(), v.to(device))
 
     stage.run(losses)
-    unet.load_state_dict(stage.average)
-    return unet.eval().requires_grad_(False)
+    return stage.average
 
 
 def _pictures(raw: np.ndarray) -> Tensor:
@@ -501,11 +551,12 @@ def main() -> None:
     """Run the stages that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the run")
+    parser.add_argument("--start", help="go on from this model of the same sizes, e.g. builtin")
     parser.add_argument("--vae-minutes", type=float, default=15)
     parser.add_argument("--text-minutes", type=float, default=20, help="for the text encoder")
-    parser.add_argument("--minutes", type=float, default=70, help="for the UNet")
+    parser.add_argument("--minutes", type=float, default=70, help="for the UNet, with it")
     parser.add_argument("--decoder-minutes", type=float, default=10, help="at the end")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--first", type=int, help="learn only so many emoji: a trial run")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -516,28 +567,41 @@ def main() -> None:
 
     emojis, raw = drawable(arguments.first)
     pictures = _pictures(raw)
-    if not (out / "tokenizer" / "vocab.json").is_file():
+    start = open_checkpoint(arguments.start) if arguments.start else None
+    if (out / "tokenizer" / "vocab.json").is_file():
+        pass
+    elif start is not None:
+        start.tokenizers[0].save(out / "tokenizer")
+    else:
         vocabulary.learn(_caption_lines(drawable()[0]), VOCABULARY, out / "tokenizer")
     tokenizer = CLIPTokenizer.from_folder(out / "tokenizer")
     tokenizer.max_tokens = MAX_TOKENS
 
     weights = torch.tensor([TONE_WEIGHT if emoji.tone else 1.0 for emoji in emojis])
     if not (out / "latents.pt").is_file():
-        vae = train_vae(
-            pictures,
-            weights,
-            out / "vae-state.pt",
-            minutes=arguments.vae_minutes,
-            device=device,
-        )
-        latents = normalise_(vae, pictures)
+        vae = VAE(CONFIG.vae).to(device)
+        if start is not None:
+            vae.load_state_dict(start.load("vae").state_dict())
+            latents = encode(vae, pictures)
+        else:
+            vae = train_vae(
+                pictures,
+                weights,
+                out / "vae-state.pt",
+                minutes=arguments.vae_minutes,
+                device=device,
+            )
+            latents = normalise_(vae, pictures)
         save({"vae": vae.state_dict(), "latents": latents}, out / "latents.pt")
     latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
 
     generator = torch.Generator()
     examples = Examples(emojis, lambda texts: tokenizer(texts, MAX_TOKENS).ids, generator)
-    text_encoder = CLIPText(CONFIG.text_encoders[0])
-    if not (out / "text.pt").is_file():
+    text_encoder, unet = CLIPText(CONFIG.text_encoders[0]), UNet(CONFIG.unet)
+    if start is not None:
+        text_encoder.load_state_dict(start.load("text_encoder").state_dict())
+        unet.load_state_dict(start.load("unet").state_dict())
+    elif not (out / "reader.pt").is_file():
         trained = train_reader(
             examples,
             latents,
@@ -546,27 +610,32 @@ def main() -> None:
             device=device,
             generator=generator,
         )
-        save(trained.state_dict(), out / "text.pt")
-    text_encoder.load_state_dict(torch.load(out / "text.pt", weights_only=True))
-    if not (out / "unet.pt").is_file():
-        unet = train_unet(
+        save(trained.state_dict(), out / "reader.pt")
+    if (out / "reader.pt").is_file():
+        text_encoder.load_state_dict(torch.load(out / "reader.pt", weights_only=True))
+    if not (out / "drawing.pt").is_file():
+        drawing = train_drawing(
+            text_encoder,
+            unet,
             examples,
             latents,
-            read(text_encoder.to(device), examples.ids, device),
-            out / "unet-state.pt",
+            out / "drawing-state.pt",
             minutes=arguments.minutes,
             batch=arguments.batch,
             device=device,
             generator=generator,
         )
-        save(unet.state_dict(), out / "unet.pt")
+        save(drawing, out / "drawing.pt")
 
     if (out / "vae.pt").is_file():
         return
-    unet, vae = UNet(CONFIG.unet), VAE(CONFIG.vae)
-    unet.load_state_dict(torch.load(out / "unet.pt", weights_only=True))
+    vae = VAE(CONFIG.vae)
     vae.load_state_dict(torch.load(out / "latents.pt", weights_only=True)["vae"])
-    modules = {"text_encoder": text_encoder.cpu(), "unet": unet, "vae": vae}
+    modules = {"text_encoder": text_encoder.cpu(), "unet": unet.cpu(), "vae": vae}
+    nn.ModuleDict(modules).load_state_dict(
+        torch.load(out / "drawing.pt", weights_only=True)
+        | {f"vae.{name}": weight for name, weight in vae.state_dict().items()}
+    )
     known = [i for i, emoji in enumerate(emojis) if not emoji.held_out]
     drawn = torch.full_like(latents, math.nan)
     drawn[known] = draw_all(modules, tokenizer, [emojis[i].english for i in known], device)
