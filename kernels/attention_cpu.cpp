@@ -47,7 +47,36 @@ Rows head_of(const at::Tensor& x, int64_t b, int64_t m) {
   return sum;
 }
 
-int8_t rounded(float x) { return static_cast<int8_t>(std::lrintf(std::clamp(x, -127.0f, 127.0f))); }
+// A mask of the first `count` of sixteen lanes.
+inline __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : static_cast<__mmask16>((1 << count) - 1); }
+
+// to[c] = round((x[c] - mean[c]) * up[c]) within -127..127; mean may be null, up too: all_up. Returns their sum.
+inline int32_t quantise(const float* x, const float* mean, const float* up, float all_up, int64_t width, int8_t* to) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t c = 0; c < width; c += LANES) {
+    const __mmask16 some = first(width - c);
+    __m512 y = _mm512_maskz_loadu_ps(some, x + c);
+    if (mean) y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(some, mean + c));
+    y = _mm512_mul_ps(y, up ? _mm512_maskz_loadu_ps(some, up + c) : _mm512_set1_ps(all_up));
+    __m512i q = _mm512_cvtps_epi32(y);
+    q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+    sum = _mm512_add_epi32(sum, q);
+    _mm512_mask_cvtepi32_storeu_epi8(to + c, some, q);
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+// The largest |x[c] - mean[c]|, and at least 1e-30; mean may be null.
+inline float magnitude(const float* x, const float* mean, int64_t width) {
+  __m512 largest = _mm512_set1_ps(1e-30f);
+  for (int64_t c = 0; c < width; c += LANES) {
+    const __mmask16 some = first(width - c);
+    __m512 y = _mm512_maskz_loadu_ps(some, x + c);
+    if (mean) y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(some, mean + c));
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(y));
+  }
+  return _mm512_reduce_max_ps(largest);
+}
 
 // The keys and values of one head as the inner loops read them.
 template <bool INT8>
@@ -77,24 +106,19 @@ struct Keys {
       mean[c] /= static_cast<float>(s.keys);
       v_scale[c] /= 127.0f;
     }
-    std::vector<float> inverse(width);
-    for (int64_t c = 0; c < width; ++c) inverse[c] = 1.0f / v_scale[c];
+    std::vector<float> v_up(width);
+    for (int64_t c = 0; c < width; ++c) v_up[c] = 1.0f / v_scale[c];
+    std::vector<int8_t> row(width);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = block * BLOCK, end = std::min(begin + BLOCK, s.keys);
       float largest = 1e-30f;
-      for (int64_t j = begin; j < end; ++j)
-        for (int64_t c = 0; c < width; ++c) largest = std::max(largest, std::fabs(k[j][c] - mean[c]));
+      for (int64_t j = begin; j < end; ++j) largest = std::max(largest, magnitude(k[j], mean.data(), width));
       k_scale[block] = largest / 127.0f;
-      const float up = 127.0f / largest;
       for (int64_t j = begin; j < end; ++j) {
-        int32_t sum = 0;
-        for (int64_t c = 0; c < width; ++c) {
-          const int8_t q = rounded((k[j][c] - mean[c]) * up);
-          k8[j * width + c] = q;
-          sum += q;
-          v8[(begin * width) + c * BLOCK + (j - begin)] = rounded(v[j][c] * inverse[c]);
-        }
-        offset[j] = -128 * sum;
+        offset[j] = -128 * quantise(k[j], mean.data(), nullptr, 127.0f / largest, width, k8.data() + j * width);
+        quantise(v[j], nullptr, v_up.data(), 1.0f, width, row.data());
+        int8_t* column = v8.data() + begin * width + (j - begin);
+        for (int64_t c = 0; c < width; ++c) column[c * BLOCK] = row[c];
       }
     }
   }
@@ -129,13 +153,12 @@ struct Tile {
     for (int64_t i = 0; i < TILE; ++i) {
       const float* row = rows[std::min(i, count - 1)];  // lanes past the end repeat the last query
       if constexpr (INT8) {
-        float largest = 1e-30f;
-        for (int64_t c = 0; c < s.width; ++c) largest = std::max(largest, std::fabs(row[c]));
+        const float largest = magnitude(row, nullptr, s.width);
         q_scale[i] = largest / 127.0f;
-        const float up = 127.0f / largest;
-        auto* bytes = reinterpret_cast<uint8_t*>(q);
-        for (int64_t c = 0; c < s.width; ++c)
-          bytes[(c / 4 * TILE + i) * 4 + c % 4] = static_cast<uint8_t>(rounded(row[c] * up) + 128);
+        quantise(row, nullptr, nullptr, 127.0f / largest, s.width, reinterpret_cast<int8_t*>(scores));
+        const auto* bytes = reinterpret_cast<const uint32_t*>(scores);
+        auto* groups = reinterpret_cast<uint32_t*>(q);
+        for (int64_t g = 0; g < s.width / 4; ++g) groups[g * TILE + i] = bytes[g] ^ 0x80808080u;  // + 128
       } else {
         q_scale[i] = 1.0f;
         for (int64_t c = 0; c < s.width; ++c) q[c * TILE + i] = row[c];
