@@ -23,10 +23,8 @@ from fastsd.models.layers import (
 )
 from fastsd.quant.apply import layers, quantised
 from fastsd.quant.linear import Bf16Layer, Int8Conv2d
-from fastsd.quant.spec import ROLES, Rounding, role
+from fastsd.quant.spec import Rounding, role
 
-# Edges see the latents and the picture; time and text are computed once. All else may be bf16.
-BF16_ROLES = frozenset(ROLES) - {"edge", "time", "text"}
 # A norm and the layer that alone reads it, by their names in the module that holds both.
 _PAIRS = (
     ("norm1", "conv1"),
@@ -42,21 +40,28 @@ def for_cpu(
     """Return a UNet or VAE (`module`, which is taken over) as it runs fastest.
 
     roundings: of the layers that are to be int8, by name; None where none is, nor attention's
-    products. bf16: whether the others of BF16_ROLES are. own_kernels: whether kernels.native runs.
+    products. bf16: as `in_bf16` has it for the others. own_kernels: whether kernels.native runs.
     """
     if roundings:
         module = quantised(module, roundings)
     _phase_upsamplers(module)
     if bf16:
-        for name, layer in layers(module).items():
-            if role(name) in BF16_ROLES:
-                module.set_submodule(name, Bf16Layer(layer))
+        in_bf16(module)
     if own_kernels:
         _fuse_norms(module)
         for block in module.modules():
             if isinstance(block, TransformerBlock):
                 block.attn1.implementation = "avx512" if roundings is None else "vnni"
                 block.attn2.implementation = "avx512"
+    return module
+
+
+def in_bf16(module: nn.Module) -> nn.Module:
+    """Multiply in bf16 wherever `module` (which is taken over) does in fp32, but at its edges:
+    those see the latents and the picture. Halves its weights as well."""
+    for name, layer in layers(module).items():
+        if role(name) != "edge":
+            module.set_submodule(name, Bf16Layer(layer))
     return module
 
 

@@ -25,6 +25,7 @@ from fastsd.checkpoints import Checkpoint
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
 from fastsd.models.clip import CLIPOutput, CLIPText
+from fastsd.models.layers import TransformerBlock
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, Decoder, Encoder, scale_activations_
 
@@ -354,7 +355,7 @@ def _unet_context(
     def project(context: Tensor) -> tuple[Tensor, ...]:
         return tuple(t for pair in module.context(context) for t in pair)
 
-    pairs = sum(name.endswith("attn2.to_k.weight") for name in module.state_dict())
+    pairs = sum(isinstance(block, TransformerBlock) for block in module.modules())
     return GraphPart(
         "unet_context", _Call(module, project), (spec,), _kv_names(pairs), _examples([spec])
     )

@@ -27,7 +27,7 @@ from fastsd.backends.aoti import INSIDE, LIBRARY, PACKAGE, machine
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import UsageError
 from fastsd.export.build import Exporter
-from fastsd.export.for_cpu import bf16_pays, for_cpu
+from fastsd.export.for_cpu import bf16_pays, for_cpu, in_bf16
 from fastsd.export.parts import GraphPart, Request, load_part
 from fastsd.kernels import native
 
@@ -93,16 +93,13 @@ class AotiExporter(Exporter):
         return PartEntry(code.relative_to(folder).as_posix(), loaded.inputs, outputs, weights)
 
     def _prepared(self, part: str, module: nn.Module) -> nn.Module:
-        """Rewrite what runs every step, and the decoder."""
-        if part not in _REWRITTEN:
-            return module
+        """Rewrite what runs every step, and the decoder; of the rest halve the weights."""
         precision = self.request.precision
-        return for_cpu(
-            module,
-            None if self.spec is None else self.spec.only(part.split("_")[0]),
-            bf16=precision == "bf16" or (precision == "int8" and bf16_pays()),
-            own_kernels=self._own_kernels,
-        )
+        bf16 = precision == "bf16" or (precision == "int8" and bf16_pays())
+        if part not in _REWRITTEN:
+            return in_bf16(module) if bf16 else module
+        roundings = None if self.spec is None else self.spec.only(part.split("_")[0])
+        return for_cpu(module, roundings, bf16=bf16, own_kernels=self._own_kernels)
 
 
 def compile_part(part: GraphPart, package: Path) -> tuple[tuple[TensorSpec, ...], list[Path]]:
