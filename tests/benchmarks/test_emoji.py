@@ -31,6 +31,17 @@ def test_captions_hold_every_name_and_share_out_one() -> None:
         assert {emoji.english, emoji.chinese} <= {text for text, _ in texts}
 
 
+def test_a_keyword_that_is_a_name_means_that_emoji_alone() -> None:
+    names = {name for emoji in emojis() for name in (emoji.english, emoji.chinese)}
+    shared = 0
+    for emoji in emojis():
+        texts = {text for text, _ in captions(emoji)}
+        words = set(emoji.keywords + emoji.chinese_keywords) & names
+        shared += len(words - {emoji.english, emoji.chinese})
+        assert not words & texts - {emoji.english, emoji.chinese}
+    assert shared > 1000  # "sun" is a keyword of eleven
+
+
 def test_held_out_pairs_are_tones_and_never_drawn_for_training() -> None:
     held_out = [emoji for emoji in emojis() if emoji.held_out]
     tones = [emoji for emoji in emojis() if emoji.tone]
@@ -101,13 +112,14 @@ def test_normalising_changes_latents_and_no_picture() -> None:
     assert torch.isfinite(log_variance).all()
 
 
-def test_a_stage_goes_on_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", (False, True))
+def test_a_stage_goes_on_where_it_stopped(muon: bool, tmp_path: Path) -> None:
     """Stopped after its last save, it ends with the same weights as one that never stopped."""
 
     def run(path: Path, *, stop_at: int | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        module = nn.Linear(3, 1)
-        stage = train.Stage(module, path, minutes=1e9, peak=1e-2, decay=0.0)
+        module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+        stage = train.Stage(module, path, minutes=1e9, peak=1e-2, decay=0.0, muon=muon)
 
         def losses() -> Tensor:
             if stage.step == stop_at:
@@ -154,7 +166,7 @@ def test_a_trial_run_ends_in_a_checkpoint_that_draws(
     monkeypatch.setattr("sys.argv", arguments)
     train.main()
     done = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    assert {"latents.pt", "text.pt", "unet.pt", "vae.pt"} <= set(done)
+    assert {"latents.pt", "reader.pt", "drawing.pt", "vae.pt"} <= set(done)
     train.main()
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == done
 
@@ -164,6 +176,12 @@ def test_a_trial_run_ends_in_a_checkpoint_that_draws(
         "grinning face", num_inference_steps=2, seed=0
     ).images[0]
     assert picture.size == (128, 128)
+    on = ["train", "--out", str(tmp_path / "on"), "--start", str(tmp_path / "model")]
+    monkeypatch.setattr("sys.argv", [*on, *arguments[3:]])
+    train.main()
+    done = {path.name for path in (tmp_path / "on").iterdir()}
+    assert {"latents.pt", "drawing.pt", "vae.pt"} <= done and "reader.pt" not in done
+
     known, pictures = drawable(12)
     assert len(known) == len(pictures) == 12
 
