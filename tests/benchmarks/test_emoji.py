@@ -179,8 +179,8 @@ def test_a_trial_run_ends_in_a_checkpoint_that_draws(
     on = ["train", "--out", str(tmp_path / "on"), "--start", str(tmp_path / "model")]
     monkeypatch.setattr("sys.argv", [*on, *arguments[3:]])
     train.main()
-    done = {path.name for path in (tmp_path / "on").iterdir()}
-    assert {"latents.pt", "drawing.pt", "vae.pt"} <= done and "reader.pt" not in done
+    made = {path.name for path in (tmp_path / "on").iterdir()}
+    assert {"latents.pt", "drawing.pt", "vae.pt"} <= made and "reader.pt" not in made
 
     known, pictures = drawable(12)
     assert len(known) == len(pictures) == 12
