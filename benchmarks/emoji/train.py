@@ -95,8 +95,9 @@ class Stage:
     """One training run against the clock: optimiser, learning rate, moving average, checkpoints.
 
     muon: weights that are matrices inside the network, a convolution's too, are optimised by Muon
-    (Jordan et al. 2024) in place of AdamW, at the same learning rate. On the UNet it got as far in
-    one minute as AdamW in three.
+    (Jordan et al. 2024) in place of AdamW, at the same learning rate. Three minutes
+    from trained weights, to which both did harm at first, left what a name tells with an error of
+    0.090 against AdamW's 0.107.
     """
 
     def __init__(
