@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,15 +32,29 @@ def test_captions_hold_every_name_and_share_out_one() -> None:
         assert {emoji.english, emoji.chinese} <= {text for text, _ in texts}
 
 
-def test_a_keyword_that_is_a_name_means_that_emoji_alone() -> None:
-    names = {name for emoji in emojis() for name in (emoji.english, emoji.chinese)}
-    shared = 0
+def test_a_short_caption_means_one_emoji() -> None:
+    """Whoever writes "tree" wants one tree, not a mixture of six."""
+    owners: dict[str, set[str]] = {}
     for emoji in emojis():
-        texts = {text for text, _ in captions(emoji)}
-        words = set(emoji.keywords + emoji.chinese_keywords) & names
-        shared += len(words - {emoji.english, emoji.chinese})
-        assert not words & texts - {emoji.english, emoji.chinese}
-    assert shared > 1000  # "sun" is a keyword of eleven
+        for text, _ in captions(emoji):
+            owners.setdefault(text, set()).add(emoji.english)
+    keywords = {word for e in emojis() for word in (*e.keywords, *e.chinese_keywords)}
+    names = {name for emoji in emojis() for name in (emoji.english, emoji.chinese)}
+    assert all(len(owners[word]) == 1 for word in keywords - names)
+    assert owners["sun"] == {"sun"}  # and a keyword of eleven others
+    assert owners["car"] == owners["red car"] == owners["红色汽车"] == {"automobile"}
+    assert owners["火"] == {"fire"}
+
+
+def test_a_colour_is_named_where_it_is_most_of_the_drawing() -> None:
+    paper = Image.new("RGB", (128, 128), "white")
+    assert data.colour(None) == data.colour(paper) == ""
+    for name in ("red", "orange", "yellow", "green", "blue", "purple", "saddlebrown", "black"):
+        picture = paper.copy()
+        picture.paste(Image.new("RGB", (64, 64), name), (10, 10))
+        assert data.colour(picture) == name.removeprefix("saddle")
+    picture.paste(Image.new("RGB", (64, 64), "grey"), (10, 10))
+    assert data.colour(picture) == ""
 
 
 def test_held_out_pairs_are_tones_and_never_drawn_for_training() -> None:
