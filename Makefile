@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/python -P -m fastsd.benchmarks.demo --out out
 
 test: .venv/.installed lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-slow: .venv/.installed
 	$(BIN)/pytest -q -m slow

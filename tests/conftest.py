@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastsd.kernels import native
 from tests import fixtures
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two teams of threads on the same cores hinder each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

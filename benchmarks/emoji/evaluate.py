@@ -29,7 +29,7 @@ SHEET = (
     "waving hand: dark skin tone", "woman cook: light skin tone", "man: medium skin tone",
     "thumbs up: medium-dark skin tone", "green apple", "yellow heart", "purple circle", "whale",
 )  # fmt: skip
-GLOSSES = {
+GLOSSES = {  # a sheet's font may have no Chinese characters
     "红苹果": "red apple", "笑脸": "smiling face", "狗": "dog", "火": "fire",
     "月亮": "moon", "蛋糕": "cake", "花": "flower", "鱼": "fish",
 }  # fmt: skip
@@ -89,7 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     judge = Judge(arguments.model, arguments.steps, arguments.guidance)
-    captions = [f"{n} ({GLOSSES[n]})" if n in GLOSSES else n for n in SHEET]
+    captions = [f"zh: {GLOSSES[n]}" if n in GLOSSES else n for n in SHEET]
     sheet = contact_sheet(judge.draw(SHEET), captions, columns=8)
     save_png(sheet, arguments.out / "contact-sheet.png")
     if arguments.only_sheet:
