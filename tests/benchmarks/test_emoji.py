@@ -173,15 +173,15 @@ def test_a_trial_run_ends_in_a_checkpoint_that_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every stage for a second on twelve emoji; a second run finds all of them done."""
-    seconds = ["0.02"] * 4
-    names = ["--vae-minutes", "--text-minutes", "--minutes", "--decoder-minutes"]
-    timed = [part for pair in zip(names, seconds, strict=True) for part in pair]
+    stages = ("--vae", "--text", "--reading", "--decoder")
+    timed = [part for stage in stages for part in (f"{stage}-minutes", "0.02")]
+    timed += ["--minutes", "0.02"]
     run = tmp_path / "run"
     arguments = ["train", "--out", str(run), "--first", "12", "--batch", "4", *timed]
     monkeypatch.setattr("sys.argv", arguments)
     train.main()
     done = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    assert {"latents.pt", "reader.pt", "drawing.pt", "vae.pt"} <= set(done)
+    assert {"latents.pt", "reader.pt", "drawing.pt", "reading.pt", "vae.pt"} <= set(done)
     train.main()
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == done
 
