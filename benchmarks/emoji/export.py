@@ -37,8 +37,6 @@ def load_drawing(run: Path) -> tuple[CLIPText, UNet]:
         weights = torch.load(run / "drawing-state.pt", weights_only=True)["average"]
     text_encoder, unet = CLIPText(CONFIG.text_encoders[0]), UNet(CONFIG.unet)
     nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).load_state_dict(weights)
-    if (run / "reading.pt").is_file():
-        text_encoder.load_state_dict(torch.load(run / "reading.pt", weights_only=True))
     return text_encoder.eval(), unet.eval()
 
 

@@ -3,13 +3,13 @@ otherwise.
 
     python -m fastsd.benchmarks.emoji.train --out runs/emoji
 
-Seven stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the
-latents of all pictures, the text encoder by itself, the UNet with the text encoder, the text
-encoder once more, and the VAE's decoder once more. `--start builtin` goes on from a model that is
-there instead: its vocabulary and VAE are kept, so that the first four stages fall away. Each
-training stage lasts a given number of minutes and its learning rate falls to nothing over them, so
-that it always ends well; it saves its state every minute and goes on from there. `export.py` writes
-the result as an ordinary checkpoint.
+Six stages, each kept in the folder and skipped when it is there: the vocabulary, the VAE, the
+latents of all pictures, the text encoder by itself, the UNet with the text encoder, and the VAE's
+decoder once more. `--start builtin` goes on from a model that is there instead: its vocabulary and
+VAE are kept, and its text encoder learns to read every caption as it reads the names. Each training
+stage lasts a given number of minutes and its learning rate falls to nothing over them, so that it
+always ends well; it saves its state every minute and goes on from there. `export.py` writes the
+result as an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -503,6 +503,7 @@ def train_drawing(
     path: Path,
     *,
     minutes: float,
+    peak: float,
     batch: int,
     device: torch.device,
     generator: torch.Generator,
@@ -517,7 +518,7 @@ def train_drawing(
     torch.manual_seed(0)
     both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device)
     both.train().requires_grad_(True)
-    stage = Stage(both, path, minutes=minutes, peak=1e-3, decay=0.01, muon=True)
+    stage = Stage(both, path, minutes=minutes, peak=peak, decay=0.01, muon=True)
     generator.manual_seed(1 + stage.step)
     steps = CONFIG.schedule.train_steps
     count = batch // NOISES
@@ -550,7 +551,7 @@ def refine_reading(
     device: torch.device,
     generator: torch.Generator,
 ) -> None:
-    """Go on with the text encoder alone, in place: read each caption as its emoji's name is read.
+    """Go on with a text encoder, in place: read each caption as its emoji's name is read.
 
     Drawing shows a keyword a few times only, each time in noise; what the UNet has learnt to draw
     the name from says all of it at once. A caption comes the oftener, the worse it was read last.
@@ -612,8 +613,8 @@ def main() -> None:
     parser.add_argument("--vae-minutes", type=float, default=15)
     parser.add_argument("--text-minutes", type=float, default=20, help="for the text encoder")
     parser.add_argument("--minutes", type=float, default=70, help="for the UNet, with it")
-    parser.add_argument("--reading-minutes", type=float, default=10, help="the text encoder again")
     parser.add_argument("--decoder-minutes", type=float, default=10, help="at the end")
+    parser.add_argument("--peak", type=float, default=1e-3, help="the UNet's learning rate")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--first", type=int, help="learn only so many emoji: a trial run")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -659,18 +660,19 @@ def main() -> None:
     if start is not None:
         text_encoder.load_state_dict(start.load("text_encoder").state_dict())
         unet.load_state_dict(start.load("unet").state_dict())
-    elif not (out / "reader.pt").is_file():
-        trained = train_reader(
-            examples,
-            latents,
-            out / "reader-state.pt",
-            minutes=arguments.text_minutes,
-            device=device,
-            generator=generator,
-        )
-        save(trained.state_dict(), out / "reader.pt")
-    if (out / "reader.pt").is_file():
-        text_encoder.load_state_dict(torch.load(out / "reader.pt", weights_only=True))
+    if not (out / "reader.pt").is_file():
+        settings: dict[str, Any] = {
+            "minutes": arguments.text_minutes,
+            "device": device,
+            "generator": generator,
+        }
+        if start is None:
+            text_encoder = train_reader(examples, latents, out / "reader-state.pt", **settings)
+        else:
+            names = torch.from_numpy(tokenizer([e.english for e in emojis], MAX_TOKENS).ids)
+            refine_reading(text_encoder, examples, names, out / "reader-state.pt", **settings)
+        save(text_encoder.state_dict(), out / "reader.pt")
+    text_encoder.load_state_dict(torch.load(out / "reader.pt", weights_only=True))
     if not (out / "drawing.pt").is_file():
         drawing = train_drawing(
             text_encoder,
@@ -679,33 +681,20 @@ def main() -> None:
             latents,
             out / "drawing-state.pt",
             minutes=arguments.minutes,
+            peak=arguments.peak,
             batch=arguments.batch,
             device=device,
             generator=generator,
         )
         save(drawing, out / "drawing.pt")
 
-    nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).load_state_dict(
-        torch.load(out / "drawing.pt", weights_only=True)
-    )
-    if not (out / "reading.pt").is_file():
-        names = tokenizer([emoji.english for emoji in emojis], MAX_TOKENS).ids
-        refine_reading(
-            text_encoder,
-            examples,
-            torch.from_numpy(names),
-            out / "reading-state.pt",
-            minutes=arguments.reading_minutes,
-            device=device,
-            generator=generator,
-        )
-        save(text_encoder.state_dict(), out / "reading.pt")
-    text_encoder.load_state_dict(torch.load(out / "reading.pt", weights_only=True))
-
     if (out / "vae.pt").is_file():
         return
     vae = VAE(CONFIG.vae)
     vae.load_state_dict(torch.load(out / "latents.pt", weights_only=True)["vae"])
+    nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).load_state_dict(
+        torch.load(out / "drawing.pt", weights_only=True)
+    )
     modules = {"text_encoder": text_encoder.cpu(), "unet": unet.cpu(), "vae": vae}
     known = [i for i, emoji in enumerate(emojis) if not emoji.held_out]
     drawn = torch.full_like(latents, math.nan)
