@@ -205,7 +205,7 @@ def _short(emoji: Emoji) -> tuple[list[str], ...]:
 
 @cache
 def _meant() -> dict[str, Emoji]:
-    """Whom a text that is not a caption of names means.
+    """Which emoji each short text (`_short`, and names) means.
 
     The emoji of that name ("sun" is a keyword of eleven others); else the one of which least else
     is said, by words of its name and by keywords ("car": the automobile, not the police car).
