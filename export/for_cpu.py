@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.kernels import native
+from fastsd.kernels.attention import attention
 from fastsd.models.layers import (
+    Attention,
     NormSiLU,
     PhasedUpsample,
     Transformer,
     TransformerBlock,
     Upsample,
+    join_heads,
+    split_heads,
 )
 from fastsd.quant.apply import layers, quantised
 from fastsd.quant.linear import Bf16Layer, Int8Conv2d
@@ -42,8 +46,9 @@ def for_cpu(
     roundings: of the layers that are to be int8, by name; None where none is, nor attention's
     products. bf16: as `in_bf16` has it for the others. own_kernels: whether kernels.native runs.
     """
-    if roundings:
-        module = quantised(module, roundings)
+    given = _join_self_attention(module, roundings or {})
+    if given:
+        module = quantised(module, given)
     _phase_upsamplers(module)
     if bf16:
         in_bf16(module)
@@ -63,6 +68,25 @@ def in_bf16(module: nn.Module) -> nn.Module:
         if role(name) != "edge":
             module.set_submodule(name, Bf16Layer(layer))
     return module
+
+
+def _join_self_attention(
+    module: nn.Module, roundings: Mapping[str, Rounding]
+) -> dict[str, Rounding]:
+    """Make one product of every self-attention's three; return the roundings by the new names."""
+    joined = dict(roundings)
+    for name, block in list(module.named_modules()):
+        if isinstance(block, TransformerBlock):
+            three = [f"{name}.attn1.to_{letter}" for letter in "qkv"]
+            alike, *others = {roundings.get(layer) for layer in three}
+            if others:  # one of them is to stay in floating point
+                continue
+            block.register_module("attn1", SelfAttention(block.attn1))
+            for layer in three:
+                joined.pop(layer, None)
+            if alike is not None:
+                joined[f"{name}.attn1.to_qkv"] = alike
+    return joined
 
 
 def _phase_upsamplers(module: nn.Module) -> None:
@@ -91,6 +115,29 @@ def _fuse_norms(module: nn.Module) -> None:
 def _runs(norm: nn.GroupNorm) -> bool:
     """Whether our kernel takes it."""
     return norm.num_channels % 16 == 0
+
+
+@final
+class SelfAttention(nn.Module):
+    """Self-attention whose queries, keys and values, all of one input, are one product."""
+
+    def __init__(self, whole: Attention) -> None:
+        super().__init__()
+        self.heads, self.implementation = whole.heads, whole.implementation
+        three = (whole.to_q, whole.to_k, whole.to_v)
+        self.to_qkv = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, whole.to_q.in_features, sum(one.out_features for one in three), bias=False
+        ).requires_grad_(False)
+        self.to_qkv.weight.copy_(torch.cat([one.weight.detach() for one in three]))
+        self.to_out = whole.to_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C), fp32."""
+        q, k, v = (split_heads(each, self.heads) for each in self.to_qkv(x).chunk(3, dim=-1))
+        out: Tensor = self.to_out[0](
+            join_heads(attention(q, k, v, implementation=self.implementation))
+        )
+        return out
 
 
 class Norm(nn.Module):

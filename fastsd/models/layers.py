@@ -291,22 +291,25 @@ class PhasedUpsample(nn.Module):
     """`Upsample` to twice the size in 16 of its 36 products a pixel, the same but for rounding.
 
     Where pixels repeat, a pixel of each 2x2 block sees 2x2 pixels of the small map, through weights
-    that are sums of the 3x3 kernel's: one small convolution for each of the block's four.
+    that are sums of the 3x3 kernel's: one small kernel for each of the block's four, and as all
+    read the same map, one convolution.
     """
 
     def __init__(self, upsample: Upsample) -> None:
         super().__init__()
         self.upsample = upsample
         conv = upsample.conv
-        self.phases = nn.ModuleList()
-        for rows in _summed_taps(conv.weight.detach(), 2):
-            for weight in _summed_taps(rows, 3):
-                phase = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-                    nn.Conv2d, conv.in_channels, conv.out_channels, 2, padding=1
-                ).requires_grad_(False)
-                phase.weight.copy_(weight)
-                phase.bias = conv.bias
-                self.phases.append(phase)
+        kernels = [
+            weight
+            for rows in _summed_taps(conv.weight.detach(), 2)
+            for weight in _summed_taps(rows, 3)
+        ]
+        self.phases = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Conv2d, conv.in_channels, 4 * conv.out_channels, 2, padding=1
+        ).requires_grad_(False)
+        assert conv.bias is not None
+        self.phases.weight.copy_(torch.cat(kernels))
+        self.phases.bias.copy_(conv.bias.repeat(4))
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size)."""
@@ -319,8 +322,8 @@ class PhasedUpsample(nn.Module):
             return out
         # Padded on both sides, each gives a row and a column more than it has pixels.
         blocks = [
-            phase(x)[:, :, i // 2 : i // 2 + height, i % 2 : i % 2 + width]
-            for i, phase in enumerate(self.phases)
+            phase[:, :, i // 2 : i // 2 + height, i % 2 : i % 2 + width]
+            for i, phase in enumerate(self.phases(x).chunk(4, dim=1))
         ]
         rows = [torch.stack(blocks[i : i + 2], dim=-1).flatten(3) for i in (0, 2)]
         return torch.stack(rows, dim=-2).flatten(2, 3)

@@ -27,7 +27,7 @@ ROLES: Mapping[str, re.Pattern[str]] = MappingProxyType(
             "pixel attention": r"attentions\.\d+\.(to_[qkv]|to_out\.0)",
             "resnet": r"conv[12]",
             "shortcut": r"conv_shortcut",
-            "sampler": r"(down|up)samplers\.\d+\.(conv|phases\.\d)",
+            "sampler": r"(down|up)samplers\.\d+\.(conv|phases)",
             "projection": r"proj_in|proj_out",
             "self-attention in": r"attn1\.to_[qkv]",
             "cross-attention in": r"attn2\.to_q",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.config import VAEConfig
-from fastsd.export.for_cpu import Norm, NormThen, for_cpu
+from fastsd.export.for_cpu import Norm, NormThen, SelfAttention, for_cpu
 from fastsd.kernels import native
 from fastsd.models.layers import PhasedUpsample, Upsample
 from fastsd.models.unet import UNet
@@ -95,12 +95,29 @@ def test_what_is_int8_and_what_is_bf16() -> None:
     }
     expected = {n for n in layers(module) if role(n) != "edge"} - set(roundings)
     samplers = {n for n in expected if "upsamplers" in n}
-    phases = {n.replace(".conv", f".phases.{i}") for n in samplers for i in range(4)}
+    phases = {n.replace(".conv", ".phases") for n in samplers}
     wholes = {n.replace(".conv", ".upsample.conv") for n in samplers}  # for other sizes
-    assert halves == expected - samplers | phases | wholes and samplers
+    three = {n for n in expected if "attn1.to_" in n and "to_out" not in n}
+    joined = {n[:-1] + "qkv" for n in three}
+    assert halves == expected - samplers - three | phases | wholes | joined and samplers and three
     assert all(isinstance(rewritten.get_submodule(name), Bf16Layer) for name in halves)
     for result in (rewritten(*call), own(*call)):
         assert relative_l2(result, rounded) < 0.02
+
+
+@pytest.mark.parametrize("kept", ("none", "one", "all"))
+def test_self_attention_is_one_product_where_its_three_round_alike(kept: str) -> None:
+    module, call = unet()
+    names = [n for n in layers(module) if role(n) == "self-attention in"]
+    roundings = {name: Rounding(-8.0, 8.0) for name in names} if kept != "all" else {}
+    if kept == "one":
+        del roundings[names[0]]
+    rounded = quantised(module, roundings)(*call)
+    rewritten = for_cpu(copy.deepcopy(module), roundings or None, bf16=False, own_kernels=False)
+    joined = [m for m in rewritten.modules() if isinstance(m, SelfAttention)]
+    assert len(joined) == len(names) // 3 - (kept == "one")
+    assert all(isinstance(m.to_qkv, nn.Linear) == (kept == "all") for m in joined)
+    assert relative_l2(rewritten(*call), rounded) < (2e-6 if kept == "all" else 1e-3)
 
 
 def test_widths_that_the_kernel_does_not_take_keep_their_norm() -> None:
