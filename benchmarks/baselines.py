@@ -394,16 +394,19 @@ def _nncf(model: Any, inputs: list[tuple[Tensor, ...]]) -> Any:
 
 
 def open_openvino(scene: Scene, folder: str, *, int8: bool = False) -> Drawer:
-    """The plain conversion in OpenVINO, set for latency; what `int8` left is in fp32."""
+    """The plain conversion in OpenVINO, set for latency.
+
+    int8: it is in the files; the rest is in what OpenVINO holds best on this CPU, else in fp32.
+    """
     import openvino
 
-    del int8  # it is in the files
     core = openvino.Core()
-    settings = {
+    settings: dict[str, int | str] = {
         "INFERENCE_NUM_THREADS": scene.threads,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
     }
+    if not int8:
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
 
     def engine(name: str) -> Engine:
         request = core.compile_model(

@@ -81,6 +81,11 @@ class Watch:
         parts["total"] = total_ms
         return parts
 
+    def first_step(self) -> float | None:
+        """When the UNet first answered, as time.perf_counter has it; a GPU's events do not tell."""
+        marks = self._marks.get("unet")
+        return None if self._gpu or not marks else float(marks[0][1])
+
     def _mark(self) -> Any:
         if not self._gpu:
             return time.perf_counter()

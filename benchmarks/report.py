@@ -155,14 +155,15 @@ def offline_table(results: Results) -> Table:
 
 
 def cold_start_table(results: Results) -> Table:
-    """From the process's start to the first picture; empty without any."""
+    """From the process's start to the first step and picture; empty without any."""
     rows = [row for row in results["rows"] if row.get("cold_start_s")]
     names = {"process_s": "process", "import_s": "import", "load_s": "load"}
-    names |= {"first_call_s": "first call", "total_s": "total"}
+    names |= {"first_call_s": "first call", "first_step_s": "until a step", "total_s": "total"}
     table = [["ColdStart", *names.values()]] if rows else []
     for row in rows:
         first = row["cold_start_s"][0]
-        table.append([row["name"], *(duration(first[name]) for name in names)])
+        times = (duration(first[name]) if name in first else "" for name in names)
+        table.append([row["name"], *times])
     return table
 
 

@@ -290,6 +290,7 @@ def test_a_run_measures_and_judges(
         cold = rows[name]["cold_start_s"][0]
         steps = cold["process_s"] + cold["import_s"] + cold["load_s"] + cold["first_call_s"]
         assert cold["total_s"] == pytest.approx(steps) and cold["process_s"] > 0
+        assert cold["total_s"] - cold["first_call_s"] < cold["first_step_s"] < cold["total_s"]
         assert rows[name]["parts_ms"]["unet"] >= 10 - 1
     assert rows["exact"]["latency_s"]["p50"] >= 0.01 and rows["slow"]["latency_s"]["p50"] >= 0.2
     assert rows["slow"]["ratio"]["verdict"] == "slower"
