@@ -134,6 +134,7 @@ _BASELINES = "fastsd.benchmarks.baselines"
 _DRAWING = "fastsd.benchmarks.drawing"
 # An engine that this code exported is not one that a later state of it would.
 _OWN_CODE = ("fastsd.export", "fastsd.kernels", "fastsd.models")
+_ROUNDS = (*_OWN_CODE, "fastsd.quant")
 _ONNX = "pip install 'fastsd[bench]' onnx onnxscript onnxruntime"
 _OPENVINO = "pip install 'fastsd[bench]' openvino"
 
@@ -271,6 +272,8 @@ def _setting(name: str, options: Mapping[str, Any]) -> Contender:
 
 
 def _engine(target: str, precision: str) -> Contender:
+    from fastsd.export.parts import QUANTISED
+
     return Contender(
         f"fastsd/{ENGINES[target]}/{precision}",
         f"{_DRAWING}:open_engine",
@@ -278,7 +281,7 @@ def _engine(target: str, precision: str) -> Contender:
         precision=precision,
         prepares=f"{_DRAWING}:prepare_engine",
         kept=f"fastsd-{target}-{precision}",
-        code=_OWN_CODE,
+        code=_ROUNDS if precision in QUANTISED else _OWN_CODE,
         copies=2.2 if precision == "fp32" else 1.2,
         only_on="cuda" if target == "tensorrt" else None,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -43,6 +43,10 @@ ROLES: Mapping[str, re.Pattern[str]] = MappingProxyType(
 # larger than the rest, and eight bits over all of them lose the rest. On the built-in model they
 # alone cost more than all other layers together.
 INT8_ROLES = frozenset(ROLES) - {"edge", "time", "text", "shortcut", "sampler"}
+# Nor do the convolutions through which the UNet's last level takes in what was saved on the way
+# down: no later level evens out what they round, and guidance multiplies it. They cost the built-in
+# model's pictures 4 dB, for 7 % of its products.
+_UP_LEVEL = re.compile(r"unet\.up_blocks\.(\d+)\.resnets\.\d+\.conv1")
 
 FORMAT = 3
 
@@ -50,6 +54,14 @@ FORMAT = 3
 def role(name: str) -> str | None:
     """Return the role of the layer called `name`, e.g. "unet.mid_block.resnets.0.conv1"."""
     return next((key for key, pattern in ROLES.items() if pattern.search(name)), None)
+
+
+def int8_layers(names: Iterable[str]) -> list[str]:
+    """Return those of a model's layers, by full name, that the rule runs in int8."""
+    chosen = [name for name in names if role(name) in INT8_ROLES]
+    level = {name: int(found[1]) for name in chosen if (found := _UP_LEVEL.fullmatch(name))}
+    last = max(level.values(), default=None)
+    return [name for name in chosen if level.get(name, -1) != last]
 
 
 def shares_input(name: str) -> str:

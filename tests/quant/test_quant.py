@@ -31,7 +31,16 @@ from fastsd.quant.linear import (
     int8_layer,
     quantise_weight,
 )
-from fastsd.quant.spec import FORMAT, INT8_ROLES, ROLES, QuantSpec, Rounding, role, shares_input
+from fastsd.quant.spec import (
+    FORMAT,
+    INT8_ROLES,
+    ROLES,
+    QuantSpec,
+    Rounding,
+    int8_layers,
+    role,
+    shares_input,
+)
 
 UNET = UNetConfig(
     widths=(32, 64),
@@ -83,6 +92,9 @@ def test_every_layer_has_one_role(family: str) -> None:
     assert roles["conv_in"] == "edge" and roles["mid_block.resnets.0.conv1"] == "resnet"
     assert roles["mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"] == "attention out"
     assert INT8_ROLES < set(ROLES)
+    names = [f"unet.{name}" for name in roles]
+    left = {n for n in names if role(n) in INT8_ROLES} - set(int8_layers(names))
+    assert left == {f"unet.up_blocks.1.resnets.{i}.conv1" for i in range(3)}, "the last level's"
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.28, 6.0), (0.0, 1.0), (-3.0, 0.0), (-5.0, 5.0)])
