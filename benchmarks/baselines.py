@@ -176,6 +176,9 @@ def open_compiled(scene: Scene, *, precision: str = "fp32", mode: str | None = N
     else:
         torch._inductor.config.freezing = True
     pipeline.unet.forward = torch.compile(pipeline.unet.forward, mode=mode, fullgraph=True)
+    if mode and precision == "fp16" and pipeline.vae.config.force_upcast:
+        # Diffusers moves this VAE to fp32 and back in every call: a graph would be recorded anew.
+        mode = f"{mode}-no-cudagraphs"
     pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode=mode, fullgraph=True)
     return PipelineDrawer(pipeline, scene, _watch_diffusers)
 

@@ -56,7 +56,8 @@ PREPARE_S = 6 * ANSWER_S  # quantising and compiling a true-size model takes an 
 BATCHES = (1, 2, 4, 8, 16)
 BYTES_A_PIXEL = 4096  # of activations while the decoder runs, and libraries' own needs:
 LIBRARIES_BYTES = 600 << 20
-MEMORY_SHARE = 0.9  # of what is free
+MEMORY_SHARE = 0.9  # of what is free, and of a GPU's memory, where caches keep more:
+GPU_MEMORY_SHARE = 0.8
 
 # For models whose pictures have no score: short and long, as people write them.
 PROMPTS = (
@@ -262,7 +263,7 @@ def free_memory(device: str) -> int:
     if device.startswith("cuda"):
         import torch
 
-        return int(MEMORY_SHARE * torch.cuda.mem_get_info()[0])
+        return int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info()[0])
     try:
         for line in Path("/proc/meminfo").read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -568,7 +569,12 @@ def evaluations(scene: Scene) -> int:
 
 
 def commit() -> str | None:
-    """The commit that runs, with a + where files differ from it; None outside a checkout."""
+    """The commit that runs, with a + where files differ from it; None outside a checkout.
+
+    FASTSD_COMMIT says it where only the files were copied to.
+    """
+    if told := os.environ.get("FASTSD_COMMIT"):
+        return told
     root = Path(fastsd.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -30,6 +30,8 @@ def profile_steps(
     events = [
         (e.key, e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000)
         for e in profiled.key_averages()
+        # A GPU's kernels are also told of by the operators that launched them.
+        if not gpu or (e.device_type.name == "CUDA" and not e.is_user_annotation)
     ]
     total = sum(ms for _, _, ms in events)
     largest = sorted(events, key=lambda event: -event[2])[:rows]

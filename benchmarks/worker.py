@@ -64,6 +64,7 @@ class Worker:
 
         self.scene = _scene(scene)
         torch.set_num_threads(self.scene.threads)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 rows are what all others are held to
         function = resolve(opens)
         imported = time.time()
         self.drawer = function(self.scene, **options)

@@ -28,7 +28,11 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
                 step()
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile, such as allocating, is none of this one's
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # thread_local: what other threads do meanwhile, such as allocating, is none of this one's.
+        # A capture that fails leaves the thread on its stream: go back in any case.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):
             step()
     return graph.replay

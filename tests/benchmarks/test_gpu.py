@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fastsd.benchmarks.gpu import STAGE_S, STAGES, Stage, run_stages, stages_tab
 
 def stage(name: str, code: str, results: str | None = None) -> Stage:
     """A stage that runs a line of Python, as `python -m timeit` does."""
-    return Stage(name, name, ("timeit", "-n1", "-r1", code), results)
+    return Stage(name, name, ("timeit", "-n1", "-r1", code), results, takes_s=0)
 
 
 def test_stages_are_done_once_and_told(tmp_path: Path) -> None:
@@ -43,6 +44,15 @@ def test_a_stage_that_outlasts_the_budget_is_stopped_and_begun_again(tmp_path: P
     outcomes = run_stages(stages, tmp_path, budget_s=1.5, say=lambda line: None)
     assert [outcome["outcome"] for outcome in outcomes] == ["done", "failed"]
     assert "more than" in outcomes[1]["reason"]
+
+
+def test_a_stage_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
+    quick = stage("quick", "import time; time.sleep(0.5)")
+    long = replace(stage("long", ""), takes_s=10.0)
+    outcomes = run_stages([quick, long], tmp_path, budget_s=10, say=lambda line: None)
+    assert [outcome["outcome"] for outcome in outcomes] == ["done", "pending"]
+    outcomes = run_stages([quick, long], tmp_path, budget_s=10, say=lambda line: None)
+    assert [outcome["outcome"] for outcome in outcomes] == ["done", "done"]
 
 
 def test_a_stages_rows_are_told(tmp_path: Path) -> None:
