@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsd.artifact import Artifact
 from fastsd.backends.base import ArtifactBackend
-from fastsd.backends.heap import keep_freed_memory
+from fastsd.backends.heap import give_back_freed_memory, keep_freed_memory
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, UsageError
 from fastsd.kernels import native
@@ -24,6 +24,8 @@ from fastsd.kernels import native
 LIBRARY = "kernels.so"  # beside the UNet's package, where it uses kernels of ours
 PACKAGE = "package"  # a part's own folder, laid out as torch's loader wants it
 INSIDE = "data/aotinductor/model"
+# Latents' values from which decoding takes so long that mapping memory anew does not show.
+_LARGE = 4 * 32 * 32
 _SELDOM = ("vae_encoder", "unet_shallow")
 _SETS = ("avx", "amx", "fma", "f16c", "neon", "sve", "i8mm", "bf16", "dot")  # instruction sets
 
@@ -83,6 +85,8 @@ class AotiBackend(ArtifactBackend):
         with self._opening:
             if part not in self._packages:
                 self._packages[part] = self._open(part)
+        if part == "vae_decoder" and inputs[entry.inputs[0].name].numel() >= _LARGE:
+            give_back_freed_memory()
         out = self._packages[part](*(inputs[spec.name] for spec in entry.inputs))
         tensors = (out,) if isinstance(out, Tensor) else out
         return {spec.name: tensor for spec, tensor in zip(entry.outputs, tensors, strict=True)}
