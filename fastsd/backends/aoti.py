@@ -85,9 +85,13 @@ class AotiBackend(ArtifactBackend):
         with self._opening:
             if part not in self._packages:
                 self._packages[part] = self._open(part)
-        if part == "vae_decoder" and inputs[entry.inputs[0].name].numel() >= _LARGE:
+        given = [inputs[spec.name] for spec in entry.inputs]
+        large = part == "vae_decoder" and given[0].numel() >= _LARGE
+        if large:
             give_back_freed_memory()
-        out = self._packages[part](*(inputs[spec.name] for spec in entry.inputs))
+        out = self._packages[part](*given)
+        if large:
+            give_back_freed_memory()
         tensors = (out,) if isinstance(out, Tensor) else out
         return {spec.name: tensor for spec, tensor in zip(entry.outputs, tensors, strict=True)}
 
