@@ -28,7 +28,7 @@ from fastsd.errors import (
     UsageError,
 )
 from fastsd.export.build import export, open_exporter
-from fastsd.export.for_cpu import for_cpu
+from fastsd.export.for_cpu import bf16_pays, for_cpu
 from fastsd.export.parts import GraphPart, Request
 from fastsd.export.to_aoti import compile_part
 from fastsd.models.layers import Resnet
@@ -253,5 +253,6 @@ def test_an_int8_engine_carries_its_spec_and_its_receipt(tmp_path: Path) -> None
     receipt = engine.manifest.receipt
     assert receipt is not None
     parts = receipt["parts"]
-    assert 1e-3 < parts["unet"] < 0.1 and parts["text_encoder"] < 1e-5
+    assert 1e-3 < parts["unet"] < 0.1
+    assert parts["text_encoder"] < (1e-2 if bf16_pays() else 1e-5)  # never int8
     assert receipt["pictures"]["psnr_db"]["worst"] > 15
