@@ -23,6 +23,7 @@ from fastsd.backends import BACKENDS, ENGINES
 from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.export import EXPORTERS
+from fastsd.export.parts import QUANTISED
 from fastsd.files import read_json
 
 ASK = "ask for it by --contenders"
@@ -134,7 +135,7 @@ _BASELINES = "fastsd.benchmarks.baselines"
 _DRAWING = "fastsd.benchmarks.drawing"
 # An engine that this code exported is not one that a later state of it would.
 _OWN_CODE = ("fastsd.export", "fastsd.kernels", "fastsd.models")
-_ROUNDS = (*_OWN_CODE, "fastsd.quant")
+_INT8_CODE = (*_OWN_CODE, "fastsd.quant")
 _ONNX = "pip install 'fastsd[bench]' onnx onnxscript onnxruntime"
 _OPENVINO = "pip install 'fastsd[bench]' openvino"
 
@@ -272,8 +273,6 @@ def _setting(name: str, options: Mapping[str, Any]) -> Contender:
 
 
 def _engine(target: str, precision: str) -> Contender:
-    from fastsd.export.parts import QUANTISED
-
     return Contender(
         f"fastsd/{ENGINES[target]}/{precision}",
         f"{_DRAWING}:open_engine",
@@ -281,7 +280,7 @@ def _engine(target: str, precision: str) -> Contender:
         precision=precision,
         prepares=f"{_DRAWING}:prepare_engine",
         kept=f"fastsd-{target}-{precision}",
-        code=_ROUNDS if precision in QUANTISED else _OWN_CODE,
+        code=_INT8_CODE if precision in QUANTISED else _OWN_CODE,
         copies=2.2 if precision == "fp32" else 1.2,
         only_on="cuda" if target == "tensorrt" else None,
     )

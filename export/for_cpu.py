@@ -1,6 +1,6 @@
 """A model rewritten for a CPU: the same function but for rounding, in fewer products and passes.
 
-Every rewrite puts a module in the place of one or two of the model's own, before it is traced.
+Every rewrite puts a module in the place of one or more of the model's own, before it is traced.
 """
 
 from __future__ import annotations

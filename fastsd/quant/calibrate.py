@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastsd.errors import UsageError
 from fastsd.quant.apply import layers, swapped
 from fastsd.quant.linear import int8_layer, powers
-from fastsd.quant.spec import QuantSpec, Rounding, int8_layers, shares_input
+from fastsd.quant.spec import QuantSpec, Rounding, chosen_for_int8, shares_input
 
 _POSITIONS = 64  # of an input whose channels are kept, a call
 _CUTS = [0.2 + 0.02 * i for i in range(41)]  # shares of the full range that "mse" tries
@@ -116,13 +116,12 @@ class Recorder:
             values = self.values.setdefault(name, Values())
             return lambda _, args: values.add(args[0], self._generator)
 
-        found, prefix = layers(self.module), f"{self.part}."
+        full = {f"{self.part}.{name}": name for name in layers(self.module)}
+        chosen = [full[name] for name in chosen_for_int8(full)]
         hooks = [self.module.register_forward_pre_hook(self._on_call)]
         hooks += [
-            found[name].register_forward_pre_hook(on_layer(name))
-            for name in (
-                full.removeprefix(prefix) for full in int8_layers(prefix + name for name in found)
-            )
+            self.module.get_submodule(name).register_forward_pre_hook(on_layer(name))
+            for name in chosen
         ]
         try:
             yield

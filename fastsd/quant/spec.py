@@ -56,7 +56,7 @@ def role(name: str) -> str | None:
     return next((key for key, pattern in ROLES.items() if pattern.search(name)), None)
 
 
-def int8_layers(names: Iterable[str]) -> list[str]:
+def chosen_for_int8(names: Iterable[str]) -> list[str]:
     """Return those of a model's layers, by full name, that the rule runs in int8."""
     chosen = [name for name in names if role(name) in INT8_ROLES]
     level = {name: int(found[1]) for name in chosen if (found := _UP_LEVEL.fullmatch(name))}

@@ -37,7 +37,7 @@ from fastsd.quant.spec import (
     ROLES,
     QuantSpec,
     Rounding,
-    int8_layers,
+    chosen_for_int8,
     role,
     shares_input,
 )
@@ -93,7 +93,7 @@ def test_every_layer_has_one_role(family: str) -> None:
     assert roles["mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"] == "attention out"
     assert INT8_ROLES < set(ROLES)
     names = [f"unet.{name}" for name in roles]
-    left = {n for n in names if role(n) in INT8_ROLES} - set(int8_layers(names))
+    left = {n for n in names if role(n) in INT8_ROLES} - set(chosen_for_int8(names))
     assert left == {f"unet.up_blocks.1.resnets.{i}.conv1" for i in range(3)}, "the last level's"
 
 
