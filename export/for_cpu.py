@@ -5,8 +5,9 @@ Every rewrite puts a module in the place of one or more of the model's own, befo
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import final
 
@@ -25,8 +26,9 @@ from fastsd.models.layers import (
     join_heads,
     split_heads,
 )
+from fastsd.models.vae import Decoder, PixelAttention
 from fastsd.quant.apply import layers, quantised
-from fastsd.quant.linear import Bf16Layer, Int8Conv2d
+from fastsd.quant.linear import Bf16Layer, Int8Conv2d, Int8Linear
 from fastsd.quant.spec import Rounding, role
 
 # A norm and the layer that alone reads it, by their names in the module that holds both.
@@ -36,6 +38,8 @@ _PAIRS = (
     ("conv_norm_out", "conv_out"),
     ("norm", "proj_in"),
 )
+# Layers of a UNet whose output all readers round to eight bits, or have in bf16 anyway.
+_READ_COARSELY = re.compile(r"(^|\.)(norm1\.layer|attn1\.to_qkv|ff\.net\.0\.proj)$")
 
 
 def for_cpu(
@@ -54,10 +58,14 @@ def for_cpu(
         in_bf16(module)
     if own_kernels:
         _fuse_norms(module)
+        if bf16:
+            _keep_bf16(module, int8=roundings is not None)
         for block in module.modules():
             if isinstance(block, TransformerBlock):
                 block.attn1.implementation = "avx512" if roundings is None else "vnni"
                 block.attn2.implementation = "avx512"
+            elif isinstance(block, PixelAttention) and roundings is not None:
+                block.implementation = "vnni"
     return module
 
 
@@ -105,11 +113,33 @@ def _fuse_norms(module: nn.Module) -> None:
             if isinstance(holder, Transformer) and holder.linear:  # tokens are made between them
                 setattr(holder, norm_name, Norm(norm))
             else:
-                setattr(holder, norm_name, nn.Identity())
-                setattr(holder, layer_name, NormThen(norm, layer))
+                setattr(holder, norm_name, NormThen(norm, layer))
+                setattr(holder, layer_name, nn.Identity())
         norm = getattr(holder, "group_norm", None)
         if isinstance(norm, nn.GroupNorm) and _runs(norm):
             holder.group_norm = Norm(norm)
+
+
+def _keep_bf16(module: nn.Module, *, int8: bool) -> None:
+    """Leave in bf16 what lies between layers: in a decoder all, as its picture has eight bits; in a
+    UNet what is read as coarsely, but not the sum that runs through it."""
+    for name, layer in _products(module):
+        # The products of attention are in fp32 where they are not in int8.
+        if _READ_COARSELY.search(name) and (int8 or not name.endswith("to_qkv")):
+            layer.out_dtype = torch.bfloat16
+    for decoder in [m for m in module.modules() if isinstance(m, Decoder)]:
+        if any(isinstance(m, nn.GroupNorm) for m in decoder.modules()):
+            continue
+        decoder.register_module("conv_in", AndBf16(decoder.conv_in))
+        for _, layer in _products(decoder):
+            layer.out_dtype = torch.bfloat16
+
+
+def _products(module: nn.Module) -> Iterator[tuple[str, Bf16Layer | Int8Conv2d | Int8Linear]]:
+    """Yield the layers that can write bf16, by name."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, (Bf16Layer, Int8Conv2d, Int8Linear)):
+            yield name, layer
 
 
 def _runs(norm: nn.GroupNorm) -> bool:
@@ -152,10 +182,12 @@ class Norm(nn.Module):
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, isinstance(norm, NormSiLU)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), fp32."""
-        return self.normalised(x, torch.float32)
+        """(B, C, H, W) -> (B, C, H, W), of the same dtype."""
+        return self.normalised(x, x.dtype)
 
-    def normalised(self, x: Tensor, dtype: torch.dtype, zero: int = 0) -> Tensor:
+    def normalised(
+        self, x: Tensor, dtype: torch.dtype, zero: int = 0, added: Tensor | None = None
+    ) -> Tensor:
         """Return it as `kernels.native.group_norm` does in `dtype`."""
         return native.group_norm(
             x,
@@ -167,12 +199,14 @@ class Norm(nn.Module):
             dtype=dtype,
             multiplier=self.multiplier,
             zero=zero,
+            added=added,
         )
 
 
 @final
 class NormThen(Norm):
-    """A norm and the layer after it; what lies between is written once, as the layer reads it."""
+    """A norm and the layer after it; what lies between is written once, as the layer reads it, and
+    what a resnet adds before the norm not at all."""
 
     def __init__(self, norm: nn.GroupNorm, layer: nn.Module) -> None:
         super().__init__(norm)
@@ -180,13 +214,28 @@ class NormThen(Norm):
         if isinstance(layer, Int8Conv2d):
             self.multiplier = layer.multiplier
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H', W'), fp32."""
-        if isinstance(self.layer, Int8Conv2d):
-            return self.layer.product(self.normalised(x, torch.uint8, self.layer.zero_point))
-        dtype = torch.bfloat16 if isinstance(self.layer, Bf16Layer) else torch.float32
-        out: Tensor = self.layer(self.normalised(x, dtype))
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """(B, C_in, H, W), and as NormSiLU added (B or 1, C_in) -> (B, C_out, H', W')."""
+        layer = self.layer
+        if isinstance(layer, Int8Conv2d):
+            return layer.product(self.normalised(x, torch.uint8, layer.zero_point, added))
+        dtype = torch.bfloat16 if isinstance(layer, Bf16Layer) else torch.float32
+        out: Tensor = layer(self.normalised(x, dtype, added=added))
         return out
+
+
+@final
+class AndBf16(nn.Module):
+    """A layer in fp32, its output rounded to bf16."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer's own, from fp32 to bf16."""
+        out: Tensor = self.layer(x)
+        return out.bfloat16()
 
 
 @cache

@@ -137,6 +137,12 @@ def compile_program(program: torch.export.ExportedProgram, scratch: Path) -> lis
     """Compile a traced graph; the files that torch made below `scratch`: C++, library, its JSON."""
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule) and program.example_inputs is not None
+    # The tracer's checks of types beside every conversion hide int8 products from the compiler.
+    for node in module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+    ):
+        module.graph.erase_node(node)
+    module.recompile()
     options = {
         **CONFIG,
         "aot_inductor.output_path": str(scratch),

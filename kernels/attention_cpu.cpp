@@ -1,4 +1,5 @@
-// Attention on CPUs with AVX-512: out = softmax(q k^T / sqrt(K)) v in fp32, or with both products in int8 (VNNI).
+// Attention on CPUs with AVX-512: out = softmax(q k^T / sqrt(K)) v in fp32, or with both products in int8 (VNNI), then
+// from and to fp32 or bf16.
 //
 // Sixteen queries stand side by side in a vector, so that maxima, sums and exponentials never cross lanes, and keys and
 // values are broadcast from memory. A tile of 64 queries meets the keys in blocks small enough for the first-level cache;
@@ -30,14 +31,16 @@ struct Shape {
   int64_t batch, heads, queries, keys, width;
 };
 
+template <typename T>
 struct Rows {  // one head's (N, K) inside a strided tensor
-  const float* data;
+  const T* data;
   int64_t stride;
-  const float* operator[](int64_t i) const { return data + i * stride; }
+  const T* operator[](int64_t i) const { return data + i * stride; }
 };
 
-Rows head_of(const at::Tensor& x, int64_t b, int64_t m) {
-  return {x.const_data_ptr<float>() + b * x.stride(0) + m * x.stride(1), x.stride(2)};
+template <typename T>
+Rows<T> head_of(const at::Tensor& x, int64_t b, int64_t m) {
+  return {x.const_data_ptr<T>() + b * x.stride(0) + m * x.stride(1), x.stride(2)};
 }
 
 // sum += x . y in every lane, four bytes each, x unsigned and y signed. As assembly: around the intrinsic, g++ 12 copies
@@ -51,11 +54,12 @@ Rows head_of(const at::Tensor& x, int64_t b, int64_t m) {
 inline __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : static_cast<__mmask16>((1 << count) - 1); }
 
 // to[c] = round((x[c] - mean[c]) * up[c]) within -127..127; mean may be null, up too: all_up. Returns their sum.
-inline int32_t quantise(const float* x, const float* mean, const float* up, float all_up, int64_t width, int8_t* to) {
+template <typename T>
+inline int32_t quantise(const T* x, const float* mean, const float* up, float all_up, int64_t width, int8_t* to) {
   __m512i sum = _mm512_setzero_si512();
   for (int64_t c = 0; c < width; c += LANES) {
     const __mmask16 some = first(width - c);
-    __m512 y = _mm512_maskz_loadu_ps(some, x + c);
+    __m512 y = widen(x + c, some);
     if (mean) y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(some, mean + c));
     y = _mm512_mul_ps(y, up ? _mm512_maskz_loadu_ps(some, up + c) : _mm512_set1_ps(all_up));
     __m512i q = _mm512_cvtps_epi32(y);
@@ -67,11 +71,12 @@ inline int32_t quantise(const float* x, const float* mean, const float* up, floa
 }
 
 // The largest |x[c] - mean[c]|, and at least 1e-30; mean may be null.
-inline float magnitude(const float* x, const float* mean, int64_t width) {
+template <typename T>
+inline float magnitude(const T* x, const float* mean, int64_t width) {
   __m512 largest = _mm512_set1_ps(1e-30f);
   for (int64_t c = 0; c < width; c += LANES) {
     const __mmask16 some = first(width - c);
-    __m512 y = _mm512_maskz_loadu_ps(some, x + c);
+    __m512 y = widen(x + c, some);
     if (mean) y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(some, mean + c));
     largest = _mm512_max_ps(largest, _mm512_abs_ps(y));
   }
@@ -87,7 +92,8 @@ struct Keys {
   std::vector<int32_t> offset;      // -128 sum(k8[key]): the queries are stored as q + 128
   std::vector<float> k_scale, v_scale;  // one a block; one a channel
 
-  void pack(const Rows& k, const Rows& v, const Shape& s) {
+  template <typename T>
+  void pack(const Rows<T>& k, const Rows<T>& v, const Shape& s) {
     blocks = (s.keys + BLOCK - 1) / BLOCK;
     if constexpr (!INT8) return;
     const int64_t width = s.width, padded = blocks * BLOCK;
@@ -99,8 +105,8 @@ struct Keys {
     std::vector<float> mean(width, 0.0f);
     for (int64_t j = 0; j < s.keys; ++j)
       for (int64_t c = 0; c < width; ++c) {
-        mean[c] += k[j][c];
-        v_scale[c] = std::max(v_scale[c], std::fabs(v[j][c]));
+        mean[c] += static_cast<float>(k[j][c]);
+        v_scale[c] = std::max(v_scale[c], std::fabs(static_cast<float>(v[j][c])));
       }
     for (int64_t c = 0; c < width; ++c) {
       mean[c] /= static_cast<float>(s.keys);
@@ -125,7 +131,7 @@ struct Keys {
 };
 
 // One thread's tile: 64 queries, transposed, and what they have gathered.
-template <bool INT8>
+template <bool INT8, typename T>
 struct Tile {
   const Shape& s;
   const float to_log2;  // log2(e) / sqrt(K)
@@ -146,12 +152,12 @@ struct Tile {
     p8 = reinterpret_cast<int32_t*>(scores + BLOCK * TILE);
   }
 
-  void load(const Rows& rows, int64_t count) {
+  void load(const Rows<T>& rows, int64_t count) {
     std::fill(out, out + s.width * TILE, 0.0f);
     std::fill(total, total + TILE, 0.0f);
     std::fill(highest, highest + TILE, -std::numeric_limits<float>::infinity());
     for (int64_t i = 0; i < TILE; ++i) {
-      const float* row = rows[std::min(i, count - 1)];  // lanes past the end repeat the last query
+      const T* row = rows[std::min(i, count - 1)];  // lanes past the end repeat the last query
       if constexpr (INT8) {
         const float largest = magnitude(row, nullptr, s.width);
         q_scale[i] = largest / 127.0f;
@@ -161,14 +167,14 @@ struct Tile {
         for (int64_t g = 0; g < s.width / 4; ++g) groups[g * TILE + i] = bytes[g] ^ 0x80808080u;  // + 128
       } else {
         q_scale[i] = 1.0f;
-        for (int64_t c = 0; c < s.width; ++c) q[c * TILE + i] = row[c];
+        for (int64_t c = 0; c < s.width; ++c) q[c * TILE + i] = static_cast<float>(row[c]);
       }
     }
   }
 
   // scores[n] = q . k[first + n] for N keys; top = max(top, scores). Kept apart, or the sums leave the registers.
   template <int N>
-  [[gnu::noinline]] void score(const Keys<INT8>& keys, const Rows& k, int64_t first, float* to, __m512 (&top)[VECTORS]) {
+  [[gnu::noinline]] void score(const Keys<INT8>& keys, const Rows<T>& k, int64_t first, float* to, __m512 (&top)[VECTORS]) {
     __m512 value[N][VECTORS];
     if constexpr (INT8) {
       __m512i sum[N][VECTORS];
@@ -188,7 +194,7 @@ struct Tile {
       each<N>([&](auto n) { each<VECTORS>([&](auto r) { value[n][r] = _mm512_cvtepi32_ps(sum[n][r]); }); });
     } else {
       each<N>([&](auto n) { each<VECTORS>([&](auto r) { value[n][r] = _mm512_setzero_ps(); }); });
-      const float* row = k[first];
+      const T* row = k[first];
       const int64_t width = s.width, stride = k.stride;
       for (int64_t c = 0; c < width; ++c) {
         __m512 x[VECTORS];
@@ -211,7 +217,7 @@ struct Tile {
 
   // out[c] = out[c] * fade + gain * sum_j p[j] v[j][c] for N channels from c.
   template <int N>
-  [[gnu::noinline]] void gather(const Keys<INT8>& keys, const Rows& v, int64_t block, int64_t count, int64_t c, bool fades,
+  [[gnu::noinline]] void gather(const Keys<INT8>& keys, const Rows<T>& v, int64_t block, int64_t count, int64_t c, bool fades,
               const __m512 (&fade)[VECTORS], const __m512 (&gain)[VECTORS]) {
     __m512 sum[N][VECTORS];
     if constexpr (INT8) {
@@ -229,7 +235,7 @@ struct Tile {
       each<N>([&](auto n) { each<VECTORS>([&](auto r) { sum[n][r] = _mm512_cvtepi32_ps(whole[n][r]); }); });
     } else {
       each<N>([&](auto n) { each<VECTORS>([&](auto r) { sum[n][r] = _mm512_setzero_ps(); }); });
-      const float* row = v[block * BLOCK] + c;
+      const T* row = v[block * BLOCK] + c;
       const int64_t stride = v.stride;
       for (int64_t j = 0; j < count; ++j) {
         __m512 p[VECTORS];
@@ -250,7 +256,7 @@ struct Tile {
     });
   }
 
-  void meet(const Keys<INT8>& keys, const Rows& k, const Rows& v, int64_t block) {
+  void meet(const Keys<INT8>& keys, const Rows<T>& k, const Rows<T>& v, int64_t block) {
     const int64_t first = block * BLOCK, count = std::min<int64_t>(BLOCK, s.keys - first);
     __m512 top[VECTORS];
     for (auto& t : top) t = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -270,8 +276,8 @@ struct Tile {
       const __m512 before = _mm512_load_ps(highest + r * LANES), now = _mm512_max_ps(before, own);
       _mm512_store_ps(highest + r * LANES, now);
       moved |= _mm512_cmp_ps_mask(before, now, _CMP_NEQ_OQ);
-      fade[r] = exp2_<false>(_mm512_max_ps(_mm512_sub_ps(before, now), _mm512_set1_ps(-200.0f)));
-      gain[r] = exp2_<false>(_mm512_sub_ps(own, now));
+      fade[r] = exp2_<6>(_mm512_max_ps(_mm512_sub_ps(before, now), _mm512_set1_ps(-200.0f)));
+      gain[r] = exp2_<6>(_mm512_sub_ps(own, now));
       __m512 sum = _mm512_setzero_ps();
       if constexpr (INT8) {
         const __m512 shift = _mm512_sub_ps(own, _mm512_set1_ps(7.9943534f));  // log2(255)
@@ -279,20 +285,20 @@ struct Tile {
         for (int64_t i = 0; i < (count + 3) / 4; ++i) {
           __m512i p[4];
           each<4>([&](auto n) {
-            p[n] = _mm512_cvtps_epi32(exp2_<true>(
+            p[n] = _mm512_cvtps_epi32(exp2_<2>(
                 _mm512_fmsub_ps(_mm512_load_ps(scores + (4 * i + n) * TILE + r * LANES), scale, shift)));
           });
-          counts = _mm512_add_epi32(
-              counts, _mm512_add_epi32(_mm512_add_epi32(p[0], p[1]), _mm512_add_epi32(p[2], p[3])));
           const __m512i low = _mm512_or_si512(p[0], _mm512_slli_epi32(p[1], 8));
-          const __m512i high = _mm512_or_si512(p[2], _mm512_slli_epi32(p[3], 8));
-          _mm512_store_si512(p8 + i * TILE + r * LANES, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+          const __m512i third = _mm512_slli_epi32(p[2], 16), fourth = _mm512_slli_epi32(p[3], 24);
+          const __m512i bytes = _mm512_ternarylogic_epi32(low, third, fourth, 0xfe);  // or
+          counts = dot(counts, bytes, _mm512_set1_epi8(1));
+          _mm512_store_si512(p8 + i * TILE + r * LANES, bytes);
         }
         sum = _mm512_cvtepi32_ps(counts);
       } else {
         for (int64_t i = 0; i < count; ++i) {
           float* place = scores + i * TILE + r * LANES;
-          const __m512 p = exp2_<false>(_mm512_fmsub_ps(_mm512_load_ps(place), scale, own));
+          const __m512 p = exp2_<6>(_mm512_fmsub_ps(_mm512_load_ps(place), scale, own));
           sum = _mm512_add_ps(sum, p);
           _mm512_store_ps(place, p);
         }
@@ -307,31 +313,37 @@ struct Tile {
     for (; c < s.width; ++c) gather<1>(keys, v, block, count, c, fades, fade, gain);
   }
 
-  void store(const Keys<INT8>& keys, float* to, int64_t stride, int64_t count) const {
+  void store(const Keys<INT8>& keys, T* to, int64_t stride, int64_t count) const {
+    const __m512i apart = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(TILE));
     for (int64_t i = 0; i < count; ++i) {
-      const float down = 1.0f / total[i];
-      for (int64_t c = 0; c < s.width; ++c)
-        to[i * stride + c] = out[c * TILE + i] * down * (INT8 ? keys.v_scale[c] : 1.0f);
+      const __m512 down = _mm512_set1_ps(1.0f / total[i]);
+      for (int64_t c = 0; c < s.width; c += LANES) {
+        const __mmask16 some = first(s.width - c);
+        __m512 y = _mm512_mask_i32gather_ps(down, some, apart, out + c * TILE + i, 4);
+        if constexpr (INT8) y = _mm512_mul_ps(y, widen(keys.v_scale.data() + c, some));
+        narrow(_mm512_mul_ps(y, down), to + i * stride + c, some);
+      }
     }
   }
 };
 
-template <bool INT8>
+template <bool INT8, typename T>
 void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& out, const Shape& s) {
   const int64_t heads = s.batch * s.heads, tiles = (s.queries + TILE - 1) / TILE;
   std::vector<Keys<INT8>> keys(heads);
   at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h)
-      keys[h].pack(head_of(k, h / s.heads, h % s.heads), head_of(v, h / s.heads, h % s.heads), s);
+      keys[h].pack(head_of<T>(k, h / s.heads, h % s.heads), head_of<T>(v, h / s.heads, h % s.heads), s);
   });
   const float to_log2 = 1.4426950408889634f / std::sqrt(static_cast<float>(s.width));
-  float* data = out.mutable_data_ptr<float>();
+  T* data = out.mutable_data_ptr<T>();
   at::parallel_for(0, heads * tiles, 1, [&](int64_t begin, int64_t end) {
-    Tile<INT8> tile(s, to_log2);
+    Tile<INT8, T> tile(s, to_log2);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t h = i / tiles, b = h / s.heads, m = h % s.heads, first = i % tiles * TILE;
       const int64_t count = std::min<int64_t>(TILE, s.queries - first);
-      const Rows rows = head_of(q, b, m), k_rows = head_of(k, b, m), v_rows = head_of(v, b, m);
+      const Rows<T> rows = head_of<T>(q, b, m), k_rows = head_of<T>(k, b, m), v_rows = head_of<T>(v, b, m);
       tile.load({rows[first], rows.stride}, count);
       for (int64_t block = 0; block < keys[h].blocks; ++block) tile.meet(keys[h], k_rows, v_rows, block);
       tile.store(keys[h], data + ((b * s.queries + first) * s.heads + m) * s.width, s.heads * s.width, count);
@@ -342,7 +354,9 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::T
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool int8) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes(), "q is (B, M, Nq, K); k and v are (B, M, N, K)");
   for (const auto& x : {q, k, v}) {
-    TORCH_CHECK(x.scalar_type() == at::kFloat && x.device().is_cpu(), "attention on the CPU is for fp32 tensors");
+    TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == q.scalar_type() &&
+                    (x.scalar_type() == at::kFloat || (int8 && x.scalar_type() == at::kBFloat16)),
+                "attention on the CPU is for fp32 tensors, or in int8 for bf16 ones too");
     TORCH_CHECK(x.stride(3) == 1, "the last dimension must be dense");
   }
   const Shape s{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3)};
@@ -350,10 +364,12 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   TORCH_CHECK(s.width % 4 == 0, "a head's width must be a multiple of 4");
   TORCH_CHECK(s.keys > 0, "there must be a key");
   at::Tensor out = at::empty({s.batch, s.queries, s.heads, s.width}, q.options());
-  if (int8)
-    attend<true>(q, k, v, out, s);
+  if (!int8)
+    attend<false, float>(q, k, v, out, s);
+  else if (q.scalar_type() == at::kFloat)
+    attend<true, float>(q, k, v, out, s);
   else
-    attend<false>(q, k, v, out, s);
+    attend<true, at::BFloat16>(q, k, v, out, s);
   return out.transpose(1, 2);
 }
 

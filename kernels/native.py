@@ -91,7 +91,8 @@ def load(library: Path) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, *, int8: bool) -> Tensor:
     """Attend as `kernels.attention.attention` does, in fp32, or with both products in int8.
 
-    q: (B, M, Nq, K), k, v: (B, M, N, K), fp32 on the CPU, K a multiple of 4 and dense.
+    q: (B, M, Nq, K), k, v: (B, M, N, K), on the CPU, K a multiple of 4 and dense. All are fp32, or
+    all bf16 where the products are int8, and so is the result, which is made in fp32.
     """
     _require()
     out: Tensor = torch.ops.fastsd_cpu.attention(q, k, v, int8)
@@ -109,16 +110,18 @@ def group_norm(
     dtype: torch.dtype = torch.float32,
     multiplier: Tensor | None = None,
     zero: int = 0,
+    added: Tensor | None = None,
 ) -> Tensor:
-    """Normalise x (B, C, H, W), fp32 on the CPU, group by group; with `silu` then SiLU.
+    """Normalise x (B, C, H, W), fp32 or bf16 on the CPU, group by group; with `silu` then SiLU.
 
     weight, bias: (C,) fp32, C a multiple of 16. dtype: fp32, bf16 or uint8, which is
-    clamp(round(y * multiplier) + zero, 0, 255), with a multiplier (C,) fp32. Returns (B, C, H, W),
-    channels-last. Source: Wu & He 2018, arXiv:1803.08494.
+    clamp(round(y * multiplier) + zero, 0, 255), with a multiplier (C,) fp32. added: (B or 1, C)
+    fp32, what is added to every pixel first. Returns (B, C, H, W), channels-last.
+    Source: Wu & He 2018, arXiv:1803.08494.
     """
     _require()
     out: Tensor = torch.ops.fastsd_cpu.group_norm(
-        x, weight, bias, groups, eps, silu, dtype, multiplier, zero
+        x, weight, bias, groups, eps, silu, dtype, multiplier, zero, added
     )
     return out
 
@@ -146,5 +149,6 @@ def _group_norm_shape(
     dtype: torch.dtype,
     multiplier: Tensor | None,
     zero: int,
+    added: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)

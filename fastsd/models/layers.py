@@ -106,8 +106,10 @@ class NormSiLU(nn.GroupNorm):
 
     implementation = "library"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), and what is first added to every pixel (B or 1, C) -> (B, C, H, W)."""
+        if added is not None:
+            x = x + added[:, :, None, None]
         return group_norm_silu(
             x,
             self.weight,
@@ -249,9 +251,7 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W) and t (B or 1, C), already projected -> (B, C, H, W)."""
         h = self.conv1(self.norm1(x))
-        if t is not None:
-            h = h + t[:, :, None, None]
-        h = self.conv2(self.norm2(h))
+        h = self.conv2(self.norm2(h, t))
         out: Tensor = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
         return out
 
@@ -312,21 +312,18 @@ class PhasedUpsample(nn.Module):
         self.phases.bias.copy_(conv.bias.repeat(4))
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, *size)."""
+        """(B, C, H, W) -> (B, C, *size), channels-last."""
         height, width = x.shape[-2:]
-        if size is not None and tuple(size) != (
-            2 * height,
-            2 * width,
-        ):
+        if size is not None and tuple(size) != (2 * height, 2 * width):
             out: Tensor = self.upsample(x, size)  # the last pixels are not repeated
             return out
-        # Padded on both sides, each gives a row and a column more than it has pixels.
-        blocks = [
-            phase[:, :, i // 2 : i // 2 + height, i % 2 : i % 2 + width]
-            for i, phase in enumerate(self.phases(x).chunk(4, dim=1))
-        ]
-        rows = [torch.stack(blocks[i : i + 2], dim=-1).flatten(3) for i in (0, 2)]
-        return torch.stack(rows, dim=-2).flatten(2, 3)
+        # Padded on both sides, each phase has a row and a column more than x: those for even rows
+        # use theirs from the first on, those for odd rows from the second. One pass through memory.
+        phases = self.phases(x).unflatten(1, (2, 2, -1)).permute(0, 4, 5, 1, 2, 3)
+        i = torch.arange(2 * height, device=x.device)[:, None]
+        j = torch.arange(2 * width, device=x.device)
+        pixels: Tensor = phases[:, (i + 1) // 2, (j + 1) // 2, i % 2, j % 2]
+        return pixels.permute(0, 3, 1, 2)
 
 
 def _summed_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:

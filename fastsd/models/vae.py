@@ -25,10 +25,14 @@ from fastsd.models.layers import (
 
 @final
 class PixelAttention(nn.Module):
-    """Self-attention of one head over all pixels, after a norm, added to x."""
+    """Self-attention of one head over all pixels, after a norm, added to x.
+
+    implementation: which kernel attends, one of `fastsd.kernels.attention.IMPLEMENTATIONS`.
+    """
 
     def __init__(self, width: int, *, groups: int, eps: float) -> None:
         super().__init__()
+        self.implementation = "sdpa"
         self.group_norm = nn.GroupNorm(groups, width, eps=eps)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
@@ -38,7 +42,8 @@ class PixelAttention(nn.Module):
     def forward(self, x: Tensor, _: Any = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W); there is no text to attend to."""
         h = to_tokens(self.group_norm(x)).unsqueeze(1)
-        h = attention(self.to_q(h), self.to_k(h), self.to_v(h)).squeeze(1)
+        q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        h = attention(q, k, v, implementation=self.implementation).squeeze(1)
         return x + to_pixels(self.to_out[0](h), x.shape[-2:])  # x first: the sum takes its format
 
 

@@ -38,7 +38,10 @@ def powers(exponents: tuple[int, ...]) -> Tensor:
 
 
 class _Int8(nn.Module, ABC):
-    """What the two layers share: int8 weights, the input's rounding."""
+    """What the two layers share: int8 weights, the input's rounding.
+
+    out_dtype: fp32, or bf16 for a reader to whom that is fine enough.
+    """
 
     weight: Tensor
     weight_scale: Tensor
@@ -64,6 +67,7 @@ class _Int8(nn.Module, ABC):
         self.register_buffer("weight_zero", torch.zeros_like(scale, dtype=torch.int64))
         self.register_buffer("shrink", shrink)
         self.bias = layer.bias
+        self.out_dtype = torch.float32
         self.scale, self.zero_point = rounding.affine()
 
     @abstractmethod
@@ -87,17 +91,14 @@ class _Int8(nn.Module, ABC):
     def _rounding(self) -> tuple[float, int, int, int, torch.dtype]:
         return self.scale, self.zero_point, 0, 255, torch.uint8
 
-    def full_input(self, q: Tensor) -> Tensor:
-        """Dequantise the input."""
-        out: Tensor = _ops.dequantize_per_tensor.default(q, *self._rounding)
-        return out
-
-    def full_weight(self) -> Tensor:
-        """Dequantise the weights."""
-        out: Tensor = _ops.dequantize_per_channel.default(
+    def operands(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the dequantised input and weights, and the bias, all as `out_dtype`."""
+        x = _ops.dequantize_per_tensor.default(q, *self._rounding)
+        weight = _ops.dequantize_per_channel.default(
             self.weight, self.weight_scale, self.weight_zero, 0, -127, 127, torch.int8
         )
-        return out
+        bias = None if self.bias is None else self.bias.to(self.out_dtype)
+        return x.to(self.out_dtype), weight.to(self.out_dtype), bias
 
 
 @final
@@ -106,7 +107,7 @@ class Int8Linear(_Int8):
 
     def product(self, q: Tensor) -> Tensor:
         """(…, C_in) uint8 -> (…, C_out)."""
-        return F.linear(self.full_input(q), self.full_weight(), self.bias)
+        return F.linear(*self.operands(q))
 
 
 @final
@@ -119,9 +120,7 @@ class Int8Conv2d(_Int8):
 
     def product(self, q: Tensor) -> Tensor:
         """(B, C_in, H, W) uint8 -> (B, C_out, H', W')."""
-        return F.conv2d(
-            self.full_input(q), self.full_weight(), self.bias, self.stride, self.padding
-        )
+        return F.conv2d(*self.operands(q), self.stride, self.padding)
 
 
 def int8_layer(layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> Int8Linear | Int8Conv2d:
@@ -138,14 +137,16 @@ def int8_layer(layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> Int8Linear |
 
 @final
 class Bf16Layer(nn.Module):
-    """A linear layer or convolution in bf16 amid fp32: half the bytes, and twice the speed where
-    the CPU multiplies bf16; sums stay in fp32 inside."""
+    """A linear layer or convolution in bf16: half the bytes, and twice the speed where the CPU
+    multiplies bf16; sums stay in fp32 inside. out_dtype: fp32, or bf16 as it is rounded to anyway.
+    """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.layer = copy.deepcopy(layer).to(torch.bfloat16)
+        self.out_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer's own, fp32 to fp32."""
+        """As the layer's own, from fp32 or bf16."""
         out: Tensor = self.layer(x.bfloat16())
-        return out.float()
+        return out.to(self.out_dtype)

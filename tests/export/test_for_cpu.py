@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fastsd.config import VAEConfig
 from fastsd.export.for_cpu import Norm, NormThen, SelfAttention, for_cpu
 from fastsd.kernels import native
-from fastsd.models.layers import PhasedUpsample, Upsample
+from fastsd.models.layers import PhasedUpsample, Resnet, Upsample
 from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE
+from fastsd.models.vae import VAE, Decoder, PixelAttention
 from fastsd.quant.apply import layers, quantised
 from fastsd.quant.linear import Bf16Layer
-from fastsd.quant.spec import Rounding, role
+from fastsd.quant.spec import INT8_ROLES, Rounding, role
 from tests.models.oracles import relative_l2, shake_
 from tests.quant.test_quant import UNET
 
@@ -103,6 +103,31 @@ def test_what_is_int8_and_what_is_bf16() -> None:
     assert all(isinstance(rewritten.get_submodule(name), Bf16Layer) for name in halves)
     for result in (rewritten(*call), own(*call)):
         assert relative_l2(result, rounded) < 0.02
+
+
+@needs_kernels
+def test_a_decoder_in_bf16_keeps_its_maps_in_bf16() -> None:
+    """Maps are half as large, and what int8 costs stays what it was."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(widths=(32, 64), norm_groups=8, layers_per_level=1))
+    shake_(vae)
+    z = torch.randn(1, 4, 6, 5)
+    exact = vae.decode(z)
+    names = [n for n in layers(vae) if n.startswith("decoder") and role(n) in INT8_ROLES]
+    roundings = {name: Rounding(-6.0, 6.0) for name in names}
+    rounded = quantised(vae, roundings).decode(z)
+    rewritten = for_cpu(copy.deepcopy(vae), roundings, bf16=True, own_kernels=True)
+    seen: dict[str, torch.dtype] = {}
+    for name, block in rewritten.named_modules():
+        if isinstance(block, (Resnet, PixelAttention, PhasedUpsample, Decoder)):
+            block.register_forward_hook(
+                lambda _, __, out, name=name: seen.update({name: out.dtype})
+            )
+    assert isinstance(rewritten, VAE)
+    out = rewritten.decode(z)
+    assert seen.pop("decoder") == torch.float32
+    assert len(seen) == 8 and set(seen.values()) == {torch.bfloat16}
+    assert relative_l2(out, exact) < 1.2 * relative_l2(rounded, exact)
 
 
 @pytest.mark.parametrize("kept", ("none", "one", "all"))

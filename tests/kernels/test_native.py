@@ -49,6 +49,15 @@ def test_int8_stays_near_the_formula(shape: tuple[int, ...]) -> None:
     assert relative_l2(out, reference.attention(q, k, v)) <= 0.012
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_takes_bf16_and_returns_it(shape: tuple[int, ...]) -> None:
+    halves = [x.bfloat16() for x in draw(shape)]
+    out = attention(*halves, implementation="vnni")
+    assert out.dtype == torch.bfloat16
+    exact = attention(*(x.float() for x in halves), implementation="vnni")
+    assert torch.equal(out, exact.bfloat16())
+
+
 def test_int8_keeps_what_many_weak_keys_sum_to() -> None:
     """One key 400 times as strong as 1023 others, which hold 72 % of the weight together."""
     q = torch.ones(1, 1, 64, 8)
@@ -130,6 +139,20 @@ def test_group_norm_rounds_as_its_reader_would() -> None:
     assert {0, 255} <= set(rounded.unique().tolist()), "both ends must be reached"
 
 
+@pytest.mark.parametrize("rows", (0, 1, 2))
+@pytest.mark.parametrize("half", (False, True))
+def test_group_norm_adds_what_a_resnet_does_and_reads_bf16(rows: int, half: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 48, 9, 7) + 20
+    x = x.bfloat16() if half else x
+    weight, bias, added = torch.rand(48) + 0.5, torch.randn(48), 3 * torch.randn(rows, 48)
+    whole = x.double() + (added.double()[:, :, None, None] if rows else 0)
+    truth = F.silu(F.group_norm(whole, 16, weight.double(), bias.double(), 1e-5))
+    out = native.group_norm(x, weight, bias, 16, 1e-5, silu=True, added=added if rows else None)
+    assert out.dtype == torch.float32
+    assert relative_l2(out, truth) <= 1e-5
+
+
 def test_group_norm_keeps_what_is_not_finite_in_sight() -> None:
     x = torch.randn(1, 16, 4, 4)
     x[0, 3, 1, 1] = torch.nan
@@ -148,6 +171,13 @@ def test_what_group_norm_cannot_take_is_refused() -> None:
         )
 
 
+def test_what_is_added_must_fit() -> None:
+    x, ones = torch.ones(2, 16, 2, 2), torch.ones(16)
+    for added in (torch.ones(3, 16), torch.ones(16), torch.ones(2, 16).double()):
+        with pytest.raises(RuntimeError, match="B or 1, C"):
+            native.group_norm(x, ones, ones, 4, 1e-5, silu=False, added=added)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v = draw((1, 2, 64, 64, 40))
     with pytest.raises(UsageError, match="no causal form"):
@@ -156,6 +186,10 @@ def test_what_does_not_fit_is_refused() -> None:
         attention(q[..., :6], k[..., :6], v[..., :6], implementation="avx512")
     with pytest.raises(RuntimeError, match="fp32"):
         attention(q.double(), k.double(), v.double(), implementation="avx512")
+    with pytest.raises(RuntimeError, match="fp32"):
+        attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), implementation="avx512")
+    with pytest.raises(RuntimeError, match="fp32"):
+        attention(q.bfloat16(), k, v, implementation="vnni")
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
