@@ -17,10 +17,12 @@ from fastsd import Pipeline
 from fastsd.checkpoints import open_checkpoint
 from fastsd.export import graph, qdq
 from fastsd.export.build import export, open_exporter
-from fastsd.export.calibration import GUIDANCE
+from fastsd.export.calibration import GUIDANCE, calibrate_checkpoint, default_prompts
 from fastsd.export.parts import GraphPart, Request, load_part
+from fastsd.models.vae import VAE
 from fastsd.quality import Task, builtin_atlas, psnr, task_score, tasks
-from fastsd.quant.apply import quantised
+from fastsd.quant.apply import quantised, swapped
+from fastsd.quant.calibrate import relative_error
 from fastsd.quant.spec import Rounding
 from tests.export.conftest import SIZE, flat_spec
 
@@ -128,13 +130,13 @@ ENGLISH = tasks(ATLAS)["english"]
 JUDGED = Task(ENGLISH.names[:64], ENGLISH.expected[:64])
 
 
-def draw(model: str | Path) -> list[Any]:
+def draw(model: str | Path, **more: Any) -> list[Any]:
     pipe = Pipeline.from_pretrained(model, device="cpu")
     pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 20, "guidance_scale": GUIDANCE, **more}
     pictures: list[Any] = []
     for seed in range(0, len(JUDGED.names), 4):
-        texts = list(JUDGED.names[seed : seed + 4])
-        pictures += pipe(texts, seed=seed, num_inference_steps=20, guidance_scale=GUIDANCE).images
+        pictures += pipe(list(JUDGED.names[seed : seed + 4]), seed=seed, **settings).images
     return pictures
 
 
@@ -168,3 +170,24 @@ def test_the_builtin_model_keeps_its_pictures(
     scores = [task_score(ATLAS, JUDGED, pictures).top1 for pictures in (drawn, exact_pictures)]
     assert abs(scores[0] - scores[1]) <= 0.02, scores
     print(f"{target} {precision}: {found}; {scores[0]:.1%} named right, exact {scores[1]:.1%}")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_builtin_model_decodes_pictures_that_were_not_watched() -> None:
+    """Within 0.03 together; a picture whose like was not watched may lie beyond."""
+    checkpoint = open_checkpoint("builtin")
+    side = checkpoint.config.default_size
+    prompts = default_prompts("builtin")
+    spec = calibrate_checkpoint(checkpoint, prompts, size=(side, side)).spec
+    vae = checkpoint.load("vae")
+    assert isinstance(vae, VAE)
+    z = torch.stack(draw("builtin", output_type="latent")) / vae.config.scale + vae.config.shift
+    exact = vae.decode(z)
+    with swapped(vae.decoder, spec.only("vae.decoder")):
+        rounded = vae.decode(z)
+    together = relative_error([rounded], [exact])
+    errors = (rounded - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    found = f"together {together:.4f}, median {errors.median():.4f}, worst {errors.max():.4f}"
+    assert 1e-3 < together <= 0.03, found
+    print(f"the decoder in int8: {found}; {int((errors > 0.03).sum())} of {len(z)} beyond 0.03")
