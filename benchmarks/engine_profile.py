@@ -26,6 +26,7 @@ from fastsd.checkpoints import open_description
 from fastsd.errors import UsageError
 
 _RUN = "run"  # what the watched process prints after each call
+_OPEN = 20
 _PRECISIONS = {"u8": "int8", "s8": "int8", "bf16": "bf16", "f32": "fp32"}
 OWN = "fastsd_cpu::"
 
@@ -79,6 +80,7 @@ def read_last_call(lines: Iterable[str]) -> tuple[dict[Product, list[float]], fl
 def call_part(folder: Path, part: str, calls: int) -> dict[str, float]:
     """Call a part on random inputs, saying after each how long it took; return our kernels' times.
 
+    Those are of one more call, under torch's profiler. Sizes that a part leaves open are _OPEN.
     Raises UsageError for a part that the engine does not have.
     """
     artifact = Artifact.open(folder)
@@ -87,10 +89,12 @@ def call_part(folder: Path, part: str, calls: int) -> dict[str, float]:
     if part not in backend.entries:
         raise UsageError(f"{folder} has no part {part!r}; it has {', '.join(backend.entries)}")
     generator = torch.Generator().manual_seed(0)
-    inputs = {
-        spec.name: torch.randn([int(n) for n in spec.shape], generator=generator)
-        for spec in backend.entries[part].inputs
-    }
+    inputs = {}
+    for spec in backend.entries[part].inputs:
+        shape = [size if isinstance(size, int) else _OPEN for size in spec.shape]
+        dtype = getattr(torch, spec.dtype)
+        values = torch.randn(shape, generator=generator)
+        inputs[spec.name] = values if dtype.is_floating_point else values.abs().to(dtype)
     for _ in range(calls):
         start = time.perf_counter()
         backend.run(part, inputs)

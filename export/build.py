@@ -82,6 +82,10 @@ class Exporter(ABC):
         """What native code is bound to: the same words as its backend's `machine`."""
         return {}
 
+    def choices(self) -> dict[str, str]:
+        """What was chosen for this machine, and why, by what it is about."""
+        return {}
+
     def versions(self) -> dict[str, str]:
         """The versions that made the files."""
         return {
@@ -117,6 +121,9 @@ def export(
         Draft(path, key=key, force=force) as draft,
         torch.no_grad(),
     ):
+        choices = exporter.choices()
+        for what, choice in choices.items():
+            tell(f"{what}: {choice}")
         exporter.spec = _spec(draft.folder, checkpoint, name, request, tell)
         parts: dict[str, PartEntry] = {}
         for part in exporter.parts:
@@ -149,6 +156,7 @@ def export(
             files=list_files(draft.folder),
             versions=exporter.versions(),
             machine=exporter.machine(),
+            choices=choices,
         )
         receipt = _measure(Artifact(draft.folder, manifest, ""), checkpoint, request, prompts, tell)
         return draft.publish(replace(manifest, receipt=receipt))

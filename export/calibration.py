@@ -7,18 +7,20 @@ most in full precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from fastsd import Pipeline
 from fastsd.backends.eager import EagerBackend
 from fastsd.checkpoints import Checkpoint
+from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
 from fastsd.quality import builtin_atlas, first_by_digest, psnr, tasks
 from fastsd.quant.apply import products, swapped
@@ -30,7 +32,7 @@ from fastsd.quant.calibrate import (
     sensitivity,
     spec_of,
 )
-from fastsd.quant.spec import QuantSpec, Rounding
+from fastsd.quant.spec import QuantSpec, Rounding, shares_input
 
 # For models whose makers give none: things, places, people and styles.
 PROMPTS = (
@@ -46,8 +48,9 @@ PROMPTS = (
 GUIDANCE = 7.5
 _FIRST_SEED = 10_000  # far from those that pictures are judged by
 _PICTURES = 16
-# Relative L2 at a part's output that is asked of any model, over the pictures watched. A decoder's
-# leaves room for others, whose values may be cut where none as large was watched: 0.03 is to hold.
+# Relative L2 at a part's output that is asked of any model, over the pictures watched, of rounding
+# its layers. A decoder's leaves room for what an engine rounds besides, and for other pictures,
+# whose values may be cut where none as large was watched: 0.03 is to hold.
 BOUNDS = {"unet": 0.06, "vae.decoder": 0.02}
 SMALL = 256
 SMALLEST_SHARE = 0.5  # of the work in int8; with less of it the engine is not worth its name
@@ -86,10 +89,28 @@ def default_prompts(model: str) -> tuple[str, ...]:
     return tuple(first_by_digest([n for n in atlas.english if n not in judged], _PICTURES))
 
 
+def settings(config: ModelConfig, size: tuple[int, int], steps: int) -> dict[str, Any]:
+    """Return what a model is drawn with when it is calibrated, and compared with itself.
+
+    GUIDANCE and `steps`, but models made for few steps as they were made. An inpainting model draws
+    all but the edge of a grey picture. size: height, width.
+    """
+    height, width = size
+    found: dict[str, Any] = {"height": height, "width": width}
+    if config.schedule.steps is None:
+        found |= {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
+    if config.inpaints:
+        mask = Image.new("L", (width, height))
+        mask.paste(255, (width // 8, height // 8, width - width // 8, height - height // 8))
+        found |= {"image": Image.new("RGB", mask.size, "grey"), "mask_image": mask}
+    return found
+
+
 class Calibrator:
     """Watches a model draw, and quantises it.
 
-    steps: of each trajectory. calls: how many of the model's own calls the choices are measured on.
+    steps: of each trajectory, unless the model is made for few. calls: how many of the model's own
+    calls the choices are measured on.
     """
 
     def __init__(
@@ -110,39 +131,34 @@ class Calibrator:
         vae = backend.modules["vae"]
         decoder = vae.decoder
         assert isinstance(decoder, nn.Module)
-        self._recorders = (
+        watched = (
             Recorder("unet", backend.modules["unet"], kept_calls=calls),
             Recorder("vae.decoder", decoder, kept_calls=max(1, calls // 2)),
         )
-        self._size, self._steps, self._batch, self._calls, self._tell = (
-            size, steps, batch, calls, tell,
-        )  # fmt: skip
+        # A tiny decoder's layers play no role that the rule knows: it stays as it is.
+        self._recorders = [recorder for recorder in watched if recorder.chosen]
+        self._settings = settings(checkpoint.config, size, steps)
+        self._batch, self._calls, self._tell = batch, calls, tell
         self._errors: dict[tuple[str, frozenset[tuple[str, Rounding]]], float] = {}
         with ExitStack() as watching:
             for recorder in self._recorders:
                 watching.enter_context(recorder.watching())
             self.draw(prompts, _FIRST_SEED)
-        tell(f"pictures watched: {len(prompts)}, of {steps} steps each")
+        tell(f"pictures watched: {len(prompts)}")
 
     def draw(self, prompts: Sequence[str], seed: int) -> list[Any]:
         """Draw one picture a prompt."""
-        height, width = self._size
         pictures: list[Any] = []
         for start in range(0, len(prompts), self._batch):
-            pictures += self.pipeline(
-                list(prompts[start : start + self._batch]),
-                seed=seed + start,
-                num_inference_steps=self._steps,
-                guidance_scale=GUIDANCE,
-                height=height,
-                width=width,
-            ).images
+            texts = list(prompts[start : start + self._batch])
+            pictures += self.pipeline(texts, seed=seed + start, **self._settings).images
         return pictures
 
     def choose(self) -> QuantSpec:
-        """Return the spec of least error, every part within its bound of BOUNDS.
+        """Return a spec of the most layers that hold every part within its bound of BOUNDS.
 
-        What is left out first are the layers whose own outputs suffer most.
+        What is left out first are the layers whose own outputs suffer most. Raises UsageError where
+        half of a part's layers are out and it is still beyond its bound.
         """
         chosen = {r.part: calibrate(r, calls=self._calls) for r in self._recorders}
         spec = spec_of(chosen)
@@ -155,16 +171,23 @@ class Calibrator:
     ) -> QuantSpec:
         part, bound = recorder.part, BOUNDS[recorder.part]
         worst = sorted(layers, key=lambda name: -layers[name].error)
-        kept = 0
-        while True:
+        for kept in _growing(worst):
             held = spec.keep(
-                {f"{part}.{n}": f"its own error is {layers[n].error:.4f}" for n in worst[:kept]}
+                {f"{part}.{n}": f"its own error is {layers[n].error:.4f}" for n in kept}
             )
             error = self._error(recorder, held)
-            self._tell(f"{part}: {kept} layers kept in full precision: relative error {error:.4f}")
-            if error <= bound or 2 * kept > len(worst):
+            self._tell(
+                f"{part}: {len(kept)} layers kept in full precision: relative error {error:.4f}"
+            )
+            if error <= bound:
                 return held
-            kept = kept * 2 or 2
+            if 2 * len(kept) > len(worst):
+                break
+        raise UsageError(
+            f"int8 leaves {part} at a relative error of {error:.3f} with {len(kept)} of its "
+            f"{len(worst)} layers in full precision, and {bound} is asked; the costliest: "
+            f"{', '.join(worst[:5])}. Export in bf16, fp16 or fp32"
+        )
 
     def errors(self, spec: QuantSpec) -> dict[str, float]:
         """Return the relative L2 at each part's output over the calls kept."""
@@ -225,23 +248,32 @@ class Calibrator:
         order = sorted(
             table, key=lambda n: -(table[n]["error"] ** 2) / max(table[n]["share"], 1e-6)
         )
-        kept = 0
-        while True:
-            held = spec.keep({n: f"costs {table[n]['error']:.4f}" for n in order[:kept]})
-            reached = min(self.judge(held, prompts))
-            self._tell(f"{kept} layers kept in full precision: worst picture {reached:.1f} dB")
+        tried, reached = 0, 0.0
+        for kept in _growing(order):
+            held = spec.keep({n: f"costs {table[n]['error']:.4f}" for n in kept})
+            if self.share(held)["unet"] < SMALLEST_SHARE:
+                break
+            tried, reached = len(kept), min(self.judge(held, prompts))
+            self._tell(f"{tried} layers kept in full precision: worst picture {reached:.1f} dB")
             if reached >= floor:
                 return held
-            kept = max(2, kept * 2)
-            if (
-                kept >= len(order)
-                or self.share(spec.keep(dict.fromkeys(order[:kept], "")))["unet"] < SMALLEST_SHARE
-            ):
-                worst = ", ".join(f"{n} ({table[n]['error']:.4f})" for n in list(table)[:5])
-                raise UsageError(
-                    f"int8 reaches {reached:.1f} dB, not {floor:g}, with {kept // 2} layers kept "
-                    f"in full precision; the costliest: {worst}. Ask for a lower --floor, or fp32"
-                )
+        worst = ", ".join(f"{n} ({table[n]['error']:.4f})" for n in list(table)[:5])
+        raise UsageError(
+            f"int8 reaches {reached:.1f} dB, not {floor:g}, with {tried} layers kept in full "
+            f"precision; the costliest: {worst}. Ask for a lower --floor, or fp32"
+        )
+
+
+def _growing(order: Sequence[str]) -> Iterator[list[str]]:
+    """Yield none of the layers, then the first 2, 4, 8 … of them.
+
+    With each go those that read the same tensor: one product takes all of them, or none.
+    """
+    count = 0
+    while count < len(order):
+        inputs = {shares_input(name) for name in order[:count]}
+        yield [name for name in order if shares_input(name) in inputs]
+        count = 2 * count or 2
 
 
 @torch.no_grad()

@@ -70,8 +70,8 @@ def for_cpu(
 
 
 def in_bf16(module: nn.Module) -> nn.Module:
-    """Multiply in bf16 wherever `module` (which is taken over) does in fp32, but at its edges:
-    those see the latents and the picture. Halves its weights as well."""
+    """Multiply in bf16 wherever `module` (which is taken over) does in fp32, but at its edges, by
+    role: those see the latents and the picture. Halves its weights as well."""
     for name, layer in layers(module).items():
         if role(name) != "edge":
             module.set_submodule(name, Bf16Layer(layer))

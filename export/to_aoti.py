@@ -69,12 +69,27 @@ class AotiExporter(Exporter):
         super().__init__(checkpoint, request)
         if request.dynamic:
             raise UsageError("aoti engines are compiled for one size and batch; drop --dynamic")
+        if request.precision == "int8" and native.overflows():
+            raise UsageError(
+                "int8 products overflow on this CPU, which has no VNNI; "
+                "export with --precision fp32"
+            )
         native.compiler()  # missing, it is refused now rather than after the tracing
         self._own_kernels = native.obstacle() is None
+        self._bf16 = request.precision == "bf16" or (request.precision == "int8" and bf16_pays())
 
     def machine(self) -> dict[str, str]:
         """What the code is bound to."""
         return machine()
+
+    def choices(self) -> dict[str, str]:
+        """Which kernels run, and in what the layers that stay out of int8 multiply."""
+        obstacle = native.obstacle()
+        kernels = "fastsd's own" if obstacle is None else f"torch's, without fastsd's: {obstacle}"
+        if self.request.precision != "int8":
+            return {"kernels": kernels}
+        floats = "bf16, clearly faster than fp32" if self._bf16 else "fp32, as bf16 is no faster"
+        return {"kernels": kernels, "layers out of int8": f"{floats} on this CPU"}
 
     def write(self, part: str, folder: Path) -> PartEntry:
         """Compile one part into `<part>/package/`."""
@@ -94,12 +109,10 @@ class AotiExporter(Exporter):
 
     def _prepared(self, part: str, module: nn.Module) -> nn.Module:
         """Rewrite what runs every step, and the decoder; of the rest halve the weights."""
-        precision = self.request.precision
-        bf16 = precision == "bf16" or (precision == "int8" and bf16_pays())
         if part not in _REWRITTEN:
-            return in_bf16(module) if bf16 else module
+            return in_bf16(module) if self._bf16 else module
         roundings = None if self.spec is None else self.spec.only(part.split("_")[0])
-        return for_cpu(module, roundings, bf16=bf16, own_kernels=self._own_kernels)
+        return for_cpu(module, roundings, bf16=self._bf16, own_kernels=self._own_kernels)
 
 
 def compile_part(part: GraphPart, package: Path) -> tuple[tuple[TensorSpec, ...], list[Path]]:

@@ -38,7 +38,7 @@ from fastsd.errors import (
 from fastsd.files import check_free, read_json, sync, write_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # raised when a manifest of before means something else
+FORMAT = 2  # raised when a manifest holds other fields, or means something else by them
 _BLOCK = 1 << 22  # bytes hashed at once
 
 AGAIN = "export it again with `fastsd export`"
@@ -82,6 +82,7 @@ class Manifest:
     model, source: the checkpoint's name, and the digest of its weights and configs.
     size: height, width in pixels; batch: pictures. dynamic: both are only what it was traced with.
     native: holds machine code. machine: what that code is bound to (versions, processor), else {}.
+    choices: what the exporter chose for the machine it ran on, in words.
     receipt: the measured distance from the exact path; None where it was not measured.
     """
 
@@ -99,6 +100,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
     machine: Mapping[str, str] = field(default_factory=dict)
+    choices: Mapping[str, str] = field(default_factory=dict)
     receipt: Mapping[str, Any] | None = None
 
     def to_bytes(self) -> bytes:

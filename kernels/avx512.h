@@ -35,7 +35,7 @@ inline void narrow(__m512 y, at::BFloat16* to, __mmask16 some = 0xffff) {
   _mm256_mask_storeu_epi16(to, some, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
 }
 
-// 2^x for x <= 8: degree 2 (within 0.2 %) or 3 is enough where the result is rounded to 8 bits, degree 6 for fp32.
+// 2^x for x < 127: degree 2 (within 0.2 %) or 3 is enough where the result is rounded to 8 bits, degree 6 for fp32.
 template <int DEGREE>
 inline __m512 exp2_(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x less the next lower whole

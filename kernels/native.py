@@ -6,22 +6,26 @@ with. Loading needs no compiler. Knows torch and a C++ compiler.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastsd.errors import MissingDependency
+from fastsd.errors import ArtifactError, MissingDependency
 
 SOURCES = tuple(Path(__file__).with_name(f"{name}_cpu.cpp") for name in ("attention", "group_norm"))
 NAMESPACE = "fastsd_cpu"
 _FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 # No reordering of sums and no contraction beyond what the sources write: they say what they round.
 _FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-DNDEBUG")
+_loading = threading.Lock()
+_loaded: list[str] = []  # the digest of the library in this process, once there is one
 
 
 def obstacle() -> str | None:
@@ -34,14 +38,26 @@ def obstacle() -> str | None:
     return None
 
 
+def overflows() -> bool:
+    """Whether oneDNN's products of uint8 and int8 overflow here: on x86-64 they do without VNNI."""
+    has = torch.cpu.get_capabilities()
+    return platform.machine() in ("x86_64", "AMD64") and not any(
+        has.get(feature, False) for feature in ("avx512_vnni", "avx_vnni")
+    )
+
+
 def compiler() -> str:
-    """Return the C++ compiler: $CXX, g++ or clang++. Raises MissingDependency."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (found := shutil.which(name)):
+    """Return the C++ compiler: $CXX, or without it g++ or clang++. Raises MissingDependency."""
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "clang++"]:
+        if found := shutil.which(name):
             return found
     raise MissingDependency(
-        "compiling an engine needs a C++ compiler, and there is neither $CXX, g++ nor clang++; "
-        "install one (on Debian or Ubuntu: apt install g++)"
+        f"compiling an engine needs a C++ compiler, and $CXX, {asked!r}, names no program; "
+        "set it to one, or unset it"
+        if asked
+        else "compiling an engine needs a C++ compiler, and there is neither g++ nor clang++; "
+        "install one (on Debian or Ubuntu: apt install g++), or name it in $CXX"
     )
 
 
@@ -81,11 +97,23 @@ def loaded() -> bool:
 
 
 def load(library: Path) -> None:
-    """Load what `build` made. It is native code: whoever calls vouches for it."""
-    if not loaded():  # one library a process: the second would define the same names again
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"{NAMESPACE}::attention")(_attention_shape)
-        torch.library.register_fake(f"{NAMESPACE}::group_norm")(_group_norm_shape)
+    """Load what `build` made. It is native code: whoever calls vouches for it.
+
+    A process has room for one library: a second defines the same names. Raises ArtifactError for
+    one that is not the first's equal.
+    """
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    with _loading:
+        if not loaded():
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+            torch.library.register_fake(f"{NAMESPACE}::attention")(_attention_shape)
+            torch.library.register_fake(f"{NAMESPACE}::group_norm")(_group_norm_shape)
+            _loaded.append(digest)
+        elif digest not in _loaded:
+            raise ArtifactError(
+                f"{library} holds other kernels than an engine that this process opened before; "
+                "export the older of the two again, or open them in two processes"
+            )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, int8: bool) -> Tensor:

@@ -137,6 +137,17 @@ def vae(**changes: Any) -> nn.Module:
     return randomise_(AutoencoderKL(**config | changes))
 
 
+def tiny_vae() -> nn.Module:
+    """Return a random AutoencoderTiny, narrower than the true one."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(3)
+    widths = (16,) * 4
+    return randomise_(
+        AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths)
+    )
+
+
 STABLE_BETAS: dict[str, Any] = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
 )

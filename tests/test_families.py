@@ -221,12 +221,8 @@ def test_the_refiner_goes_on_where_the_base_stopped(
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    torch.manual_seed(3)
-    model = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4
-    )
-    return fixtures.randomise_(model)
+def tiny() -> Any:
+    return fixtures.tiny_vae()
 
 
 @pytest.fixture

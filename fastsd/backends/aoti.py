@@ -126,7 +126,7 @@ class AotiBackend(ArtifactBackend):
             whole = rows == asked and pictures == batch  # nothing to pick: no copies
             inputs = {
                 "sample": x if whole else x[index],
-                "row": row if len(row) == sizes["row"] else row.expand(asked, -1)[at],
+                "row": row if len(row) == sizes["row"] == 1 else row.expand(asked, -1)[at],
                 **{name: t if whole else t[at] for name, t in per_row.items()},
             }
             self._check_sizes(part, self.entries[part], inputs)

@@ -170,6 +170,11 @@ class ArtifactBackend(Backend):
         the backend's device. Returns its outputs by name; they belong to the caller.
         """
 
+    def explain(self) -> list[str]:
+        """Say what runs, and what its exporter chose."""
+        choices = self.artifact.manifest.choices
+        return [*super().explain(), *(f"{what}: {choice}" for what, choice in choices.items())]
+
     def part(self, name: str, shapes: Shapes | None = None) -> Part:
         """Return the part. Sizes that the graph fixed are checked when it runs."""
         try:

@@ -105,6 +105,8 @@ class Recorder:
         self.module = module
         self.values: dict[str, Values] = {}
         self.calls: list[tuple[Any, ...]] = []
+        full = {f"{part}.{name}": name for name in layers(module)}
+        self.chosen = [full[name] for name in chosen_for_int8(full)]  # the rule's, of the module's
         self._kept, self._seen = kept_calls, 0
         self._generator = torch.Generator().manual_seed(0)
 
@@ -116,12 +118,10 @@ class Recorder:
             values = self.values.setdefault(name, Values())
             return lambda _, args: values.add(args[0], self._generator)
 
-        full = {f"{self.part}.{name}": name for name in layers(self.module)}
-        chosen = [full[name] for name in chosen_for_int8(full)]
         hooks = [self.module.register_forward_pre_hook(self._on_call)]
         hooks += [
             self.module.get_submodule(name).register_forward_pre_hook(on_layer(name))
-            for name in chosen
+            for name in self.chosen
         ]
         try:
             yield

@@ -65,7 +65,7 @@ def chosen_for_int8(names: Iterable[str]) -> list[str]:
 
 
 def shares_input(name: str) -> str:
-    """Return one word for all layers that read the same tensor, and so must round it alike."""
+    """Return one word for the layers that one product may take: they round their input alike."""
     return re.sub(r"attn1\.to_[qkv]$", "attn1", name)
 
 

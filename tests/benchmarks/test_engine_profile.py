@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastsd.benchmarks.engine_profile import Product, operations, read_last_call, report
+from fastsd.benchmarks.engine_profile import operations, read_last_call, report
 
 HEAD = "onednn_verbose,v1,primitive,exec,cpu"
 CONVOLUTION = (
@@ -52,10 +52,6 @@ def test_the_last_call_is_told_by_precision_and_product() -> None:
     assert "| element-wise, and the rest | 3.5 | 35% | | |" in text
     (row,) = (line for line in text if line.startswith("| bf16 8x1280"))
     assert row == "| bf16 8x1280:1280x320 | 1 | 0.5 | 13 | 7% |"
-
-
-def test_a_product_is_known_by_what_it_is() -> None:
-    assert Product("int8", "a", 1) == Product("int8", "a", 1) != Product("bf16", "a", 1)
 
 
 @pytest.mark.parametrize("line", ("", "run", "onednn_verbose,v1,info,oneDNN v3.7.1"))

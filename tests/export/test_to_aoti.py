@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,22 +151,26 @@ class _Counted:
         self.calls = 0
 
     def __call__(self, x: Tensor, row: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert x.shape[0] * 2 == k.shape[0] == v.shape[0] == 4 and row.shape[0] == 1
+        assert x.shape[0] * 2 == k.shape[0] == v.shape[0] and row.shape[0] in (1, k.shape[0])
         self.calls += 1
-        return torch.cat([x, x]) + row.sum() + 100 * k.sum(dim=(1, 2, 3), keepdim=True)
+        return torch.cat([x, x]) + row.sum(1).view(-1, 1, 1, 1) + 100 * k.sum(1, keepdim=True)
 
 
 @pytest.mark.parametrize("batch", (1, 2, 3, 4))
 @pytest.mark.parametrize("guided", (True, False))
-def test_a_unet_of_two_pictures_draws_any_number(batch: int, guided: bool) -> None:
-    """Every answer comes from its own picture and its own text, whatever the padding."""
+@pytest.mark.parametrize("pictures", (1, 2))
+@pytest.mark.parametrize("pooled", (True, False))
+def test_a_unet_of_few_pictures_draws_any_number(
+    batch: int, guided: bool, pictures: int, pooled: bool
+) -> None:
+    """Every answer comes from its own picture, text and row, whatever the padding."""
     inputs = (
-        TensorSpec("sample", "float32", (2, 1, 2, 2)),
-        TensorSpec("row", "float32", (1, 3)),
-        TensorSpec("k.0", "float32", (4, 1, 1, 1)),
-        TensorSpec("v.0", "float32", (4, 1, 1, 1)),
+        TensorSpec("sample", "float32", (pictures, 1, 2, 2)),
+        TensorSpec("row", "float32", (2 * pictures if pooled else 1, 3)),
+        TensorSpec("k.0", "float32", (2 * pictures, 1, 1, 1)),
+        TensorSpec("v.0", "float32", (2 * pictures, 1, 1, 1)),
     )
-    outputs = (TensorSpec("out_sample", "float32", (4, 1, 2, 2)),)
+    outputs = (TensorSpec("out_sample", "float32", (2 * pictures, 1, 2, 2)),)
     backend = AotiBackend.__new__(AotiBackend)
     backend.entries = {"unet": PartEntry("unet/code.so", inputs, outputs)}
     unet = _Counted()
@@ -174,10 +179,12 @@ def test_a_unet_of_two_pictures_draws_any_number(batch: int, guided: bool) -> No
     x = torch.arange(batch, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     rows = batch * (2 if guided else 1)
     k = torch.arange(1.0, rows + 1).view(-1, 1, 1, 1)
-    out = backend._unet_fast(x, torch.ones(1, 3), {"k.0": k, "v.0": k})
-    expected = torch.cat([x, x])[:rows] + 3 + 100 * k
-    assert torch.equal(out, expected)
-    assert unet.calls == -(-batch // 2)
+    for row in [torch.ones(1, 3), *([torch.rand(rows, 3)] if pooled else [])]:
+        unet.calls = 0
+        out = backend._unet_fast(x, row, {"k.0": k, "v.0": k})
+        expected = torch.cat([x, x])[:rows] + row.sum(1).view(-1, 1, 1, 1) + 100 * k
+        assert torch.equal(out, expected)
+        assert unet.calls == -(-batch // pictures)
 
 
 def test_what_cannot_be_compiled_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
@@ -192,6 +199,14 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, monkeypatch: Any) ->
         changed: dict[str, Any] = {"target": "aoti", "layout": "fast", "size": (128, 128), **change}
         with pytest.raises(UsageError, match=told):
             open_exporter(checkpoint, Request(**changed))
+    without = {**torch.cpu.get_capabilities(), "avx512_vnni": False, "avx_vnni": False}
+    with monkeypatch.context() as older:
+        older.setattr("platform.machine", lambda: "x86_64")
+        older.setattr(torch.cpu, "get_capabilities", lambda: without)
+        with pytest.raises(UsageError, match="no VNNI"):
+            open_exporter(checkpoint, replace(request, precision="int8"))
+        choices = open_exporter(checkpoint, request).choices()
+        assert "without fastsd's: they" in choices["kernels"]
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(MissingDependency, match="C\\+\\+ compiler"):
@@ -208,6 +223,7 @@ def test_an_engine_draws_the_exact_pictures_without_a_compiler(tmp_path: Path) -
     assert receipt is not None and max(receipt["parts"].values()) <= 1e-4
     exact = Pipeline.from_pretrained(source)
     compiled = Pipeline.from_pretrained(engine.path)
+    assert [line for line in compiled.explain() if line.startswith("kernels: ")]
     settings: dict[str, Any] = dict(num_inference_steps=4, seed=0, height=SIZE[0], width=SIZE[1])
     for prompts, guidance, interval in (
         (["a cat"], 7.5, 1),
@@ -250,6 +266,7 @@ def test_an_int8_engine_carries_its_spec_and_its_receipt(tmp_path: Path) -> None
     )
     engine = export(open_checkpoint(source), "sd1", request, tmp_path / "engine")
     assert (engine.path / "quantisation.json").is_file()
+    assert ("bf16" in engine.manifest.choices["layers out of int8"]) == bf16_pays()
     receipt = engine.manifest.receipt
     assert receipt is not None
     parts = receipt["parts"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsd.errors import MissingDependency, UsageError
+from fastsd.errors import ArtifactError, MissingDependency, UsageError
 from fastsd.kernels import native, reference
 from fastsd.kernels.attention import attention
 from tests.kernels.test_attention import draw, relative_l2
@@ -197,3 +197,17 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(MissingDependency, match="apt install g\\+\\+"):
         native.build(tmp_path / "kernels.so")
+    monkeypatch.setenv("CXX", "ccache g++")
+    with pytest.raises(MissingDependency, match="'ccache g\\+\\+', names no program"):
+        native.build(tmp_path / "kernels.so")
+
+
+def test_a_process_runs_one_library(cpu_kernels: bool, tmp_path: Path) -> None:
+    if not cpu_kernels:
+        pytest.skip(f"this CPU runs none: {native.obstacle()}")
+    library = tmp_path / "kernels.so"
+    native.build(library)
+    native.load(library)  # the same bytes: nothing is defined again
+    library.write_bytes(library.read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match="other kernels"):
+        native.load(library)

@@ -1,0 +1,76 @@
+"""What runs in int8 is chosen on the pictures that a model is made for, or not chosen at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsd.checkpoints import Checkpoint, open_checkpoint
+from fastsd.errors import UsageError
+from fastsd.export import calibration
+from fastsd.export.calibration import GUIDANCE, Calibrator, calibrate_checkpoint, settings
+from fastsd.quant.spec import shares_input
+from tests.export.conftest import SIZE
+from tests.fixtures import tiny_vae, write_inpainting
+
+PROMPTS = ("a cat", "a dog")
+
+
+def watched(checkpoint: Checkpoint) -> Calibrator:
+    return Calibrator(checkpoint, PROMPTS, size=SIZE, steps=2, calls=1)
+
+
+@torch.no_grad()
+def test_what_cannot_hold_its_bound_or_its_floor_is_refused(
+    sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrator = watched(open_checkpoint(sd1_folder))
+    spec = calibrator.choose()
+    assert all(calibrator.errors(spec)[part] <= calibration.BOUNDS[part] for part in ("unet",))
+    with pytest.raises(UsageError, match=r"not 200, with \d+ layers kept.*--floor, or fp32"):
+        calibrator.hold(spec, 200.0, PROMPTS)
+    floor = min(calibrator.judge(spec, PROMPTS)) + 1
+    held = calibrator.hold(spec, floor, PROMPTS)
+    assert min(calibrator.judge(held, PROMPTS)) >= floor
+    left, right = spec.only("unet").keys(), held.only("unet").keys()
+    assert right < left
+    inputs = {shares_input(name) for name in left - right}
+    assert not [name for name in right if shares_input(name) in inputs], "one product, two types"
+    monkeypatch.setitem(calibration.BOUNDS, "unet", 1e-9)
+    with pytest.raises(UsageError, match="leaves unet at .* and 1e-09 is asked; .*Export in bf16"):
+        calibrator.choose()
+
+
+def test_a_model_is_watched_as_it_is_made_to_draw(sd1_folder: Path, tmp_path: Path) -> None:
+    usual = settings(open_checkpoint(sd1_folder).config, (64, 96), 20)
+    size = {"height": 64, "width": 96}
+    assert usual == {**size, "num_inference_steps": 20, "guidance_scale": GUIDANCE}
+    few = open_checkpoint(sd1_folder, preset="lcm")
+    assert settings(few.config, (64, 96), 20) == size
+    inpainting = open_checkpoint(write_inpainting(tmp_path / "inpainting", sd1_folder))
+    found = settings(inpainting.config, (64, 96), 20)
+    assert found["image"].size == found["mask_image"].size == (96, 64)
+    assert found["mask_image"].getextrema() == (0, 255)
+
+
+@pytest.mark.parametrize("kind", ("inpainting", "tiny vae", "few steps"))
+@torch.no_grad()
+def test_models_of_every_kind_are_calibrated(kind: str, sd1_folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {}
+    source = sd1_folder
+    if kind == "inpainting":
+        source = write_inpainting(tmp_path / "inpainting", sd1_folder)
+    elif kind == "tiny vae":
+        vae: Any = tiny_vae()
+        vae.save_pretrained(tmp_path / "taesd")
+        options["vae"] = tmp_path / "taesd"
+    else:
+        options["preset"] = "lcm"
+    checkpoint = open_checkpoint(source, **options)
+    found = calibrate_checkpoint(checkpoint, PROMPTS, size=SIZE)
+    parts = {"unet"} if kind == "tiny vae" else {"unet", "vae.decoder"}
+    assert set(found.errors) == set(found.share) == parts
+    assert all(1e-4 < error <= calibration.BOUNDS[part] for part, error in found.errors.items())
