@@ -151,8 +151,8 @@ def _peak_memory() -> int | None:
     """The most memory that this process has held, bytes: the GPU's where one is used."""
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
+    if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
+        return int(torch.cuda.max_memory_reserved())
     try:
         import resource
     except ImportError:  # Windows

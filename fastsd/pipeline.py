@@ -335,12 +335,13 @@ class Pipeline:
         self, backend: str | None, precision: str | None, device: torch.device
     ) -> Backend:
         if self.artifact is None:
-            opened = open_backend(
-                backend or "eager", self.checkpoint, precision=precision or "fp32", device=device
+            return open_backend(
+                backend or "eager",
+                self.checkpoint,
+                precision=precision or "fp32",
+                device=device,
+                on_host=("text_encoder", "text_encoder_2", "vae") if self._low_memory else (),
             )
-            if self._low_memory:
-                opened.keep_on_host(("text_encoder", "text_encoder_2", "vae"))
-            return opened
         manifest = self.artifact.manifest
         for what, given, fixed in (
             ("backend", backend, ENGINES.get(manifest.target)),
@@ -1082,11 +1083,11 @@ class Call:
             self._show(row, self._pipeline._preview(self._loop.clean, self._decoder))
         if self._callback is None:
             return True
-        half = len(self._conditioning) // 2
+        batch = len(self._loop.latents)
         tensors = {
             "latents": self._loop.latents,
             "prompt_embeds": self._conditioning.context,
-            "negative_prompt_embeds": self._conditioning.context[:half],
+            "negative_prompt_embeds": self._conditioning.context[:-batch],
         }
         given = {name: tensors[name] for name in self._callback_tensors}
         before = self._guidance_scale
@@ -1103,6 +1104,12 @@ class Call:
         """Go on with another context or guidance weight, as diffusers' loop does."""
         batch = len(self._loop.latents)
         kept = 2 * batch if self.do_classifier_free_guidance else batch
+        if len(context) < kept:
+            raise UsageError(
+                f"guidance of {batch} pictures takes {kept} rows of text, negative ones first, and "
+                f"the callback left {len(context)}; begin the call with guidance, and turn it off "
+                "for good or not at all"
+            )
         self._conditioning = replace(
             self._conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
         )

@@ -106,8 +106,8 @@ def apply_silu(
     BLOCK_C: tl.constexpr,
 ):
     """out = silu(x * affine[0] + affine[1]) over one tile of pixels and channels."""
-    b = tl.program_id(0)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # a grid's other axes end at 65535
+    b = tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     mask = (p < pixels)[:, None] & inside[None, :]
@@ -154,6 +154,6 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, out
         BLOCK_G=next_power_of_2(width),
         BLOCK_S=16,
     )
-    apply_silu[(B, cdiv(pixels, block_p), across)](
+    apply_silu[(cdiv(pixels, block_p), B, across)](
         x, affine, out, C, pixels, BLOCK_P=block_p, BLOCK_C=block_c
     )

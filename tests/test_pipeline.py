@@ -164,6 +164,24 @@ def stop_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) 
     return tensors
 
 
+def start_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._guidance_scale = 7.0
+    return tensors
+
+
+def test_a_callback_cannot_begin_guidance(sd1: Pipeline) -> None:
+    for prompts in ("a cat", ["a cat", "a dog"]):
+        with pytest.raises(UsageError, match="begin the call with guidance"):
+            sd1(
+                prompts,
+                guidance_scale=1.0,
+                num_inference_steps=3,
+                height=64,
+                width=64,
+                callback_on_step_end=start_guidance,
+            )
+
+
 def change_latents(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     return {"latents": tensors["latents"] * 0.97} if step == 2 else tensors
 

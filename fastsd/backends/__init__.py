@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastsd.backends.base import PRECISIONS, ArtifactBackend, Backend
-from fastsd.errors import UsageError
+from fastsd.errors import UntrustedArtifact, UsageError
 
 if TYPE_CHECKING:
     from fastsd.artifact import Artifact
@@ -40,9 +41,17 @@ ENGINES = {"onnx": "ort", "openvino": "ov", "tensorrt": "trt", "aoti": "aoti"}
 
 
 def open_backend(
-    name: str, checkpoint: Checkpoint, *, precision: str, device: torch.device
+    name: str,
+    checkpoint: Checkpoint,
+    *,
+    precision: str,
+    device: torch.device,
+    on_host: Sequence[str] = (),
 ) -> Backend:
-    """Load `checkpoint` into the backend called `name`."""
+    """Load `checkpoint` into the backend called `name`.
+
+    on_host: parts of the checkpoint that move to the device only while they run.
+    """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is unknown; it is one of {', '.join(BACKENDS)}")
     if name in ENGINES.values():
@@ -51,7 +60,7 @@ def open_backend(
             f"backend {name!r} runs exported engines: make one with "
             f"`fastsd export MODEL -o DIR --to {target}`, then give DIR as the model"
         )
-    backend: Backend = _load(name)(checkpoint, precision=precision, device=device)
+    backend: Backend = _load(name)(checkpoint, precision=precision, device=device, on_host=on_host)
     return backend
 
 
@@ -67,8 +76,16 @@ def engine_class(target: str) -> type[ArtifactBackend]:
 def open_artifact(
     artifact: Artifact, config: ModelConfig, *, device: torch.device
 ) -> ArtifactBackend:
-    """Load an exported engine into its backend. Raises StaleArtifact for another machine's."""
+    """Load an exported engine into its backend.
+
+    Raises StaleArtifact for another machine's, UntrustedArtifact for one that hides its code.
+    """
     kind = engine_class(artifact.manifest.target)
+    if kind.native and not artifact.manifest.native:
+        raise UntrustedArtifact(
+            f"{artifact.path} says that it holds no native code, and engines of "
+            f"{artifact.manifest.target} are nothing else: its manifest was not written by fastsd"
+        )
     artifact.check_machine(kind.machine(device))
     return kind(artifact, config, device=device)
 

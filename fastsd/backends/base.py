@@ -25,7 +25,7 @@ only runs a graph. Knows nothing of prompts, samplers or the loop.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -98,10 +98,6 @@ class Backend(ABC):
             f"{op}={implementation!r}"
         )
 
-    def keep_on_host(self, parts: Sequence[str]) -> None:
-        """Move these parts to the device only while they run. Not while a call runs."""
-        raise UsageError(f"the {self.name} backend cannot move its parts; leave low_memory out")
-
     def explain(self) -> list[str]:
         """Say what runs, a line a fact."""
         return [f"backend: {self.name}, {self.precision}, on {self.device}"]
@@ -127,7 +123,10 @@ class ArtifactBackend(Backend):
     names other tools expect) the UNet takes everything every step: its row is then
     [timestep | pooled | size ids | embedded guidance], its kv the text itself.
     Graphs of a fixed batch take any number of pictures, so many at a time, the last ones padded.
+    native: its files are machine code, which only trusted artifacts may bring.
     """
+
+    native = False
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
         self.artifact = artifact
@@ -317,14 +316,16 @@ class ArtifactBackend(Backend):
             if wrong and spec.name == "encoder_hidden_states":
                 raise UsageError(
                     f"{self.artifact.path} reads texts of {spec.shape[1]} tokens, not "
-                    f"{given[1]}; shorten the prompt, pass prompt_syntax='plain' to cut it, or "
-                    "export to ONNX or OpenVINO with --dynamic, which read any length"
+                    f"{given[1]}; shorten the prompt, pass prompt_syntax='plain' to cut it, "
+                    "export to ONNX or OpenVINO with --dynamic, which read any length, or draw "
+                    "with the model itself (backend='eager')"
                 )
             if wrong:
                 raise UsageError(
                     f"{part} of {self.artifact.path} takes {spec.name} of shape {spec.shape}, not "
                     f"{given}; it was exported for pictures of {_size(self.artifact)} and prompts "
-                    "of one chunk: ask for those, or export again with --size or --dynamic"
+                    "of one chunk: ask for those, export again with --size (or --dynamic, which "
+                    "ONNX and OpenVINO have), or draw with the model itself (backend='eager')"
                 )
 
 

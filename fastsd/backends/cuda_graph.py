@@ -6,11 +6,14 @@ Knows nothing of what a step does.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 
 WARM_UPS = 3  # libraries choose algorithms and take workspace in the first runs
+_capturing = threading.Lock()  # torch captures one graph at a time
+_asides: dict[torch.device, torch.cuda.Stream] = {}  # a stream takes workspace that it keeps
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -19,9 +22,11 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
     The record keeps its intermediate results in memory of its own; it is freed with what is
     returned. Raises RuntimeError (torch's) for a step that waits for the device or reads the host.
     """
-    with torch.no_grad(), torch.cuda.device(device):
+    with _capturing, torch.no_grad(), torch.cuda.device(device):
         current = torch.cuda.current_stream()
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = _asides.get(current.device)
+        if aside is None:
+            aside = _asides[current.device] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
@@ -30,9 +35,17 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do meanwhile, such as allocating, is none of this one's.
         # A capture that fails leaves the thread on its stream: go back in any case.
-        with (
-            torch.cuda.stream(current),
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),
-        ):
-            step()
+        refused = None
+        try:
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+            ):
+                try:
+                    step()
+                except RuntimeError as error:  # to end the capture raises another over it
+                    refused = error
+                    raise
+        except RuntimeError as error:
+            raise refused or error from None
     return graph.replay

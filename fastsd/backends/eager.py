@@ -31,18 +31,32 @@ FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
 
 @final
 class EagerBackend(Backend):
-    """Run every part with torch, kernel by kernel."""
+    """Run every part with torch, kernel by kernel.
+
+    on_host: modules whose weights stay in the host's memory and visit the GPU while they run.
+    """
 
     name = "eager"
     precisions = ("fp32", "fp16", "bf16")
 
-    def __init__(self, checkpoint: Checkpoint, *, precision: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        precision: str,
+        device: torch.device,
+        on_host: Sequence[str] = (),
+    ) -> None:
         self.precision = precision
         self.device = device
         self.dtype = dtype_of(precision, self.precisions, self.name)
         if device.type == "cpu":
             keep_freed_memory()
-        modules = {name: checkpoint.load(name, self.dtype, device) for name in checkpoint.parts}
+        host = torch.device("cpu")
+        modules = {
+            name: checkpoint.load(name, self.dtype, host if name in on_host else device)
+            for name in checkpoint.parts
+        }
         if device.type == "cuda":  # the CPU's own convolutions measured slower channels-last
             for name in ("unet", "vae"):
                 modules[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -70,8 +84,19 @@ class EagerBackend(Backend):
             "vae_decoder": lambda z: vae.decode(z.to(vae.dtype)),
             "vae_encoder": lambda picture: vae.encode(picture.to(vae.dtype)),
         }
+        for name in on_host if device.type != "cpu" else ():
+            if name not in modules:
+                continue
+            for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
+                self._parts[part] = visiting(modules[name], self._parts[part], device)
+            self._choices[name] = f"{name}: in the host's memory, on the GPU while it runs"
         choice = dispatch.choose("group_norm_silu", device)
         self._use(choice.op, choice.implementation, str(choice))
+        if device.type == "cuda" and precision == "fp32" and torch.backends.cudnn.allow_tf32:
+            self._choices["convolutions"] = (
+                "convolutions: in TF32, as torch does by default; exact with "
+                "torch.backends.cudnn.allow_tf32 = False"
+            )
         if device.type == "cuda":
             self._choices["attention"] = "attention: " + "; ".join(
                 fastest_attention(unet, self.dtype, device)
@@ -88,19 +113,6 @@ class EagerBackend(Backend):
             use_kernel(module, op, implementation)
         self._choices[op] = why
 
-    def keep_on_host(self, parts: Sequence[str]) -> None:
-        """Keep the weights of these modules in the host's memory; on the CPU they are there."""
-        if self.device.type == "cpu":
-            return
-        for name in parts:
-            module = self.modules.get(name)
-            if module is None:
-                continue
-            module.to("cpu")
-            for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
-                self._parts[part] = visiting(module, self._parts[part], self.device)
-            self._choices[name] = f"{name}: in the host's memory, on the GPU while it runs"
-
     def explain(self) -> list[str]:
         """Say what runs, and which kernels."""
         return [*super().explain(), *self._choices.values()]
@@ -115,8 +127,11 @@ class EagerBackend(Backend):
         return cuda_graph.capture(step, self.device) if self.captures else step
 
     def memory_bytes(self) -> int:
-        """What torch holds of the GPU, graphs' own memory included."""
-        return torch.cuda.memory_reserved(self.device) if self.captures else 0
+        """What torch holds of the GPU and needs, graphs' own memory included."""
+        if not self.captures:
+            return 0
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self.device)
 
     def part(self, name: str, shapes: Shapes | None = None) -> Part:
         """Return the part; torch takes any shape."""

@@ -31,8 +31,17 @@ class InductorBackend(Backend):
     name = "inductor"
     precisions = EagerBackend.precisions
 
-    def __init__(self, checkpoint: Checkpoint, *, precision: str, device: torch.device) -> None:
-        self._eager = EagerBackend(checkpoint, precision=precision, device=device)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        precision: str,
+        device: torch.device,
+        on_host: Sequence[str] = (),
+    ) -> None:
+        # The compiled decoder keeps its weights where they are.
+        texts = [name for name in on_host if name != "vae"]
+        self._eager = EagerBackend(checkpoint, precision=precision, device=device, on_host=texts)
         self.precision, self.device, self.dtype = precision, device, self._eager.dtype
         self._compiled = {
             name: CompiledPart(self._eager.part(name), tune=device.type == "cuda")
@@ -59,10 +68,6 @@ class InductorBackend(Backend):
     def weights(self, part: str) -> Mapping[str, Tensor]:
         """Return the modules' own parameters: what is written to them is used at once."""
         return self._eager.weights(part)
-
-    def keep_on_host(self, parts: Sequence[str]) -> None:
-        """Move the text encoders alone: the compiled decoder keeps its weights where they are."""
-        self._eager.keep_on_host([part for part in parts if part != "vae"])
 
     def explain(self) -> list[str]:
         """Say what runs, and what compiling took."""

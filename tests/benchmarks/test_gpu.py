@@ -31,6 +31,8 @@ def test_stages_are_done_once_and_told(tmp_path: Path) -> None:
     table = stages_table(stages, tmp_path / "gpu", outcomes)
     assert [row[0] for row in table] == ["stage", "first", "broken", "write"]
     assert table[2][1].startswith("failed: ZeroDivisionError")
+    (again,) = run_stages(stages[1:2], tmp_path / "gpu", budget_s=60, again=True, say=print)
+    assert (again["outcome"], again["attempt"]) == ("failed", "attempt-2")
 
 
 def test_a_stage_that_outlasts_the_budget_is_stopped_and_begun_again(tmp_path: Path) -> None:
