@@ -204,10 +204,8 @@ def prepare_engine(
 
 
 def open_engine(scene: Scene, folder: str, *, cache_interval: int = 1, **_: str) -> Drawer:
-    """Open an engine that was exported on this machine."""
-    pipeline = Pipeline.from_pretrained(
-        folder, sampler=scene.sampler, device=scene.device, trust_native=True
-    )
+    """Open an engine; a native one only if it was exported by this user on this machine."""
+    pipeline = Pipeline.from_pretrained(folder, sampler=scene.sampler, device=scene.device)
     settings = {"cache_interval": cache_interval} if cache_interval > 1 else {}
     return PipelineDrawer(pipeline, scene, _watch_fastsd, fixed_batch=True, **settings)
 

@@ -7,9 +7,10 @@ floor held. Each draws the same picture in turns; distances are those of the eng
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
+from typing import Any
 
 from fastsd import Pipeline
 from fastsd.artifact import is_artifact
@@ -17,7 +18,9 @@ from fastsd.backends.auto import Measured, remember
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import ArtifactError, MissingDependency, UsageError
 from fastsd.export.build import export, own_engine
+from fastsd.export.calibration import settings
 from fastsd.export.parts import Request
+from fastsd.export.verify import receipt_prompts
 
 CANDIDATES = (("aoti", "fp32"), ("aoti", "bf16"), ("aoti", "int8"))
 EXACT_ERROR = 1e-4  # relative L2 of every part below which an engine counts as exact
@@ -51,12 +54,14 @@ def tune(
                 floor=floor if precision != "fp32" else None,
                 prompts=tuple(prompts),
             )
-            engine = _built(checkpoint, name, request, tell)
+            if precision == "bf16" and not prompts:  # judged as int8 is
+                judged = receipt_prompts(name, replace(request, precision="int8"))
+                request = replace(request, prompts=judged)
+            pipes[target, precision] = _built(checkpoint, name, request, tell)
         except (ArtifactError, MissingDependency, UsageError) as error:
             tell(f"{target} {precision}: left out: {error}")
-            continue
-        pipes[target, precision] = Pipeline.from_pretrained(engine, device="cpu")
-    seconds = _time(list(pipes.values()), size, steps, rounds, tell)
+    drawn = settings(checkpoint.config, size, steps)
+    seconds = _time(list(pipes.values()), drawn, rounds, tell)
     rows = [
         _row(pipe, backend, precision, taken)
         for ((backend, precision), pipe), taken in zip(pipes.items(), seconds, strict=True)
@@ -68,19 +73,24 @@ def tune(
 
 def _built(
     checkpoint: Checkpoint, name: str, request: Request, tell: Callable[[str], None]
-) -> Path:
-    """Find it among the user's own engines, or export it there."""
+) -> Pipeline:
+    """Open it from among the user's own engines; export it there first if need be."""
     path = own_engine(checkpoint, name, request)
     if is_artifact(path):
-        tell(f"{request.target} {request.precision}: {path.name} is there already")
-        return path
-    return export(checkpoint, name, request, tell=tell).path
+        try:
+            found = Pipeline.from_pretrained(path, device="cpu")
+        except ArtifactError as error:
+            tell(f"{request.target} {request.precision}: made anew: {error}")
+        else:
+            tell(f"{request.target} {request.precision}: {path.name} is there already")
+            return found
+    made = export(checkpoint, name, request, force=True, tell=tell).path
+    return Pipeline.from_pretrained(made, device="cpu")
 
 
 def _time(
     pipes: Sequence[Pipeline],
-    size: tuple[int, int],
-    steps: int,
+    drawn: Mapping[str, Any],
     rounds: int,
     tell: Callable[[str], None],
 ) -> list[float]:
@@ -89,14 +99,11 @@ def _time(
     for turn in range(rounds + 1):
         for pipe, times in zip(pipes, taken, strict=True):
             pipe.set_progress_bar_config(disable=True)
+            given = dict(drawn)
+            if not turn and "num_inference_steps" in given:
+                given["num_inference_steps"] = 1
             start = time.perf_counter()
-            pipe(
-                PROMPT,
-                height=size[0],
-                width=size[1],
-                num_inference_steps=steps if turn else 1,
-                seed=0,
-            )
+            pipe(PROMPT, seed=0, **given)
             if turn:
                 times.append(time.perf_counter() - start)
         tell(f"round {turn} of {rounds}")
@@ -110,6 +117,13 @@ def _row(pipe: Pipeline, backend: str, precision: str, seconds: float) -> Measur
     pictures = receipt.get("pictures") or {}
     worst = pictures.get("psnr_db", {}).get("worst")
     exact = max(receipt.get("parts", {"": 1.0}).values()) <= EXACT_ERROR
+    height, width = pipe.artifact.manifest.size
     return Measured(
-        backend, precision, seconds, exact=exact, worst_db=worst, engine=str(pipe.artifact.path)
+        backend,
+        precision,
+        seconds,
+        exact=exact,
+        worst_db=worst,
+        engine=str(pipe.artifact.path),
+        size=f"{width}x{height}",
     )

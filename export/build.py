@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -114,7 +115,7 @@ def export(
     if request.floor is not None and not prompts:
         raise UsageError("--floor needs pictures to measure; give prompts with --prompts FILE")
     source = source_digest(checkpoint)
-    key = _key(source, request, exporter.versions())
+    key = _key(source, request, exporter)
     path = _own_path(name, request, key) if path is None else path
     with (
         _explained(path),
@@ -165,11 +166,12 @@ def export(
 def own_engine(checkpoint: Checkpoint, name: str, request: Request) -> Path:
     """Return where `export` puts this request among the user's own engines, there or not."""
     exporter = open_exporter(checkpoint, request)
-    return _own_path(name, request, _key(source_digest(checkpoint), request, exporter.versions()))
+    return _own_path(name, request, _key(source_digest(checkpoint), request, exporter))
 
 
 def _own_path(name: str, request: Request, key: str) -> Path:
-    return engines_folder() / f"{name}-{request.target}-{key[:12]}"
+    plain = re.sub(r"[^\w.]+", "-", name)  # a hub id has a slash
+    return engines_folder() / f"{plain}-{request.target}-{key[:12]}"
 
 
 def _describe(folder: Path, config: ModelConfig, tokenizers: Sequence[CLIPTokenizer]) -> None:
@@ -252,7 +254,12 @@ def open_exporter(checkpoint: Checkpoint, request: Request) -> Exporter:
     return exporter
 
 
-def _key(source: str, request: Request, versions: dict[str, str]) -> str:
+def _key(source: str, request: Request, exporter: Exporter) -> str:
     """Name an export by all that decides its bytes."""
-    facts: dict[str, Any] = {"source": source, "request": asdict(request), "versions": versions}
+    facts: dict[str, Any] = {
+        "source": source,
+        "request": asdict(request),
+        "versions": exporter.versions(),
+        "machine": exporter.machine(),
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

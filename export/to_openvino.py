@@ -20,7 +20,9 @@ from fastsd.config import ModelConfig
 from fastsd.errors import MissingDependency
 from fastsd.export.build import Exporter
 from fastsd.export.parts import Request, load_part
+from fastsd.samplers import build_table
 
+STEPS = 20
 SAMPLERS = ("ddim", "pndm", "euler", "euler_a", "lcm")  # of openvino-genai 2026.4
 
 try:
@@ -64,9 +66,12 @@ class OpenvinoExporter(Exporter):
         )
 
     def described(self) -> ModelConfig:
-        """Name a sampler that openvino-genai has: it does not open the folder otherwise."""
+        """Name a sampler that openvino-genai has, as it does not open the folder otherwise, and
+        that walks through whole timesteps, if the UNet takes no others."""
         config = super().described()
-        if config.schedule.sampler in SAMPLERS:
+        timesteps = build_table(config.schedule, config.schedule.steps or STEPS).timesteps
+        whole = self.request.layout != "standard" or bool((timesteps == timesteps.round()).all())
+        if config.schedule.sampler in SAMPLERS and whole:
             return config
         schedule = replace(config.schedule, sampler="ddim", sigma_spacing="schedule", order=None)
         return replace(config, schedule=schedule)

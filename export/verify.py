@@ -30,7 +30,8 @@ def receipt_prompts(name: str, request: Request) -> tuple[str, ...]:
     """Return the prompts to draw.
 
     The user's; else for the built-in model the first of its score, and for others a few if the
-    engine is quantised, none if not. Random weights draw noise, whose pictures tell nothing.
+    engine is quantised or a floor is asked, none if not. Random weights draw noise, whose pictures
+    tell nothing.
     """
     if request.prompts:
         return request.prompts
@@ -38,7 +39,8 @@ def receipt_prompts(name: str, request: Request) -> tuple[str, ...]:
         return ()
     if name == "builtin":
         return tasks(builtin_atlas())["english"].names[:BUILTIN_PROMPTS]
-    return PROMPTS[:OTHER_PROMPTS] if request.precision in QUANTISED else ()
+    judged = request.precision in QUANTISED or request.floor is not None
+    return PROMPTS[:OTHER_PROMPTS] if judged else ()
 
 
 def measure(
@@ -56,17 +58,18 @@ def measure(
     the more is seen of what rounding changed. Those made for few steps are drawn as they were made.
     Raises NumericsError if a picture is not finite, and what opening the backend raises.
     """
-    backend = open_artifact(artifact, checkpoint.config, device=torch.device("cpu"))
+    device = "cuda" if artifact.manifest.target == "tensorrt" else "cpu"
+    backend = open_artifact(artifact, checkpoint.config, device=torch.device(device))
     errors = {}
     for part in artifact.manifest.parts:
         errors[part] = part_error(backend, checkpoint, part, request)
         tell(f"{part}: relative error {errors[part]:.1e}")
     backend.close()
-    pictures = _compare(artifact, checkpoint, request, prompts) if prompts else None
+    pictures = _compare(artifact, checkpoint, request, prompts, device) if prompts else None
     if pictures:
         found = pictures["psnr_db"]
         tell(f"{len(prompts)} pictures: PSNR {found['median']} dB, worst {found['worst']} dB")
-    return {"backend": backend.name, "device": "cpu", "parts": errors, "pictures": pictures}
+    return {"backend": backend.name, "device": device, "parts": errors, "pictures": pictures}
 
 
 def part_error(
@@ -77,20 +80,23 @@ def part_error(
     expected = exact.module(*exact.example)
     first: Tensor = expected if isinstance(expected, Tensor) else expected[0]
     inputs = {
-        spec.name: tensor.to(getattr(torch, spec.dtype))
+        spec.name: tensor.to(backend.device, getattr(torch, spec.dtype))
         for spec, tensor in zip(backend.entries[part].inputs, exact.example, strict=True)
     }
-    given = backend.run(part, inputs)[exact.outputs[0]].float()
+    given = backend.run(part, inputs)[exact.outputs[0]].float().cpu()
     error = float((given - first).norm() / first.norm())
     return float(f"{error:.3g}")
 
 
 def _compare(
-    artifact: Artifact, checkpoint: Checkpoint, request: Request, prompts: Sequence[str]
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    request: Request,
+    prompts: Sequence[str],
+    device: str,
 ) -> dict[str, Any]:
-    engine = Pipeline(
-        open_description(artifact.path), name="engine", device="cpu", artifact=artifact
-    )
+    described = open_description(artifact.path)
+    engine = Pipeline(described, name="engine", device=device, artifact=artifact)
     # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
     exact = Pipeline(checkpoint, name="exact", device="cpu", sampler=engine.sampler)
     height, width = request.size

@@ -58,7 +58,12 @@ class SharedLock:
                     "them between calls"
                 )
             self._changers += 1
-            self._condition.wait_for(lambda: not self._changing and not self._users.total())
+            try:
+                self._condition.wait_for(lambda: not self._changing and not self._users.total())
+            except BaseException:  # interrupted by the user: others need not wait for it
+                self._changers -= 1
+                self._condition.notify_all()
+                raise
             self._changing = True
         try:
             yield

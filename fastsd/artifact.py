@@ -131,6 +131,9 @@ class Manifest:
             inside = PurePosixPath(name)
             if inside.is_absolute() or ".." in inside.parts or "\\" in name or ":" in name:
                 raise DamagedArtifact(f"{path} names {name!r}, which lies outside its folder")
+        for name in manifest.parts:
+            if not name.isidentifier():
+                raise DamagedArtifact(f"{path} names a part {name!r}, which is no name")
         named = {file for part in manifest.parts.values() for file in (part.file, *part.weights)}
         if lacking := named - set(manifest.files):
             raise DamagedArtifact(f"{path} lists no digest of {', '.join(sorted(lacking))}")
@@ -189,6 +192,22 @@ class Artifact:
             raise StaleArtifact(
                 f"{self.path} was compiled for {', '.join(differences)}; {AGAIN} on this machine"
             )
+
+    def check_folder(self, name: str) -> None:
+        """Raise DamagedArtifact if a folder of it, by name, holds what the manifest does not list.
+
+        For folders that are loaded whole.
+        """
+        for folder, inside, files in os.walk(self.path / name):
+            here = Path(folder)
+            linked = [path for path in inside if (here / path).is_symlink()]
+            listed = self.manifest.files
+            for path in (*linked, *files):
+                if (here / path).relative_to(self.path).as_posix() not in listed:
+                    raise DamagedArtifact(
+                        f"{here / path} was not there when the engine was exported; remove it, or "
+                        + AGAIN
+                    )
 
     def check_source(self, source: str) -> None:
         """Raise StaleArtifact unless it was exported from weights and configs of that digest."""
@@ -366,7 +385,8 @@ class Draft:
             self._aside.rename(self.path)
         self._forget_aside()
         for folder in self.path.parent.glob(f".{_literal(self.path.name)}.*.draft"):
-            if folder != self.folder:
+            between = folder.name[len(self.path.name) + 2 : -len(".draft")]
+            if folder != self.folder and "." not in between:  # else the draft of a longer name
                 _remove(folder)
 
     def _forget_aside(self) -> None:

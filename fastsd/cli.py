@@ -672,7 +672,7 @@ def export(
         prompts=_read_prompts(prompts) if prompts else (),
         refit=refit,
     )
-    name = Path(model).name if Path(model).is_dir() else model
+    name = Path(model).name if Path(model).exists() else model
     artifact = run(checkpoint, name, request, output, force=force, tell=_say)
     if as_json:
         print(json.dumps({"path": str(artifact.path), **asdict(artifact.manifest)}, indent=2))
@@ -743,7 +743,7 @@ def tune(
     side = checkpoint.config.default_size
     rows = run(
         checkpoint,
-        Path(model).name if Path(model).is_dir() else model,
+        Path(model).name if Path(model).exists() else model,
         floor=floor,
         size=_pixels(size) if size else (side, side),
         steps=steps,

@@ -439,6 +439,22 @@ def test_the_lock_lets_changers_in_and_users_back() -> None:
     assert order == ["use", "change", "late use"]
 
 
+def test_an_interrupted_changer_leaves_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = SharedLock()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as waiting:
+        waiting.setattr(lock._condition, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt), lock.exclusive():
+            pass
+    with lock.exclusive():
+        pass
+    with lock.shared():
+        pass
+
+
 def _note(held: Any, order: list[str], what: str) -> None:
     with held:
         order.append(what)

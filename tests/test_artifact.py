@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastsd import artifact
 from fastsd.artifact import MANIFEST, Artifact, Draft, Manifest, PartEntry, TensorSpec, list_files
+from fastsd.backends import open_artifact
+from fastsd.config import ModelConfig
 from fastsd.errors import DamagedArtifact, StaleArtifact, UntrustedArtifact, UsageError
 
 PART = PartEntry(
@@ -138,6 +141,40 @@ def test_another_format_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(artifact, "FORMAT", artifact.FORMAT + 1)
     with pytest.raises(StaleArtifact, match=r"has format \d, this fastsd reads \d; export it"):
         Artifact.open(source)
+
+
+def test_a_manifest_cannot_hide_native_code(tmp_path: Path, own_cache: Path) -> None:
+    """A stranger's says that it holds none, so that nobody asks for trust."""
+    stranger = publish(tmp_path / "engine", target="aoti", native=False)
+    with pytest.raises(UntrustedArtifact, match="not written by fastsd"):
+        open_artifact(stranger, ModelConfig(), device=torch.device("cpu"))
+
+
+def test_folders_that_are_loaded_whole_hold_what_is_listed(tmp_path: Path) -> None:
+    engine = publish(tmp_path / "engine")
+    engine.check_folder("unet")
+    engine.check_folder("nothing")
+    more = engine.path / "unet" / "more.so"
+    more.write_bytes(b"code")
+    with pytest.raises(DamagedArtifact, match=r"more\.so was not there"):
+        engine.check_folder("unet")
+    more.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    more.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(DamagedArtifact, match=r"more\.so was not there"):
+        engine.check_folder("unet")
+
+
+def test_parts_have_plain_names(tmp_path: Path) -> None:
+    source = publish(tmp_path / "engine").path
+    (source / MANIFEST).write_bytes(describe(source, parts={"../unet": PART}).to_bytes())
+    with pytest.raises(DamagedArtifact, match="is no name"):
+        Artifact.open(source)
+
+
+def test_a_draft_of_a_longer_name_is_not_ours(tmp_path: Path) -> None:
+    with Draft(tmp_path / "sd2.1", key="b" * 64) as other, Draft(tmp_path / "sd2", key="a" * 64):
+        assert other.folder.is_dir()
 
 
 def test_native_code_needs_trust_or_our_own_export(tmp_path: Path, own_cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,18 @@ def test_what_other_machines_or_threads_measured_is_not_taken(
     monkeypatch.setenv("FASTSD_CACHE", str(file.parents[1]))
     file.write_text(json.dumps({"rows": 1}))
     assert recall(checkpoint) == []
+
+
+def test_another_model_of_the_same_shape_is_not_taken_for_it(
+    sd1_folder: Path, tmp_path: Path
+) -> None:
+    """Copies keep names, sizes and times; an upgrade of fastsd is measured anew."""
+    first, second = (shutil.copytree(sd1_folder, tmp_path / name) for name in ("a", "b"))
+    remember(open_checkpoint(first), rows(tmp_path))
+    assert recall(open_checkpoint(first)) and not recall(open_checkpoint(second))
+    with pytest.MonkeyPatch.context() as newer:
+        newer.setattr("fastsd.__version__", "99")
+        assert not recall(open_checkpoint(first))
 
 
 def test_the_pipeline_says_what_it_takes(

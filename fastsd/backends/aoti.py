@@ -35,15 +35,17 @@ class AotiBackend(ArtifactBackend):
     """Run every part's package. The UNet takes each picture once, guided or not."""
 
     name = "aoti"
+    native = True
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
         if device.type != "cpu":
             raise UsageError(f"{artifact.path} was compiled for the CPU; pass device='cpu'")
         super().__init__(artifact, config, device=device)
         keep_freed_memory()
-        library = artifact.path / "unet" / LIBRARY
-        if library.is_file():
-            native.load(library)
+        for part in self.entries:
+            artifact.check_folder(f"{part}/{PACKAGE}")
+        if (library := f"unet/{LIBRARY}") in artifact.manifest.files:
+            native.load(artifact.path / library)
         # While one is opened its weights are in memory twice: the largest goes first. What only
         # some tasks ask for waits until they do.
         self._opening = threading.Lock()

@@ -1,7 +1,7 @@
 """backend="auto": which of this user's engines draws a model fastest, as `fastsd tune` measured.
 
 The runtime measures and builds nothing: it looks up. What was tuned is kept under the user's cache,
-a file a model, and holds for the weights, machine and torch it was measured with.
+a file a model, and holds for the weights, machine, torch and fastsd it was measured with.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import fastsd
 from fastsd.artifact import cache_folder, is_artifact
 from fastsd.backends.aoti import machine
 from fastsd.checkpoints import Checkpoint
@@ -27,7 +28,7 @@ class Measured:
 
     engine: the folder of the exported engine; None for the exact path, eager. seconds: a picture.
     worst_db: PSNR of the worst of its receipt's pictures to the exact path; None: exact, or not
-    measured as `exact` says.
+    measured as `exact` says. size: the only pictures that an engine draws, "WIDTHxHEIGHT".
     """
 
     backend: str
@@ -36,6 +37,7 @@ class Measured:
     exact: bool
     worst_db: float | None = None
     engine: str | None = None
+    size: str | None = None
 
     def holds(self, floor: float | None) -> bool:
         """Whether its pictures are as near to the exact ones as `floor` dB asks."""
@@ -45,7 +47,8 @@ class Measured:
 
     def __str__(self) -> str:
         quality = "exact" if self.exact else f"worst picture {self.worst_db} dB"
-        return f"{self.backend} {self.precision}: {self.seconds:.2f} s a picture, {quality}"
+        way = " ".join(filter(None, (self.backend, self.precision, self.size)))
+        return f"{way}: {self.seconds:.2f} s a picture, {quality}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def remember(checkpoint: Checkpoint, rows: list[Measured]) -> Path:
     file = _file(checkpoint)
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".tmp")
-    write_json(draft, {"machine": machine(), "rows": [asdict(row) for row in rows]})
+    write_json(draft, {"measured_with": _here(), "rows": [asdict(row) for row in rows]})
     draft.replace(file)
     return file
 
@@ -82,7 +85,7 @@ def recall(checkpoint: Checkpoint) -> list[Measured]:
         rows = [Measured(**row) for row in data["rows"]]
     except (CheckpointError, KeyError, TypeError):
         return []  # cut or of another version: as if it were not there, until it is tuned again
-    return rows if data.get("machine") == machine() else []
+    return rows if data.get("measured_with") == _here() else []
 
 
 def choose(
@@ -120,10 +123,14 @@ def choose(
     return Choice(best, f"auto: {best} (the fastest of {others + 1} measured{asked})")
 
 
+def _here() -> dict[str, str]:
+    return {**machine(), "fastsd": fastsd.__version__}
+
+
 def _file(checkpoint: Checkpoint) -> Path:
     """Name a model by its config and its files as the disk lists them: hashing takes seconds."""
     weights = [
-        [part, file.name, stat.st_size, stat.st_mtime_ns]
+        [part, str(file.resolve()), stat.st_size, stat.st_mtime_ns]
         for part, files in sorted(checkpoint.parts.items())
         for file in files.weights
         for stat in [file.stat()]

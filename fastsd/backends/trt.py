@@ -26,6 +26,7 @@ class TrtBackend(ArtifactBackend):
     """Run every part as an engine; a call has a context of its own, engines are shared."""
 
     name = "trt"
+    native = True
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
         if device.type != "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 
 from fastsd.artifact import Artifact
+from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import UsageError
+from fastsd.export.build import open_exporter
+from fastsd.export.parts import Request
 from fastsd.tokenizers import CLIPTokenizer
 from tests.export.conftest import SIZE, write
 from tests.export.test_to_onnx import assert_same_pictures, draw
@@ -32,6 +36,24 @@ def test_parts_and_pictures_equal_eager(sd1_openvino: Path, sd1_folder: Path) ->
 def test_whole_timesteps_lose_nothing_silently(sd1_openvino: Path) -> None:
     with pytest.raises(UsageError, match=r"takes whole timesteps.*--layout fast"):
         draw(sd1_openvino, sampler="Euler Karras")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "named"),
+    [
+        ("euler", "linspace", "ddim"),
+        ("euler", "trailing", "euler"),
+        ("dpmpp_2m", "default", "ddim"),
+    ],
+)
+def test_the_folder_names_a_sampler_of_whole_timesteps(
+    sampler: str, spacing: str, named: str, sd1_folder: Path
+) -> None:
+    checkpoint = open_checkpoint(sd1_folder)
+    schedule = replace(checkpoint.config.schedule, sampler=sampler, spacing=spacing)
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, schedule=schedule))
+    exporter = open_exporter(checkpoint, Request(target="openvino", size=SIZE))
+    assert exporter.described().schedule.sampler == named
 
 
 def test_names_and_types_are_those_that_genai_expects(sd1_openvino: Path) -> None:
