@@ -20,7 +20,7 @@ from fastsd.checkpoints import open_checkpoint
 from fastsd.checkpoints.layout import BUILTIN
 from fastsd.errors import UsageError
 from fastsd.export import graph
-from fastsd.export.build import open_exporter
+from fastsd.export.build import export, open_exporter
 from fastsd.export.parts import Request, load_part
 from fastsd.quality import psnr
 from tests.export.conftest import SIZE, write
@@ -180,7 +180,6 @@ def test_a_dynamic_graph_takes_any_size_and_number(sd1_folder: Path, tmp_path: P
         ({"layout": "quick"}, "layout 'quick' is unknown"),
         ({"size": (60, 64)}, "size must be multiples of 8 pixels, not 64x60"),
         ({"target": "coreml"}, "target 'coreml' is unknown; it is one of aoti, onnx"),
-        ({"floor": 30.0}, "--floor needs pictures"),
     ],
 )
 def test_what_cannot_be_asked(
@@ -188,6 +187,14 @@ def test_what_cannot_be_asked(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         write(sd1_folder, tmp_path / "engine", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_floor_needs_pictures(sd1_folder: Path, tmp_path: Path) -> None:
+    """Random weights draw noise: there is no prompt to judge them by but the user's."""
+    request = Request(target="onnx", size=SIZE, floor=30.0)
+    with pytest.raises(UsageError, match="--floor needs pictures"):
+        export(open_checkpoint(sd1_folder), "random:sd15", request, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
 
 
