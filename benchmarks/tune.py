@@ -18,7 +18,7 @@ from fastsd.backends.auto import Measured, remember
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import ArtifactError, MissingDependency, UsageError
 from fastsd.export.build import export, own_engine
-from fastsd.export.calibration import settings
+from fastsd.export.calibration import draw_settings
 from fastsd.export.parts import Request
 from fastsd.export.verify import receipt_prompts
 
@@ -60,7 +60,7 @@ def tune(
             pipes[target, precision] = _built(checkpoint, name, request, tell)
         except (ArtifactError, MissingDependency, UsageError) as error:
             tell(f"{target} {precision}: left out: {error}")
-    drawn = settings(checkpoint.config, size, steps)
+    drawn = draw_settings(checkpoint.config, size, steps)
     seconds = _time(list(pipes.values()), drawn, rounds, tell)
     rows = [
         _row(pipe, backend, precision, taken)

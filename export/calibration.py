@@ -89,7 +89,7 @@ def default_prompts(model: str) -> tuple[str, ...]:
     return tuple(first_by_digest([n for n in atlas.english if n not in judged], _PICTURES))
 
 
-def settings(config: ModelConfig, size: tuple[int, int], steps: int) -> dict[str, Any]:
+def draw_settings(config: ModelConfig, size: tuple[int, int], steps: int) -> dict[str, Any]:
     """Return what a model is drawn with when it is calibrated, and compared with itself.
 
     GUIDANCE and `steps`, but models made for few steps as they were made. An inpainting model draws
@@ -137,7 +137,7 @@ class Calibrator:
         )
         # A tiny decoder's layers play no role that the rule knows: it stays as it is.
         self._recorders = [recorder for recorder in watched if recorder.chosen]
-        self._settings = settings(checkpoint.config, size, steps)
+        self._settings = draw_settings(checkpoint.config, size, steps)
         self._batch, self._calls, self._tell = batch, calls, tell
         self._errors: dict[tuple[str, frozenset[tuple[str, Rounding]]], float] = {}
         with ExitStack() as watching:
@@ -251,7 +251,7 @@ class Calibrator:
         tried, reached = 0, 0.0
         for kept in _growing(order):
             held = spec.keep({n: f"costs {table[n]['error']:.4f}" for n in kept})
-            if self.share(held)["unet"] < SMALLEST_SHARE:
+            if kept and self.share(held)["unet"] < SMALLEST_SHARE:
                 break
             tried, reached = len(kept), min(self.judge(held, prompts))
             self._tell(f"{tried} layers kept in full precision: worst picture {reached:.1f} dB")

@@ -75,7 +75,7 @@ class AotiExporter(Exporter):
                 "export with --precision fp32"
             )
         native.compiler()  # missing, it is refused now rather than after the tracing
-        self._own_kernels = native.obstacle() is None
+        self._obstacle = native.obstacle()  # to our own kernels
         self._bf16 = request.precision == "bf16" or (request.precision == "int8" and bf16_pays())
 
     def machine(self) -> dict[str, str]:
@@ -84,8 +84,9 @@ class AotiExporter(Exporter):
 
     def choices(self) -> dict[str, str]:
         """Which kernels run, and in what the layers that stay out of int8 multiply."""
-        obstacle = native.obstacle()
-        kernels = "fastsd's own" if obstacle is None else f"torch's, without fastsd's: {obstacle}"
+        kernels = (
+            f"torch's, without fastsd's: {self._obstacle}" if self._obstacle else "fastsd's own"
+        )
         if self.request.precision != "int8":
             return {"kernels": kernels}
         floats = "bf16, clearly faster than fp32" if self._bf16 else "fp32, as bf16 is no faster"
@@ -96,7 +97,7 @@ class AotiExporter(Exporter):
         home = folder / part
         home.mkdir(exist_ok=True)
         weights: tuple[str, ...] = ()
-        if part in _REWRITTEN and self._own_kernels:
+        if part in _REWRITTEN and self._obstacle is None:
             library = folder / _REWRITTEN[0] / LIBRARY
             if part == _REWRITTEN[0]:
                 native.build(library)
@@ -112,7 +113,7 @@ class AotiExporter(Exporter):
         if part not in _REWRITTEN:
             return in_bf16(module) if self._bf16 else module
         roundings = None if self.spec is None else self.spec.only(part.split("_")[0])
-        return for_cpu(module, roundings, bf16=self._bf16, own_kernels=self._own_kernels)
+        return for_cpu(module, roundings, bf16=self._bf16, own_kernels=self._obstacle is None)
 
 
 def compile_part(part: GraphPart, package: Path) -> tuple[tuple[TensorSpec, ...], list[Path]]:

@@ -17,7 +17,7 @@ from fastsd.backends import ArtifactBackend, open_artifact
 from fastsd.checkpoints import Checkpoint, open_description
 from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
-from fastsd.export.calibration import PROMPTS, settings
+from fastsd.export.calibration import PROMPTS, draw_settings
 from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
@@ -100,14 +100,14 @@ def _compare(
     # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
     exact = Pipeline(checkpoint, name="exact", device="cpu", sampler=engine.sampler)
     height, width = request.size
-    drawn_with = settings(checkpoint.config, request.size, STEPS)
+    settings = draw_settings(checkpoint.config, request.size, STEPS)
     distances, likeness, drawn = [], [], {}
     for start in range(0, len(prompts), request.batch):
         texts = list(prompts[start : start + request.batch])
         seeds = list(range(start, start + len(texts)))
-        output = engine(texts, seed=seeds, **drawn_with)
+        output = engine(texts, seed=seeds, **settings)
         drawn = output.metadata[0]
-        for a, b in zip(output.images, exact(texts, seed=seeds, **drawn_with).images, strict=True):
+        for a, b in zip(output.images, exact(texts, seed=seeds, **settings).images, strict=True):
             distances.append(min(psnr(a, b), 100.0))  # equal pictures: JSON has no infinity
             likeness.append(ssim(a, b))
     worst = int(np.argmin(distances))

@@ -11,7 +11,7 @@ import torch
 from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.export import calibration
-from fastsd.export.calibration import GUIDANCE, Calibrator, calibrate_checkpoint, settings
+from fastsd.export.calibration import GUIDANCE, Calibrator, calibrate_checkpoint, draw_settings
 from fastsd.quant.spec import QuantSpec, shares_input
 from tests.export.conftest import SIZE
 from tests.fixtures import tiny_vae, write_inpainting
@@ -50,13 +50,13 @@ def test_what_cannot_hold_its_bound_or_its_floor_is_refused(
 
 
 def test_a_model_is_watched_as_it_is_made_to_draw(sd1_folder: Path, tmp_path: Path) -> None:
-    usual = settings(open_checkpoint(sd1_folder).config, (64, 96), 20)
+    usual = draw_settings(open_checkpoint(sd1_folder).config, (64, 96), 20)
     size = {"height": 64, "width": 96}
     assert usual == {**size, "num_inference_steps": 20, "guidance_scale": GUIDANCE}
     few = open_checkpoint(sd1_folder, preset="lcm")
-    assert settings(few.config, (64, 96), 20) == size
+    assert draw_settings(few.config, (64, 96), 20) == size
     inpainting = open_checkpoint(write_inpainting(tmp_path / "inpainting", sd1_folder))
-    found = settings(inpainting.config, (64, 96), 20)
+    found = draw_settings(inpainting.config, (64, 96), 20)
     assert found["image"].size == found["mask_image"].size == (96, 64)
     assert found["mask_image"].getextrema() == (0, 255)
 
