@@ -39,7 +39,10 @@ def obstacle() -> str | None:
 
 
 def overflows() -> bool:
-    """Whether oneDNN's products of uint8 and int8 overflow here: on x86-64 they do without VNNI."""
+    """Whether oneDNN's products of uint8 and int8 may overflow here: on x86-64 without VNNI.
+
+    Source: oneDNN's developer guide, "Nuances of int8 Computations".
+    """
     has = torch.cpu.get_capabilities()
     return platform.machine() in ("x86_64", "AMD64") and not any(
         has.get(feature, False) for feature in ("avx512_vnni", "avx_vnni")
