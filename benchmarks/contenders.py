@@ -255,9 +255,11 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "attention-flash": {"use": {"attention": "flash"}},
     "attention-efficient": {"use": {"attention": "efficient"}},
     "attention-cudnn": {"use": {"attention": "cudnn"}},
-    "norm-triton": {"use": {"group_norm_silu": "triton"}},
+    "norm-library": {"use": {"group_norm": "library"}},
+    "norm-triton": {"use": {"group_norm": "triton"}},
+    "step-library": {"use": {"sampler_step": "library"}},
     "step-triton": {"use": {"sampler_step": "triton"}},
-    "all-triton": {"use": {"group_norm_silu": "triton", "sampler_step": "triton"}},
+    "cudnn-benchmark": {"cudnn_benchmark": True},
 }
 
 

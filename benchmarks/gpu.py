@@ -76,9 +76,9 @@ STAGES = (
     _bench(
         "sd15-settings",
         "SD1.5: graphs, attentions, kernels, low memory",
-        *_own("random:sd15", "20", "graph-*/fp16", "attention-*/fp16", "*-triton/fp16"),
-        *("--contenders", "fastsd-low-memory/fp16", *_TURNS),
-        takes_s=260,
+        *_own("random:sd15", "20", "*/fp16"),
+        *_TURNS,
+        takes_s=300,
     ),
     *(
         Stage(
@@ -106,7 +106,8 @@ STAGES = (
         )
         for name, what, seconds, *names in (
             ("graphs", "graphs and low memory", 200, "graph-*/fp16", "low-memory/fp16"),
-            ("kernels", "our kernels against the library's", 200, "*-triton/fp16"),
+            ("kernels", "our kernels and the library's", 260, "*-library/fp16", "*-triton/fp16"),
+            ("cudnn", "convolutions as cuDNN's search has them", 120, "cudnn-*/fp16"),
             ("attention", "one attention against the measured ones", 260, "attention-*/fp16"),
         )
     ),

@@ -18,7 +18,7 @@ from fastsd.kernels import native
 from fastsd.kernels.attention import attention
 from fastsd.models.layers import (
     Attention,
-    NormSiLU,
+    GroupNorm,
     PhasedUpsample,
     Transformer,
     TransformerBlock,
@@ -107,7 +107,7 @@ def _fuse_norms(module: nn.Module) -> None:
     for holder in list(module.modules()):
         for norm_name, layer_name in _PAIRS:
             norm, layer = getattr(holder, norm_name, None), getattr(holder, layer_name, None)
-            if not (isinstance(norm, nn.GroupNorm) and _runs(norm)):
+            if not (isinstance(norm, GroupNorm) and _runs(norm)):
                 continue
             assert isinstance(layer, nn.Module)
             if isinstance(holder, Transformer) and holder.linear:  # tokens are made between them
@@ -116,7 +116,7 @@ def _fuse_norms(module: nn.Module) -> None:
                 setattr(holder, norm_name, NormThen(norm, layer))
                 setattr(holder, layer_name, nn.Identity())
         norm = getattr(holder, "group_norm", None)
-        if isinstance(norm, nn.GroupNorm) and _runs(norm):
+        if isinstance(norm, GroupNorm) and _runs(norm):
             holder.group_norm = Norm(norm)
 
 
@@ -128,7 +128,7 @@ def _keep_bf16(module: nn.Module, *, int8: bool) -> None:
         if _READ_COARSELY.search(name) and (int8 or not name.endswith("to_qkv")):
             layer.out_dtype = torch.bfloat16
     for decoder in [m for m in module.modules() if isinstance(m, Decoder)]:
-        if any(isinstance(m, nn.GroupNorm) for m in decoder.modules()):
+        if any(isinstance(m, GroupNorm) for m in decoder.modules()):
             continue
         decoder.register_module("conv_in", AndBf16(decoder.conv_in))
         for _, layer in _products(decoder):
@@ -142,7 +142,7 @@ def _products(module: nn.Module) -> Iterator[tuple[str, Bf16Layer | Int8Conv2d |
             yield name, layer
 
 
-def _runs(norm: nn.GroupNorm) -> bool:
+def _runs(norm: GroupNorm) -> bool:
     """Whether our kernel takes it."""
     return norm.num_channels % 16 == 0
 
@@ -171,15 +171,15 @@ class SelfAttention(nn.Module):
 
 
 class Norm(nn.Module):
-    """GroupNorm, and SiLU where it was NormSiLU, by our own kernel."""
+    """GroupNorm, and SiLU where it has that, by our own kernel."""
 
     multiplier: Tensor | None
 
-    def __init__(self, norm: nn.GroupNorm) -> None:
+    def __init__(self, norm: GroupNorm) -> None:
         super().__init__()
         self.register_buffer("multiplier", None)
         self.weight, self.bias = norm.weight, norm.bias
-        self.groups, self.eps, self.silu = norm.num_groups, norm.eps, isinstance(norm, NormSiLU)
+        self.groups, self.eps, self.silu = norm.num_groups, norm.eps, norm.silu
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), of the same dtype."""
@@ -208,14 +208,14 @@ class NormThen(Norm):
     """A norm and the layer after it; what lies between is written once, as the layer reads it, and
     what a resnet adds before the norm not at all."""
 
-    def __init__(self, norm: nn.GroupNorm, layer: nn.Module) -> None:
+    def __init__(self, norm: GroupNorm, layer: nn.Module) -> None:
         super().__init__(norm)
         self.layer = layer
         if isinstance(layer, Int8Conv2d):
             self.multiplier = layer.multiplier
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """(B, C_in, H, W), and as NormSiLU added (B or 1, C_in) -> (B, C_out, H', W')."""
+        """(B, C_in, H, W), and as GroupNorm added (B or 1, C_in) -> (B, C_out, H', W')."""
         layer = self.layer
         if isinstance(layer, Int8Conv2d):
             return layer.product(self.normalised(x, torch.uint8, layer.zero_point, added))

@@ -30,6 +30,7 @@ from fastsd.adapters import Adapters
 from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends import ENGINES, PRECISIONS, Backend, open_artifact, open_backend
 from fastsd.backends.auto import choose
+from fastsd.backends.choice import fastest_step
 from fastsd.checkpoints import (
     Checkpoint,
     Embedding,
@@ -325,7 +326,8 @@ class Pipeline:
             with self._adapters.rebound() as new:
                 opened = self._open_backend(name, precision, device)
                 for op, implementation in self._kernels.items():
-                    opened.use(op, implementation)
+                    if op != "sampler_step":  # the loop's own, see _new_loops
+                        opened.use(op, implementation)
                 self._backend.close()
                 self._backend = opened
                 new.append(opened)
@@ -446,11 +448,16 @@ class Pipeline:
         return self._loops
 
     def _new_loops(self, backend: Backend) -> Loops:
+        asked, device = self._kernels.get("sampler_step"), backend.device
+        if asked is None and device.type == "cuda":
+            self._step = fastest_step(device)
+        else:
+            self._step = dispatch.choose("sampler_step", device, asked)
         limit = {"limit_bytes": 0} if self._low_memory else {}
         return Loops(backend, graph=self._graph, **limit)
 
     def use(self, **implementations: str) -> Pipeline:
-        """Compute ops by other kernels: pipe.use(attention="cudnn", group_norm_silu="triton").
+        """Compute ops by other kernels: pipe.use(attention="cudnn", group_norm="triton").
 
         Ops and implementations are those of fastsd.kernels.dispatch; what cannot run here raises
         UsageError or MissingDependency. Not during a call. Returns the pipeline itself.
@@ -492,8 +499,8 @@ class Pipeline:
 
     def explain(self) -> list[str]:
         """Say how the parts run and what is captured, a line a fact."""
-        step = dispatch.explain("sampler_step", self.device, self._kernels.get("sampler_step"))
-        return [*self._backend.explain(), step, *self._loops_of(self._backend).explain()]
+        loops = self._loops_of(self._backend)
+        return [*self._backend.explain(), str(self._step), *loops.explain()]
 
     def load_textual_inversion(
         self, source: str | Path | Mapping[str, Tensor], token: str | None = None, **unknown: object
@@ -984,8 +991,6 @@ class Call:
         )
         watched = self._callback is not None or self._show is not None
         whole = loops.graph == "loop" and not watched and output_type != "latent"
-        asked = self._pipeline._kernels.get("sampler_step")
-        step = dispatch.choose("sampler_step", self._backend.device, asked)
         run = Run(
             table=self._table,
             latents=self._start.latents,
@@ -994,7 +999,7 @@ class Call:
             rescale=self._rescale,
             known=self._start.known,
             finish=decoder if whole else None,
-            kernel=step.implementation,
+            kernel=self._pipeline._step.implementation,
         )
         with (
             loops.take(run) as self._loop,

@@ -1,19 +1,19 @@
 """Scaled dot-product attention: one function for every model, the implementation a value.
 
-softmax(q k^T / sqrt(K)) v. Knows no model. xformers is imported only when asked for; avx512
-(fp32) and vnni (both products in int8) are our own kernels for CPUs, see native.py.
+softmax(q k^T / sqrt(K)) v, the scores in fp32 whatever the dtype. Knows no model. xformers and
+FlashAttention 3 are imported only when asked for; avx512 (fp32) and vnni (both products in int8)
+are our own kernels for CPUs, see native.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsd.errors import MissingDependency, UsageError
+from fastsd.errors import UsageError
 from fastsd.kernels import dispatch, native
 
 IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS["attention"]
@@ -26,7 +26,7 @@ def attention(
 
     q: (B, M, Nq, K); k, v: (B, M, N, K); any strides, one dtype. Returns (B, M, Nq, K).
     causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice); on GPUs also
-    "flash", "efficient" or "cudnn" (torch's kernels by name) or "xformers"; on CPUs, once
+    "flash", "efficient" or "cudnn" (torch's kernels by name), "flash3" or "xformers"; on CPUs, once
     `native.load` was called, "avx512" or "vnni" (not causal).
     Raises MissingDependency if what is asked for is absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
@@ -47,17 +47,15 @@ def candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor
     if q.device.type != "cuda":
         return {}
     given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
-    able = {
-        "sdpa": True,
-        "flash": torch.backends.cuda.can_use_flash_attention(given),
-        "efficient": torch.backends.cuda.can_use_efficient_attention(given),
-        "cudnn": torch.backends.cuda.can_use_cudnn_attention(given),
-        "xformers": importlib.util.find_spec("xformers") is not None,
+    refused = {
+        "flash": not torch.backends.cuda.can_use_flash_attention(given),
+        "efficient": not torch.backends.cuda.can_use_efficient_attention(given),
+        "cudnn": not torch.backends.cuda.can_use_cudnn_attention(given),
     }
     return {
         name: lambda name=name: attention(q, k, v, implementation=name)  # type: ignore[misc]
-        for name, can in able.items()
-        if can
+        for name in dispatch.able("attention", q.device)
+        if not refused.get(name)
     }
 
 
@@ -84,14 +82,21 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return out
 
 
+def _flash3(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError as error:
+        raise dispatch.missing("attention", "flash3") from error
+    out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal)
+    result: Tensor = out[0] if isinstance(out, tuple) else out  # older ones add what backward needs
+    return result.transpose(1, 2)
+
+
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     try:
         from xformers import ops
     except ImportError as error:
-        raise MissingDependency(
-            "attention implementation 'xformers' needs the package xformers, which is not "
-            "installed; run pip install 'fastsd[xformers]' or use 'sdpa'"
-        ) from error
+        raise dispatch.missing("attention", "xformers") from error
     out: Tensor = ops.memory_efficient_attention(  # (B, N, M, K) there
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -117,6 +122,7 @@ def _own(q: Tensor, k: Tensor, v: Tensor, causal: bool, *, int8: bool) -> Tensor
 
 _BY_NAME = {
     "flash": _flash,
+    "flash3": _flash3,
     "efficient": _efficient,
     "cudnn": _cudnn,
     "xformers": _xformers,

@@ -1,13 +1,14 @@
-"""Which implementation of an op runs, and why: asked for, measured as fastest, or the library's.
+"""Which implementations an op has, which of them can run here, and how fast each is.
 
-A kernel of ours runs only where somebody asks for it or a committed row shows that it is faster on
-that GPU model and no worse. Nothing falls back in silence: what cannot run as asked is an error,
-and `explain` says what runs. Knows no model.
+Nothing falls back in silence: what cannot run as asked is an error. A kernel of ours is in use
+where somebody asked for it, or where it was tried on this very GPU, gave what the library gives and
+took less time (fastsd.backends.choice). Knows no model.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,22 +16,39 @@ from statistics import median
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from fastsd.errors import MissingDependency, UsageError
+
+log = logging.getLogger("fastsd")
 
 # op -> what can compute it; the first is the library's, and the default
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "attention": ("sdpa", "flash", "efficient", "cudnn", "xformers", "avx512", "vnni"),
+        "attention": (
+            *("sdpa", "flash", "flash3", "efficient", "cudnn", "xformers"),
+            *("avx512", "vnni"),
+        ),
         "conv3x3": ("library", "triton"),
-        "group_norm_silu": ("library", "triton"),
+        "group_norm": ("library", "triton", "triton-group"),
         "sampler_step": ("library", "triton"),
     }
 )
-# (op, GPU model) -> the implementation that a row under benchmarks/results/ shows to be fastest.
-# Empty, because no kernel here has been timed yet.
-MEASURED: Mapping[tuple[str, str], str] = MappingProxyType({})
-ON_GPUS = ("flash", "efficient", "cudnn", "xformers", "triton")
+ON_GPUS = ("flash", "flash3", "efficient", "cudnn", "xformers", "triton", "triton-group")
+_TRITON = ("triton", "run pip install triton")
+# implementation -> the module that it needs, and how to get it
+NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "flash3": ("flash_attn_interface", "install FlashAttention 3, for Hopper GPUs"),
+        "triton": _TRITON,
+        "triton-group": _TRITON,
+        "xformers": ("xformers", "run pip install 'fastsd[xformers]'"),
+    }
+)
+# Relative L2 between two right implementations is below these; a wrong one is far beyond.
+AGREEMENT: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+)
 
 
 @dataclass(frozen=True)
@@ -46,26 +64,17 @@ class Choice:
 
 
 def choose(op: str, device: torch.device, asked: str | None = None) -> Choice:
-    """Return what computes `op` on `device`: what is asked for, else what is known to be fastest.
+    """Return what is asked for, else the library's.
 
     Raises UsageError for an unknown op or implementation or one that this device cannot run,
     MissingDependency where its package is absent.
     """
     known = _known(op)
-    if asked is not None:
-        require(op, asked, device)
-        return Choice(op, asked, "asked for")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    if gpu is None:
-        return Choice(op, known[0], "the library's, as there is no GPU")
-    if (op, gpu) in MEASURED:
-        return Choice(op, MEASURED[op, gpu], f"measured as the fastest on {gpu}")
-    return Choice(op, known[0], f"the library's: no row has measured another on {gpu}")
-
-
-def explain(op: str, device: torch.device, asked: str | None = None) -> str:
-    """Say which implementation of `op` runs on `device`, and why."""
-    return str(choose(op, device, asked))
+    if asked is None:
+        where = "" if device.type == "cuda" else ", as there is no GPU"
+        return Choice(op, known[0], f"the library's{where}")
+    require(op, asked, device)
+    return Choice(op, asked, "asked for")
 
 
 def require(op: str, implementation: str, device: torch.device | None = None) -> None:
@@ -75,18 +84,41 @@ def require(op: str, implementation: str, device: torch.device | None = None) ->
         raise UsageError(
             f"{op} implementation {implementation!r} is unknown; it is one of {', '.join(known)}"
         )
-    if device is None or implementation not in ON_GPUS:
+    if device is None:
         return
-    if device.type != "cuda" and not (implementation == "triton" and interprets()):
+    if not _fits(implementation, device):
         raise UsageError(
             f"{op} implementation {implementation!r} runs on GPUs, not on {device.type}; "
             f"use {known[0]!r}"
         )
-    if implementation == "triton" and importlib.util.find_spec("triton") is None:
-        raise MissingDependency(
-            f"{op} implementation 'triton' needs the package triton, which is not installed; run "
-            f"pip install triton or use {known[0]!r}"
-        )
+    if not _installed(implementation):
+        raise missing(op, implementation)
+
+
+def missing(op: str, implementation: str) -> MissingDependency:
+    """Return the error for an implementation whose package is not installed."""
+    package, remedy = NEEDS[implementation]
+    return MissingDependency(
+        f"{op} implementation {implementation!r} needs the package {package}, which is not "
+        f"installed; {remedy} or use {_known(op)[0]!r}"
+    )
+
+
+def able(op: str, device: torch.device) -> list[str]:
+    """Name the implementations of `op` that `require` lets run on `device`, the library's first."""
+    return [name for name in _known(op) if _fits(name, device) and _installed(name)]
+
+
+def _fits(implementation: str, device: torch.device) -> bool:
+    if implementation in ("avx512", "vnni"):
+        return device.type == "cpu"
+    triton_on_cpu = implementation.startswith("triton") and interprets()
+    return device.type == "cuda" or implementation not in ON_GPUS or triton_on_cpu
+
+
+def _installed(implementation: str) -> bool:
+    needed = NEEDS.get(implementation)
+    return needed is None or importlib.util.find_spec(needed[0]) is not None
 
 
 def interprets() -> bool:
@@ -98,6 +130,35 @@ def _known(op: str) -> tuple[str, ...]:
     if op not in IMPLEMENTATIONS:
         raise UsageError(f"op {op!r} is unknown; it is one of {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[op]
+
+
+def try_out(candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """Time the candidates that run and agree with the first, the library's, in ms (`time_ms`).
+
+    One that disagrees is named in a warning; one that does not take these inputs is left out.
+    """
+    truth: Tensor | None = None
+    agreeing: dict[str, Callable[[], Tensor]] = {}
+    for name, candidate in candidates.items():
+        try:
+            out = candidate()
+        except Exception as error:  # noqa: BLE001  (every compiler and library has its own)
+            if truth is None:
+                raise
+            log.debug("%s does not run here: %s", name, error)
+            continue
+        truth = out.clone() if truth is None else truth
+        error_ = relative_l2(out, truth)
+        if error_ <= AGREEMENT[truth.dtype]:
+            agreeing[name] = candidate
+        else:
+            log.warning("%s is not used: it differs from the library by %.1e", name, error_)
+    return time_ms(agreeing)
+
+
+def relative_l2(ours: Tensor, truth: Tensor) -> float:
+    """Return |ours - truth| / |truth|; NaN where either has one."""
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
 
 
 def time_ms(

@@ -1,10 +1,13 @@
-"""Group normalisation and SiLU in one pass over memory, for maps that are channels-last.
+"""Group normalisation, with what stands before and after it, in one pass over memory.
 
-y = silu((x - mean) / sqrt(var + eps) * weight + bias), mean and variance over a group's channels
-and all pixels. Wu & He 2018, arXiv:1803.08494; Elfwing et al. 2017, arXiv:1702.03118.
+y = (x + added - mean) / sqrt(var + eps) * weight + bias, mean and variance over a group's channels
+and all pixels; and silu(y) where a convolution follows. Wu & He 2018, arXiv:1803.08494; Elfwing et
+al. 2017, arXiv:1702.03118.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,41 +17,80 @@ from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 
 
-def group_norm_silu(
+def group_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     groups: int,
     eps: float,
     *,
+    added: Tensor | None = None,
+    silu: bool = False,
     implementation: str = "library",
 ) -> Tensor:
-    """Normalise x (B, C, H, W) group by group, scale by weight (C,), add bias (C,), then SiLU.
+    """Normalise x (B, C, H, W) group by group, scale by weight (C,), add bias (C,).
 
-    Any float dtype; statistics are fp32. implementation: "library" (torch, any layout) or "triton",
-    which computes and returns channels-last. Returns (B, C, H, W) in x's dtype.
-    Raises UsageError if groups does not divide C, or for an unknown name.
+    Any float dtype; statistics are fp32. added: (B or 1, C), to every pixel first. silu: apply it
+    to the result. implementation: "library" (torch, any layout), or "triton" (three launches) and
+    "triton-group" (one, for small maps), which compute and return channels-last.
+    Returns (B, C, H, W) in x's dtype. Raises UsageError if groups does not divide C, or for an
+    unknown name.
     """
     if implementation == "library":
-        return F.silu(F.group_norm(x, groups, weight, bias, eps))
-    dispatch.require("group_norm_silu", implementation, x.device)
+        if added is not None:
+            x = x + added[:, :, None, None]
+        y = F.group_norm(x, groups, weight, bias, eps)
+        return F.silu(y) if silu else y
+    dispatch.require("group_norm", implementation, x.device)
     if x.shape[1] % groups:
         raise UsageError(f"{groups} groups do not divide {x.shape[1]} channels")
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    torch.ops.fastsd.group_norm_silu(x, weight, bias, groups, eps, out)
+    if added is not None and added.stride(1) != 1:
+        added = added.contiguous()
+    by_group = implementation == "triton-group"
+    torch.ops.fastsd.group_norm(x, weight, bias, groups, eps, added, silu, by_group, out)
     return out
 
 
-@torch.library.custom_op("fastsd::group_norm_silu", mutates_args=("out",))
-def _group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, out: Tensor
+def candidates(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    added: Tensor | None = None,
+    silu: bool = False,
+) -> dict[str, Callable[[], Tensor]]:
+    """Return what can compute this on its device, by name, ready to be tried, the library's first.
+
+    All give the result channels-last, as the convolution after it reads it.
+    """
+    return {
+        name: lambda name=name: group_norm(  # type: ignore[misc]
+            x, weight, bias, groups, eps, added=added, silu=silu, implementation=name
+        ).contiguous(memory_format=torch.channels_last)
+        for name in dispatch.able("group_norm", x.device)
+    }
+
+
+@torch.library.custom_op("fastsd::group_norm", mutates_args=("out",))
+def _group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    added: Tensor | None,
+    silu: bool,
+    by_group: bool,
+    out: Tensor,
 ) -> None:
     from fastsd.kernels import triton_group_norm  # triton may be absent, and is slow to import
 
-    triton_group_norm.launch(x, weight, bias, groups, eps, out)
+    kernel = triton_group_norm.launch_by_group if by_group else triton_group_norm.launch
+    kernel(x, weight, bias, groups, eps, added, silu, out)
 
 
-@_group_norm_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, out: Tensor) -> None:
-    return None
+_group_norm.register_fake(lambda *_: None)  # it writes into `out`, and makes nothing

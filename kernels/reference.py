@@ -51,23 +51,26 @@ def conv3x3(
     return out
 
 
-def group_norm_silu(
+def group_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     groups: int,
     eps: float,
     *,
+    added: Tensor | None = None,
+    silu: bool = False,
     implementation: str = "reference",
 ) -> Tensor:
-    """Normalise as `kernels.group_norm.group_norm_silu` does, in fp64, from the formula."""
+    """Normalise as `kernels.group_norm.group_norm` does, in fp64, from the formula."""
     B, C, H, W = x.shape
-    grouped = x.double().reshape(B, groups, C // groups, H, W)
+    x = x.double() if added is None else x.double() + added.double()[:, :, None, None]
+    grouped = x.reshape(B, groups, C // groups, H, W)
     mean = grouped.mean(dim=(2, 3, 4), keepdim=True)
     variance = (grouped - mean).square().mean(dim=(2, 3, 4), keepdim=True)
     y = ((grouped - mean) / (variance + eps).sqrt()).reshape(B, C, H, W)
     y = y * weight.double().view(1, -1, 1, 1) + bias.double().view(1, -1, 1, 1)
-    out: Tensor = (y * torch.sigmoid(y)).float()
+    out: Tensor = (y * torch.sigmoid(y) if silu else y).float()
     return out
 
 

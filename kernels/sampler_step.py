@@ -5,6 +5,8 @@ Knows no sampler: every number comes from the row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,29 @@ def sampler_step_(
     if prediction.stride()[2] != prediction.shape[3] * prediction.stride()[3]:
         prediction = prediction.contiguous()
     torch.ops.fastsd.sampler_step(sources, prediction, coefficients, row, guidance)
+
+
+def candidates(
+    sources: Tensor,
+    prediction: Tensor,
+    coefficients: Tensor,
+    row: Tensor,
+    guidance: Tensor | None = None,
+) -> dict[str, Callable[[], Tensor]]:
+    """Return what can step on this device, by name, ready to be tried, the library's first.
+
+    Each begins with a copy of `sources` and returns the state that follows.
+    """
+
+    def step(name: str) -> Tensor:
+        given = sources.clone()
+        sampler_step_(given, prediction, coefficients, row, guidance, implementation=name)
+        return given[:-2]
+
+    return {
+        name: lambda name=name: step(name)  # type: ignore[misc]
+        for name in dispatch.able("sampler_step", sources.device)
+    }
 
 
 @torch.library.custom_op("fastsd::sampler_step", mutates_args=("sources",))

@@ -45,6 +45,7 @@ VENDORS = {
     "peft": ("benchmarks/baselines.py",),
     "torchsde": ("benchmarks/baselines.py",),
     "xformers": ("kernels/attention.py",),
+    "flash_attn_interface": ("kernels/attention.py",),
     "triton": ("kernels/",),
     "torchao": ("quant/", "benchmarks/baselines.py"),
     "onnx": ("export/",),

@@ -251,11 +251,14 @@ def test_graph_none_captures_nothing(plain: Pipeline, sd1_folder: Path, capturin
 
 def test_kernels_can_be_chosen_and_say_so(captured: Pipeline) -> None:
     draw(captured)
-    captured.use(group_norm_silu="library", sampler_step="library")
-    assert "group_norm_silu: library (asked for)" in captured.explain()
+    captured.use(group_norm="library", sampler_step="library")
+    assert "group_norm: library (asked for)" in captured.explain()
     assert "sampler_step: library (asked for)" in captured.explain()
     draw(captured)
     assert captured._loops.captures == 1, "what was captured before ran other kernels"
+    captured.to(torch.bfloat16)
+    assert "group_norm: library (asked for)" in captured.explain()
+    assert "sampler_step: library (asked for)" in captured.explain()
     with pytest.raises(UsageError, match="runs on GPUs, not on cpu"):
         captured.use(attention="cudnn")
     with pytest.raises(UsageError, match="op 'convolution' is unknown"):

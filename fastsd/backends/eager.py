@@ -11,13 +11,12 @@ from torch import nn
 
 from fastsd.backends import cuda_graph
 from fastsd.backends.base import Backend, Part, Shapes, dtype_of
+from fastsd.backends.choice import fastest_attention, fastest_norms
 from fastsd.backends.heap import keep_freed_memory
-from fastsd.backends.measured import fastest
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
-from fastsd.kernels.attention import candidates
 from fastsd.models.clip import CLIPText
-from fastsd.models.layers import Attention, TransformerBlock, use_kernel
+from fastsd.models.layers import Attention, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, scale_activations_
 
@@ -34,6 +33,7 @@ class EagerBackend(Backend):
     """Run every part with torch, kernel by kernel.
 
     on_host: modules whose weights stay in the host's memory and visit the GPU while they run.
+    try_norms: on a GPU, use what is measured to be the fastest norms; else the library's.
     """
 
     name = "eager"
@@ -46,6 +46,7 @@ class EagerBackend(Backend):
         precision: str,
         device: torch.device,
         on_host: Sequence[str] = (),
+        try_norms: bool = True,
     ) -> None:
         self.precision = precision
         self.device = device
@@ -90,28 +91,27 @@ class EagerBackend(Backend):
             for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
                 self._parts[part] = visiting(modules[name], self._parts[part], device)
             self._choices[name] = f"{name}: in the host's memory, on the GPU while it runs"
-        choice = dispatch.choose("group_norm_silu", device)
-        self._use(choice.op, choice.implementation, str(choice))
         if device.type == "cuda" and precision == "fp32" and torch.backends.cudnn.allow_tf32:
             self._choices["convolutions"] = (
                 "convolutions: in TF32, as torch does by default; exact with "
                 "torch.backends.cudnn.allow_tf32 = False"
             )
+        for layer in unet.modules() if precision != "fp32" else ():
+            if isinstance(layer, Attention):
+                layer.upcast = False  # every kernel here has its scores in fp32 already
+        for op in ("attention", "group_norm"):
+            self._choices[op] = str(dispatch.choose(op, device))
         if device.type == "cuda":
-            self._choices["attention"] = "attention: " + "; ".join(
-                fastest_attention(unet, self.dtype, device)
-            )
-        else:
-            self._choices["attention"] = dispatch.explain("attention", device)
+            self._choices["attention"] = fastest_attention(unet, self.dtype, device)
+            if try_norms:
+                self._choices["group_norm"] = fastest_norms(unet, vae.decoder, self.dtype, device)
 
     def use(self, op: str, implementation: str) -> None:
         """Compute `op` by `implementation` in every part."""
-        self._use(op, implementation, dispatch.explain(op, self.device, implementation))
-
-    def _use(self, op: str, implementation: str, why: str) -> None:
+        choice = dispatch.choose(op, self.device, implementation)
         for module in self.modules.values():
             use_kernel(module, op, implementation)
-        self._choices[op] = why
+        self._choices[op] = str(choice)
 
     def explain(self) -> list[str]:
         """Say what runs, and which kernels."""
@@ -176,59 +176,3 @@ class _Holder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._part[0](*args, **kwargs)
-
-
-def fastest_attention(unet: UNet, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Let every attention use what is fastest at its shape, at the model's own size; say what.
-
-    A guidance pair's shapes; measured once for each kind of GPU and version of torch.
-    """
-    gpu = torch.cuda.get_device_name(device)
-    said = []
-    for shape, modules in attention_shapes(unet).items():
-        tokens, keys, heads, width, upcast = shape
-        own = torch.float32 if upcast else dtype
-        title = f"{tokens}x{keys}x{width}"
-
-        def measure() -> dict[str, float]:
-            q, k, v = (
-                torch.randn(2, n, heads, width, dtype=own, device=device).transpose(1, 2)  # noqa: B023
-                for n in (tokens, keys, keys)  # noqa: B023
-            )
-            return dispatch.time_ms(
-                {name: attend for name, attend in candidates(q, k, v).items() if _runs(attend)}
-            )
-
-        key = f"attention {title}x{heads} {own} {gpu} torch {torch.__version__}"
-        name, ms = fastest(key, measure)
-        for module in modules:
-            module.implementation = name
-        said.append(f"{name} at {title} ({1000 * ms:.0f} us, the fastest measured)")
-    return said
-
-
-def _runs(attend: Callable[[], object]) -> bool:
-    """Whether a kernel takes these shapes after all: some say so only when they are called."""
-    try:
-        attend()
-    except RuntimeError:  # NotImplementedError is one
-        return False
-    return True
-
-
-def attention_shapes(unet: UNet) -> dict[tuple[int, int, int, int, bool], list[Attention]]:
-    """Group attentions by (queries, keys, heads, head width, upcast) at the model's own size."""
-    side, depth = unet.config.sample_size, len(unet.config.widths)
-    levels = [*enumerate(unet.down_blocks), (depth - 1, unet.mid_block)]
-    levels += [(depth - 1 - i, level) for i, level in enumerate(unet.up_blocks)]
-    shapes: dict[tuple[int, int, int, int, bool], list[Attention]] = {}
-    for i, level in levels:
-        rows = -(-side // 2**i)  # an odd side is rounded up
-        tokens = rows * rows
-        for block in level.modules():
-            if isinstance(block, TransformerBlock):
-                for module, keys in ((block.attn1, tokens), (block.attn2, 77)):
-                    width = module.to_q.out_features // module.heads
-                    shape = (tokens, keys, module.heads, width, module.upcast)
-                    shapes.setdefault(shape, []).append(module)
-    return shapes

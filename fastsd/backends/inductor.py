@@ -41,7 +41,13 @@ class InductorBackend(Backend):
     ) -> None:
         # The compiled decoder keeps its weights where they are.
         texts = [name for name in on_host if name != "vae"]
-        self._eager = EagerBackend(checkpoint, precision=precision, device=device, on_host=texts)
+        self._eager = EagerBackend(
+            checkpoint,
+            precision=precision,
+            device=device,
+            on_host=texts,
+            try_norms=False,  # the compiler fuses the library's with what stands around them
+        )
         self.precision, self.device, self.dtype = precision, device, self._eager.dtype
         self._compiled = {
             name: CompiledPart(self._eager.part(name), tune=device.type == "cuda")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.kernels.attention import attention
-from fastsd.kernels.group_norm import group_norm_silu
+from fastsd.kernels.group_norm import group_norm
 
 KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, M, N, K)
 
@@ -98,24 +98,27 @@ class Attention(nn.Module):
 
 
 @final
-class NormSiLU(nn.GroupNorm):
-    """GroupNorm, then SiLU: always together where a convolution follows.
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, and SiLU where a convolution follows.
 
     implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them.
     """
 
-    implementation = "library"
+    def __init__(self, groups: int, width: int, *, eps: float, silu: bool = False) -> None:
+        super().__init__(groups, width, eps=eps)
+        self.silu = silu
+        self.implementation = "library"
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """(B, C, H, W), and what is first added to every pixel (B or 1, C) -> (B, C, H, W)."""
-        if added is not None:
-            x = x + added[:, :, None, None]
-        return group_norm_silu(
+        return group_norm(
             x,
             self.weight,
             self.bias,
             self.num_groups,
             self.eps,
+            added=added,
+            silu=self.silu,
             implementation=self.implementation,
         )
 
@@ -127,14 +130,12 @@ def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
     not while it runs.
     """
     dispatch.require(op, implementation)
-    if op not in ("attention", "group_norm_silu"):
-        raise UsageError(
-            f"no layer leaves the choice of {op}; attention and group_norm_silu are chosen"
-        )
+    kinds: dict[str, type[Attention] | type[GroupNorm]]
+    kinds = {"attention": Attention, "group_norm": GroupNorm}
+    if op not in kinds:
+        raise UsageError(f"no layer leaves the choice of {op}; {' and '.join(kinds)} are chosen")
     for module in model.modules():
-        if isinstance(module, Attention) and op == "attention":
-            module.implementation = implementation
-        elif isinstance(module, NormSiLU) and op == "group_norm_silu":
+        if isinstance(module, kinds[op]):
             module.implementation = implementation
 
 
@@ -210,7 +211,7 @@ class Transformer(nn.Module):
         upcast: bool,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, eps=1e-6)
         self.linear = linear
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -241,10 +242,10 @@ class Resnet(nn.Module):
         self, in_width: int, width: int, *, groups: int, eps: float, time_width: int | None = None
     ) -> None:
         super().__init__()
-        self.norm1 = NormSiLU(groups, in_width, eps=eps)
+        self.norm1 = GroupNorm(groups, in_width, eps=eps, silu=True)
         self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
         self.time_emb_proj = None if time_width is None else nn.Linear(time_width, width)
-        self.norm2 = NormSiLU(groups, width, eps=eps)
+        self.norm2 = GroupNorm(groups, width, eps=eps, silu=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = None if in_width == width else nn.Conv2d(in_width, width, 1)
 

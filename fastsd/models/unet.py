@@ -19,8 +19,8 @@ from fastsd.errors import UsageError
 from fastsd.models.layers import (
     KV,
     Downsample,
+    GroupNorm,
     Level,
-    NormSiLU,
     Resnet,
     Transformer,
     TransformerBlock,
@@ -100,7 +100,7 @@ class UNet(nn.Module):
             )
         self.up_blocks = nn.ModuleList(up)
 
-        self.conv_norm_out = NormSiLU(config.norm_groups, first, eps=config.eps)
+        self.conv_norm_out = GroupNorm(config.norm_groups, first, eps=config.eps, silu=True)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
         self._row_widths = [projection.out_features for projection in self._projections()]
 

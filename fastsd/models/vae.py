@@ -14,8 +14,8 @@ from fastsd.config import VAEConfig
 from fastsd.kernels.attention import attention
 from fastsd.models.layers import (
     Downsample,
+    GroupNorm,
     Level,
-    NormSiLU,
     Resnet,
     Upsample,
     to_pixels,
@@ -33,7 +33,7 @@ class PixelAttention(nn.Module):
     def __init__(self, width: int, *, groups: int, eps: float) -> None:
         super().__init__()
         self.implementation = "sdpa"
-        self.group_norm = nn.GroupNorm(groups, width, eps=eps)
+        self.group_norm = GroupNorm(groups, width, eps=eps)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = _middle(config)
-        self.conv_norm_out = NormSiLU(config.norm_groups, widths[-1], eps=config.eps)
+        self.conv_norm_out = GroupNorm(config.norm_groups, widths[-1], eps=config.eps, silu=True)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = NormSiLU(config.norm_groups, widths[-1], eps=config.eps)
+        self.conv_norm_out = GroupNorm(config.norm_groups, widths[-1], eps=config.eps, silu=True)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def scale_activations_(model: Encoder | Decoder, factor: float) -> None:
     needs the bias only. With a power of two no bit of an fp32 result changes.
     """
     for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, GroupNorm):
             module.eps *= factor * factor
         elif isinstance(module, Resnet):
             _scale_(module.conv1, factor)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fastsd import Pipeline
-from fastsd.artifact import cache_folder
-from fastsd.backends.eager import _runs, attention_shapes, visiting
-from fastsd.backends.measured import fastest
-from fastsd.config import SD15, SDXL
+from fastsd.backends.eager import EagerBackend, visiting
+from fastsd.kernels import dispatch, reference
 from fastsd.kernels.attention import attention
-from fastsd.models.unet import UNet
+from fastsd.models.layers import Attention, split_heads
 
 
 def test_weights_visit_the_device_and_come_back() -> None:
@@ -36,67 +32,27 @@ def test_weights_visit_the_device_and_come_back() -> None:
         assert parameter.data_ptr() == data.data_ptr(), "the host's weights are back, uncopied"
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        # (queries, keys, heads, head width, upcast) -> how many layers
-        (
-            SD15.unet,
-            {
-                (4096, 4096, 8, 40, False): 5,
-                (4096, 77, 8, 40, False): 5,
-                (1024, 1024, 8, 80, False): 5,
-                (1024, 77, 8, 80, False): 5,
-                (256, 256, 8, 160, False): 5,
-                (256, 77, 8, 160, False): 5,
-                (64, 64, 8, 160, False): 1,
-                (64, 77, 8, 160, False): 1,
-            },
-        ),
-        (
-            SDXL.unet,
-            {
-                (4096, 4096, 10, 64, False): 10,
-                (4096, 77, 10, 64, False): 10,
-                (1024, 1024, 20, 64, False): 60,
-                (1024, 77, 20, 64, False): 60,
-            },
-        ),
-    ],
-    ids=("sd15", "sdxl"),
-)
-def test_every_attention_is_measured_at_its_shape(config: Any, expected: Any) -> None:
-    with torch.device("meta"):
-        shapes = attention_shapes(UNet(config))
-    assert {shape: len(modules) for shape, modules in shapes.items()} == expected
-
-
-def test_only_what_runs_is_measured() -> None:
-    q = torch.zeros(1, 1, 4, 8)
-    assert _runs(lambda: attention(q, q, q))
-    assert not _runs(lambda: attention(q, q, q, implementation="cudnn")), "there is no such on CPUs"
-
-
-def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "cache"))
-    calls: list[str] = []
-
-    def measure(**times: float) -> Any:
-        def run() -> dict[str, float]:
-            calls.append("measured")
-            return times
-
-        return run
-
-    assert fastest("a", measure(flash=0.2, cudnn=0.1)) == ("cudnn", 0.1)
-    assert fastest("b", measure(flash=0.2, sdpa=0.3)) == ("flash", 0.2)
-    assert fastest("a", measure(flash=0.0)) == ("cudnn", 0.1) and len(calls) == 2
-    file = cache_folder() / "measured.json"
-    assert set(json.loads(file.read_text())) == {"a", "b"}
-    assert [path.name for path in file.parent.iterdir()] == ["measured.json"], "no draft is left"
-    for broken in ("{", '{"a": 3}', '{"a": {"flash": "fast"}}'):
-        file.write_text(broken)
-        assert fastest("a", measure(efficient=0.4)) == ("efficient", 0.4)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_scores_beyond_half_precision_are_no_reason_to_attend_in_fp32(
+    sd2_folder: Path, precision: str
+) -> None:
+    """SD2.1 asks for fp32 attention, as fp16 cannot hold its scores; no kernel here makes it."""
+    pipeline = Pipeline.from_pretrained(sd2_folder, precision=precision)
+    assert pipeline.config.unet.upcast_attention
+    backend = pipeline._backend
+    assert isinstance(backend, EagerBackend)
+    layers = [m for m in backend.modules["unet"].modules() if isinstance(m, Attention)]
+    x = torch.randn(1, 50, layers[0].to_q.in_features, generator=torch.Generator().manual_seed(0))
+    q, k, _ = (
+        split_heads(400 * layer(x.to(pipeline.dtype)), layers[0].heads)
+        for layer in (layers[0].to_q, layers[0].to_k, layers[0].to_v)
+    )
+    scores = q.float() @ k.float().transpose(-1, -2)
+    assert scores.abs().max() > torch.finfo(torch.float16).max
+    truth = reference.attention(q.float(), k.float(), q.float())
+    assert dispatch.relative_l2(attention(q, k, q), truth) < 0.02
+    assert not any(layer.upcast for layer in layers)
+    assert layers[0](x.to(pipeline.dtype)).dtype == pipeline.dtype
 
 
 # --- decoding in tiles ----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsd.errors import MissingDependency, UsageError
-from fastsd.kernels import reference
+from fastsd.kernels import dispatch, reference
 from fastsd.kernels.attention import attention, candidates
 
 # (B, M, Nq, N, K): self-attention of SD1.5 at 64x64 latents (one head of eight: the scores take
@@ -111,17 +111,50 @@ def test_only_a_gpu_has_candidates() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_candidate_equals_the_formula(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("scale", (1, 200), ids=("plain", "scores beyond fp16"))
+def test_every_candidate_equals_the_formula(shape: tuple[int, ...], scale: int) -> None:
     q, k, v = (t.to("cuda", torch.float16) for t in draw(shape))
+    q, k = scale * q, scale * k
     truth = reference.attention(q.float(), k.float(), v.float())
     for name, attend in candidates(q, k, v).items():
         assert relative_l2(attend(), truth) <= TOLERANCES[torch.float16], name
 
 
-def test_a_missing_xformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xformers", None)
-    with pytest.raises(MissingDependency, match=r"fastsd\[xformers\]"):
-        attention(*draw((1, 1, 4, 4, 8)), implementation="xformers")
+@pytest.mark.parametrize(
+    ("name", "package", "remedy"),
+    [
+        ("xformers", "xformers", r"fastsd\[xformers\]"),
+        ("flash3", "flash_attn_interface", "install FlashAttention 3"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, name: str, package: str, remedy: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependency, match=remedy):
+        attention(*draw((1, 1, 4, 4, 8)), implementation=name)
+    with pytest.raises(MissingDependency, match=remedy):
+        dispatch.require("attention", name, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("more", (False, True))
+def test_flash_attention_3_gets_its_own_layout(
+    monkeypatch: pytest.MonkeyPatch, causal: bool, more: bool
+) -> None:
+    """It takes (B, N, M, K), and some versions return what backward needs as well."""
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Any:
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        out = reference.attention(*heads_first, causal=causal).transpose(1, 2)
+        return (out, out.sum(-1)) if more else out
+
+    package = ModuleType("flash_attn_interface")
+    vars(package).update(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    q, k, v = draw((2, 3, 16, 16, 8))
+    out = attention(q, k, v, causal=causal, implementation="flash3")
+    torch.testing.assert_close(out, attention(q, k, v, causal=causal))
 
 
 @pytest.mark.parametrize("causal", (False, True))

@@ -17,13 +17,11 @@ import torch
 
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.kernels import dispatch
-from fastsd.kernels.group_norm import group_norm_silu
+from fastsd.kernels.group_norm import candidates, group_norm
 from fastsd.kernels.sampler_step import sampler_step_
 from tests.kernels.triton_cases import CASES
 
-triton = pytest.importorskip(
-    "triton", reason="Triton comes with torch for GPUs; beside torch for CPUs, pip install triton"
-)
+triton = pytest.importorskip("triton", reason="there is no Triton but for Linux")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +50,7 @@ def test_a_kernel_equals_its_reference(name: str, errors: Mapping[str, float]) -
 # As `launch` would compile them for SD1.5's first level in fp16, and for any sampler, guided.
 _NORM = dict(C="i32", pixels="i32")
 _TILE = dict(BLOCK_P=8, BLOCK_C=512)
+_AFFINE = dict(weight="*fp16", bias="*fp16", added="*fp16", groups="i32", added_stride="i32")
 KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "partial_sums": (
         "triton_group_norm",
@@ -60,14 +59,20 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     ),
     "group_statistics": (
         "triton_group_norm",
-        dict(x="*fp16", partial="*fp32", weight="*fp16", bias="*fp16", affine="*fp32", **_NORM)
-        | dict(splits="i32", groups="i32", eps="fp32"),
-        dict(WIDTH=10, BLOCK_G=16, BLOCK_S=16),
+        dict(x="*fp16", partial="*fp32", affine="*fp32", splits="i32", eps="fp32")
+        | _NORM
+        | _AFFINE,
+        dict(WIDTH=10, ADDED=True, BLOCK_G=16, BLOCK_S=16),
     ),
-    "apply_silu": (
+    "apply": (
         "triton_group_norm",
         dict(x="*fp16", affine="*fp32", out="*fp16", **_NORM),
-        _TILE,
+        dict(SILU=True, **_TILE),
+    ),
+    "one_group": (
+        "triton_group_norm",
+        dict(x="*fp16", out="*fp16", eps="fp32", **_NORM, **_AFFINE),
+        dict(WIDTH=40, ADDED=True, SILU=True, BLOCK_P=32, BLOCK_G=64),
     ),
     "step": (
         "triton_sampler_step",
@@ -141,30 +146,52 @@ CPU = torch.device("cpu")
 def test_the_librarys_is_the_default_and_says_why() -> None:
     for op, known in dispatch.IMPLEMENTATIONS.items():
         assert dispatch.choose(op, CPU).implementation == known[0]
-        assert dispatch.explain(op, CPU).startswith(f"{op}: {known[0]} (the library's")
-        assert dispatch.explain(op, CPU, known[0]) == f"{op}: {known[0]} (asked for)"
+        assert str(dispatch.choose(op, CPU)).startswith(f"{op}: {known[0]} (the library's")
+        assert str(dispatch.choose(op, CPU, known[0])) == f"{op}: {known[0]} (asked for)"
 
 
-def test_a_measured_row_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+def test_what_can_run_is_what_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     gpu = torch.device("cuda", 0)
-    assert "no row has measured" in dispatch.explain("group_norm_silu", gpu)
-    monkeypatch.setattr(dispatch, "MEASURED", {("group_norm_silu", "NVIDIA H200"): "triton"})
-    assert dispatch.explain("group_norm_silu", gpu) == (
-        "group_norm_silu: triton (measured as the fastest on NVIDIA H200)"
-    )
-    assert dispatch.choose("sampler_step", gpu).implementation == "library"
+    assert dispatch.able("group_norm", gpu) == ["library", "triton", "triton-group"]
+    assert dispatch.able("attention", gpu) == ["sdpa", "flash", "efficient", "cudnn"]
+    assert dispatch.able("attention", CPU) == ["sdpa", "avx512", "vnni"]
+    for op, known in dispatch.IMPLEMENTATIONS.items():
+        assert dispatch.able(op, CPU)[0] == dispatch.able(op, gpu)[0] == known[0]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.randn(1, 32, 3, 3)
+    assert list(candidates(x, x[0, :, 0, 0], x[0, :, 0, 0], 32, 1e-5)) == [
+        *("library", "triton", "triton-group")
+    ]
+
+
+def test_only_what_runs_and_agrees_is_timed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "time_ms", lambda calls: {name: 1.0 for name in calls})
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0)).half()
+
+    def refuse() -> torch.Tensor:
+        raise ValueError("shared memory: 300 KiB are wanted")  # as compilers do, of no one kind
+
+    calls = {"library": lambda: x, "near": lambda: x * 1.001, "off": lambda: x * 1.02}
+    calls |= {"refuses": refuse, "nan": lambda: x / 0 * 0}
+    assert list(dispatch.try_out(calls)) == ["library", "near"]
+    assert "off is not used: it differs from the library by 2." in caplog.text
+    assert "nan is not used" in caplog.text and "refuses" not in caplog.text
+    with pytest.raises(ValueError, match="300 KiB"):  # without the library's nothing is right
+        dispatch.try_out({"refuses": refuse, "library": lambda: x})
 
 
 def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.ones(1, 32, 2, 2)
     with pytest.raises(UsageError, match="runs on GPUs, not on cpu; use 'library'"):
-        group_norm_silu(x, x[0, :, 0, 0], x[0, :, 0, 0], 32, 1e-5, implementation="triton")
+        group_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], 32, 1e-5, implementation="triton")
     with pytest.raises(UsageError, match="'tryton' is unknown; it is one of library, triton"):
         sampler_step_(x, x, x, x, implementation="tryton")
     with pytest.raises(UsageError, match="op 'norm' is unknown"):
-        dispatch.explain("norm", CPU)
+        dispatch.choose("norm", CPU)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="pip install triton"):
         dispatch.require("sampler_step", "triton", torch.device("cuda"))
@@ -177,7 +204,7 @@ def test_the_kernels_trace() -> None:
     with FakeTensorMode():
         x, weight = torch.empty(2, 320, 8, 8), torch.empty(320)
         out = torch.empty_like(x)
-        torch.ops.fastsd.group_norm_silu(x, weight, weight, 32, 1e-5, out)
+        torch.ops.fastsd.group_norm(x, weight, weight, 32, 1e-5, None, True, False, out)
         sources = torch.empty(5, 2, 4, 8, 8)
         row = torch.empty(1, dtype=torch.int64)
         torch.ops.fastsd.sampler_step(sources, sources[0], torch.empty(9, 9), row, None)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsd.kernels import reference
 from fastsd.kernels.convolution import conv3x3 as our_conv3x3
-from fastsd.kernels.group_norm import group_norm_silu
+from fastsd.kernels.group_norm import group_norm as our_group_norm
 from fastsd.kernels.sampler_step import sampler_step_
 
 Case = Callable[[str], float]  # device -> relative L2 error
@@ -49,8 +49,14 @@ def group_norm(
     offset: float = 0.0,
     scale: float = 1.0,
     channels_last: bool = True,
+    rows: int = 0,
+    silu: bool = True,
+    implementation: str = "triton",
 ) -> Case:
-    """offset, scale: x = scale * (normal + offset), where channels differ in mean and spread."""
+    """offset, scale: x = scale * (normal + offset), where channels differ in mean and spread.
+
+    rows: how many rows are added to the channels, 1 or one a picture; 0: nothing is.
+    """
 
     def run(device: str) -> float:
         C = shape[1]
@@ -59,10 +65,14 @@ def group_norm(
         x, weight, bias = (t.to(device, dtype) for t in (x, draw(C, seed=1), draw(C, seed=2)))
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        out = group_norm_silu(x, weight, bias, 32, 1e-5, implementation="triton")
+        # as the UNet splits them off a row of all resnets
+        wide = draw(max(1, rows), C + 24, seed=5).to(device, dtype)
+        options: dict[str, Any] = dict(added=wide[:, 8:-16] if rows else None, silu=silu)
+        given = (x, weight, bias, 32, 1e-5)
+        out = our_group_norm(*given, **options, implementation=implementation)
         assert out.dtype == dtype and out.shape == x.shape
         assert out.is_contiguous(memory_format=torch.channels_last)
-        return relative_l2(out, reference.group_norm_silu(x, weight, bias, 32, 1e-5))
+        return relative_l2(out, reference.group_norm(*given, **options))
 
     return run
 
@@ -132,6 +142,24 @@ CASES: dict[str, tuple[Case, float]] = {
     "norm far from zero": (group_norm(MAPS[1], FULL, offset=1000.0), 2e-4),
     "norm of large numbers": (group_norm(MAPS[6], HALF, scale=2000.0), 5e-4),
     "norm of small numbers": (group_norm(MAPS[6], FULL, scale=1e-3), 1e-6),
+    "norm without silu": (group_norm(MAPS[2], FULL, silu=False), 1e-6),
+    "norm of a sum": (group_norm(MAPS[2], FULL, rows=3), 1e-6),
+    "norm of a sum, one row": (group_norm(MAPS[2], FULL, rows=1, silu=False), 1e-6),
+    **{
+        f"norm by group {'x'.join(map(str, shape))} rows={rows}": (
+            group_norm(shape, HALF, rows=rows, implementation="triton-group"),
+            5e-4,
+        )
+        for shape, rows in zip(MAPS[1:], (1, 3, 0, 0, 0, 1, 0), strict=True)
+    },
+    "norm by group fp32": (
+        group_norm(MAPS[2], FULL, rows=3, silu=False, implementation="triton-group"),
+        1e-6,
+    ),
+    "norm by group far from zero": (
+        group_norm(MAPS[1], FULL, offset=1000.0, implementation="triton-group"),
+        2e-4,
+    ),
     **{
         f"step {n} slots guided={g}": (sampler_step(n, g), 1e-6)
         for n in range(5)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsd.config import SD15, SDXL, UNetConfig
 from fastsd.errors import UsageError
-from fastsd.models.layers import Attention, NormSiLU, Resnet, use_kernel
+from fastsd.models.layers import Attention, GroupNorm, Resnet, use_kernel
 from fastsd.models.unet import UNet
 from tests.models import oracles
 from tests.models.oracles import BAR, relative_l2
@@ -273,12 +273,13 @@ def test_an_unknown_attention_is_refused_when_asked_for() -> None:
 def test_a_kernel_is_used_where_its_op_is() -> None:
     ours = UNet(SD1)
     use_kernel(ours, "attention", "cudnn")
-    use_kernel(ours, "group_norm_silu", "triton")
+    use_kernel(ours, "group_norm", "triton")
     attentions = [m for m in ours.modules() if isinstance(m, Attention)]
-    norms = [m for m in ours.modules() if isinstance(m, NormSiLU)]
+    norms = [m for m in ours.modules() if isinstance(m, GroupNorm)]
     resnets = [m for m in ours.modules() if isinstance(m, Resnet)]
     assert attentions and {m.implementation for m in attentions} == {"cudnn"}
-    assert len(norms) == 2 * len(resnets) + 1 and {m.implementation for m in norms} == {"triton"}
+    assert sum(norm.silu for norm in norms) == 2 * len(resnets) + 1
+    assert {m.implementation for m in norms} == {"triton"}
     assert {m.implementation for m in UNet(SD1).modules() if isinstance(m, Attention)} == {"sdpa"}
 
 

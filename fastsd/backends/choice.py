@@ -1,0 +1,176 @@
+"""Which kernel computes each layer: every one that can is tried on this GPU, at the layer's shape.
+
+What runs, agrees with the library and takes least is used, and remembered for the next time. Trying
+takes a few seconds when a model is loaded for the first time, and nothing in a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+import fastsd
+from fastsd.backends.measured import fastest
+from fastsd.kernels import attention, dispatch, group_norm, sampler_step
+from fastsd.models.layers import Attention, GroupNorm, Level, Resnet, Transformer, TransformerBlock
+from fastsd.models.unet import UNet
+from fastsd.models.vae import Decoder, PixelAttention
+
+Candidates = Mapping[str, Callable[[], Tensor]]
+# Latents along a side at which a decoder's norms are tried: what wins there does at any size, and
+# the maps of a large picture take gigabytes.
+DECODED = 64
+
+
+def fastest_attention(unet: UNet, dtype: torch.dtype, device: torch.device) -> str:
+    """Let every attention use what is fastest at its shape, for a guidance pair; say what."""
+    said = []
+    for (tokens, keys, heads, width), layers in attention_shapes(unet).items():
+
+        def make() -> Candidates:
+            q, k, v = (
+                torch.randn(2, n, heads, width, dtype=dtype, device=device).transpose(1, 2)  # noqa: B023
+                for n in (tokens, keys, keys)  # noqa: B023
+            )
+            return attention.candidates(q, k, v)
+
+        shape = f"{tokens}x{keys}x{width}"
+        said.append(_settle("attention", f"{shape}x{heads}", dtype, device, make, layers))
+    return f"attention: {'; '.join(said)}"
+
+
+def fastest_norms(unet: UNet, decoder: nn.Module, dtype: torch.dtype, device: torch.device) -> str:
+    """Let every group normalisation use what is fastest at its shape; say what.
+
+    decoder: one of a VAE; a tiny one has no norms.
+    """
+    said = []
+    for (rows, channels, side, groups, silu, added), layers in norm_shapes(unet, decoder).items():
+
+        def make() -> Candidates:
+            shape = (rows, channels, side, side)  # noqa: B023
+            x, weight, bias, row = (
+                torch.randn(shape_, dtype=dtype, device=device)
+                for shape_ in (shape, channels, channels, (rows, channels))  # noqa: B023
+            )
+            return group_norm.candidates(
+                x.contiguous(memory_format=torch.channels_last),
+                weight,
+                bias,
+                groups,  # noqa: B023
+                1e-5,
+                added=row if added else None,  # noqa: B023
+                silu=silu,  # noqa: B023
+            )
+
+        shape = f"{rows}x{channels}x{side}x{side}"
+        kind = f"{shape} in {groups}{' silu' if silu else ''}{' added' if added else ''}"
+        said.append(_settle("group_norm", kind, dtype, device, make, layers))
+    return f"group_norm: {'; '.join(said)}"
+
+
+@cache
+def fastest_step(device: torch.device) -> dispatch.Choice:
+    """Choose what computes the sampler's step: the one that is fastest for a picture of SD1.5."""
+
+    def make() -> Candidates:
+        slots, side = 4, 64
+        sources = torch.randn(slots + 3, 1, 4, side, side, device=device)
+        prediction = torch.randn(2, 4, side, side, dtype=torch.float16, device=device)
+        coefficients = torch.randn(2, 5 + (slots + 1) * (slots + 3), device=device)
+        return sampler_step.candidates(
+            sources,
+            prediction.contiguous(memory_format=torch.channels_last),
+            coefficients / 8,
+            torch.ones(1, dtype=torch.int64, device=device),
+            torch.tensor(7.5, device=device),
+        )
+
+    name, ms = _fastest("sampler_step", "1x4x64x64", torch.float32, device, make)
+    return dispatch.Choice("sampler_step", name, f"{1000 * ms:.0f} us, the fastest measured")
+
+
+def _settle(
+    op: str,
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    make: Callable[[], Candidates],
+    layers: Iterable[Attention | GroupNorm],
+) -> str:
+    """Give `layers`, all of one shape, what is fastest; say what."""
+    name, ms = _fastest(op, shape, dtype, device, make)
+    for layer in layers:
+        layer.implementation = name
+    return f"{name} at {shape} ({1000 * ms:.0f} us)"
+
+
+def _fastest(
+    op: str, shape: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Candidates]
+) -> tuple[str, float]:
+    gpu = torch.cuda.get_device_name(device)
+    versions = f"torch {torch.__version__} fastsd {fastsd.__version__}"
+    key = f"{op} {shape} {dtype} {gpu} {versions} of {', '.join(dispatch.able(op, device))}"
+    return fastest(key, lambda: dispatch.try_out(make()))
+
+
+# --- the shapes of a model's layers, at its own size ----------------------------------------------
+
+
+def attention_shapes(unet: UNet) -> dict[tuple[int, int, int, int], list[Attention]]:
+    """Group attentions by (queries, keys, heads, head width)."""
+    shapes: dict[tuple[int, int, int, int], list[Attention]] = {}
+    for side, level in _levels(unet):
+        for block in level.modules():
+            if isinstance(block, TransformerBlock):
+                for layer, keys in ((block.attn1, side * side), (block.attn2, 77)):
+                    width = layer.to_q.out_features // layer.heads
+                    shape = (side * side, keys, layer.heads, width)
+                    shapes.setdefault(shape, []).append(layer)
+    return shapes
+
+
+NormShape = tuple[int, int, int, int, bool, bool]
+
+
+def norm_shapes(unet: UNet, decoder: nn.Module) -> dict[NormShape, list[GroupNorm]]:
+    """Group norms by (rows, channels, side, groups, whether SiLU follows, whether a row is added).
+
+    Rows are a guidance pair's in the UNet, one in a decoder.
+    """
+    shapes: dict[NormShape, list[GroupNorm]] = {}
+
+    def add(norm: GroupNorm, rows: int, side: int, added: bool = False) -> None:
+        shape = (rows, norm.num_channels, side, norm.num_groups, norm.silu, added)
+        shapes.setdefault(shape, []).append(norm)
+
+    levels = [(2, side, level) for side, level in _levels(unet)]
+    add(unet.conv_norm_out, 2, unet.config.sample_size)
+    if isinstance(decoder, Decoder):
+        sides = [DECODED, *(DECODED * 2**i for i in range(len(decoder.up_blocks)))]
+        found = (decoder.mid_block, *decoder.up_blocks)
+        levels += [(1, side, level) for side, level in zip(sides, found, strict=True)]
+        add(decoder.conv_norm_out, 1, sides[-1])
+    for rows, side, level in levels:
+        for module in level.modules():
+            if isinstance(module, Resnet):
+                add(module.norm1, rows, side)
+                add(module.norm2, rows, side, added=module.time_emb_proj is not None)
+            elif isinstance(module, Transformer):
+                add(module.norm, rows, side)
+            elif isinstance(module, PixelAttention):
+                add(module.group_norm, rows, side)
+    return shapes
+
+
+def _levels(unet: UNet) -> Iterator[tuple[int, Level]]:
+    """Yield each level of a UNet with how many latents along a side it sees."""
+    deepest = len(unet.config.widths) - 1
+    numbered = [*enumerate(unet.down_blocks), (deepest, unet.mid_block)]
+    numbered += [(deepest - i, level) for i, level in enumerate(unet.up_blocks)]
+    for i, level in numbered:
+        assert isinstance(level, Level)
+        yield -(-unet.config.sample_size // 2**i), level  # an odd side is rounded up

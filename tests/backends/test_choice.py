@@ -1,0 +1,186 @@
+"""Kernels chosen by trying: every layer at its own shape, remembered for the next time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsd import Pipeline
+from fastsd.artifact import cache_folder
+from fastsd.backends import choice
+from fastsd.backends.choice import attention_shapes, norm_shapes
+from fastsd.backends.eager import EagerBackend
+from fastsd.backends.measured import fastest
+from fastsd.checkpoints.weights import empty_module
+from fastsd.config import SD15, SDXL
+from fastsd.kernels import attention, dispatch, group_norm, sampler_step
+from fastsd.models.layers import Attention, GroupNorm
+from fastsd.models.unet import UNet
+from fastsd.models.vae import VAE
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # (queries, keys, heads, head width) -> how many layers
+        (
+            SD15.unet,
+            {
+                (4096, 4096, 8, 40): 5,
+                (4096, 77, 8, 40): 5,
+                (1024, 1024, 8, 80): 5,
+                (1024, 77, 8, 80): 5,
+                (256, 256, 8, 160): 5,
+                (256, 77, 8, 160): 5,
+                (64, 64, 8, 160): 1,
+                (64, 77, 8, 160): 1,
+            },
+        ),
+        (
+            SDXL.unet,
+            {
+                (4096, 4096, 10, 64): 10,
+                (4096, 77, 10, 64): 10,
+                (1024, 1024, 20, 64): 60,
+                (1024, 77, 20, 64): 60,
+            },
+        ),
+    ],
+    ids=("sd15", "sdxl"),
+)
+def test_every_attention_is_measured_at_its_shape(config: Any, expected: Any) -> None:
+    with torch.device("meta"):
+        shapes = attention_shapes(UNet(config))
+    assert {shape: len(modules) for shape, modules in shapes.items()} == expected
+
+
+def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "cache"))
+    calls: list[str] = []
+
+    def measure(**times: float) -> Any:
+        def run() -> dict[str, float]:
+            calls.append("measured")
+            return times
+
+        return run
+
+    assert fastest("a", measure(flash=0.2, cudnn=0.1)) == ("cudnn", 0.1)
+    assert fastest("b", measure(flash=0.2, sdpa=0.3)) == ("flash", 0.2)
+    assert fastest("a", measure(flash=0.0)) == ("cudnn", 0.1) and len(calls) == 2
+    file = cache_folder() / "measured.json"
+    assert set(json.loads(file.read_text())) == {"a", "b"}
+    assert [path.name for path in file.parent.iterdir()] == ["measured.json"], "no draft is left"
+    for broken in ("{", '{"a": 3}', '{"a": {"flash": "fast"}}'):
+        file.write_text(broken)
+        assert fastest("a", measure(efficient=0.4)) == ("efficient", 0.4)
+
+
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=("sd15", "sdxl"))
+def test_every_norm_is_tried_at_the_shape_it_has(config: Any) -> None:
+    """Held to what a forward pass over a guidance pair, and a decode, really give each norm."""
+    unet, vae = empty_module(lambda: UNet(config.unet)), empty_module(lambda: VAE(config.vae))
+    assert isinstance(unet, UNet) and isinstance(vae, VAE)
+    found = norm_shapes(unet, vae.decoder)
+    by_layer = {id(layer): shape for shape, layers in found.items() for layer in layers}
+    seen: set[int] = set()
+
+    def check(layer: Any, args: tuple[Any, ...]) -> None:
+        x, *rest = args
+        added = bool(rest) and rest[0] is not None
+        shape = (*x.shape[:3], layer.num_groups, layer.silu, added)
+        assert by_layer[id(layer)] == shape and x.shape[2] == x.shape[3]
+        seen.add(id(layer))
+
+    for model in (unet, vae.decoder):
+        for module in model.modules():
+            if isinstance(module, GroupNorm):
+                module.register_forward_pre_hook(check)
+    side = config.unet.sample_size
+    wide = {"text_embeds": config.unet.pooled_width, "time_ids": config.unet.size_ids}
+    with torch.device("meta"):
+        unet.standard(
+            torch.empty(2, 4, side, side),
+            torch.empty(1),
+            torch.empty(2, 77, config.unet.context_width),
+            **{name: torch.empty(2, width) for name, width in wide.items() if width},
+        )
+        vae.decoder(torch.empty(1, 4, choice.DECODED, choice.DECODED))
+    assert seen == set(by_layer)
+
+
+class Clock:
+    """Stands for the GPU's: what a kernel takes is `ms`, by name; `tried` says what was timed."""
+
+    def __init__(self, ms: Mapping[str, float]) -> None:
+        self.ms, self.tried = ms, list[set[str]]()
+
+    def __call__(self, calls: Mapping[str, Any]) -> dict[str, float]:
+        self.tried.append(set(calls))
+        return {name: self.ms.get(name, 9.0) for name in calls}
+
+
+@pytest.fixture
+def a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU pass for a GPU on which Triton's kernels run: as copies of the library's."""
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    monkeypatch.setattr(dispatch, "able", lambda op, device: list(dispatch.IMPLEMENTATIONS[op][:3]))
+
+    def stand_in(module: Any) -> None:
+        real = module.candidates
+
+        def candidates(*args: Any, **options: Any) -> dict[str, Any]:
+            with monkeypatch.context() as patch:
+                patch.setattr(dispatch, "able", lambda op, device: ["library"])
+                library = real(*args, **options)["library"]
+            return {"library": library, "triton": lambda: 1.0005 * library()}
+
+        monkeypatch.setattr(module, "candidates", candidates)
+
+    stand_in(group_norm)
+    stand_in(sampler_step)
+    choice.fastest_step.cache_clear()
+
+
+def test_the_fastest_that_agrees_is_used_and_remembered(
+    sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Pipeline.from_pretrained(sd1_folder)._backend
+    assert isinstance(backend, EagerBackend)
+    unet, vae = backend.modules["unet"], backend.modules["vae"]
+    assert isinstance(unet, UNet) and isinstance(vae, VAE)
+    norms = [m for part in (unet, vae.decoder) for m in part.modules() if isinstance(m, GroupNorm)]
+    clock = Clock({"library": 2.0, "triton": 1.0})
+    monkeypatch.setattr(dispatch, "time_ms", clock)
+    said = choice.fastest_norms(unet, vae.decoder, torch.float32, CPU)
+    assert {norm.implementation for norm in norms} == {"triton"}
+    assert said.startswith("group_norm: triton at 2x") and "(1000 us)" in said
+    assert {frozenset(names) for names in clock.tried} == {frozenset({"library", "triton"})}
+    tried = len(clock.tried)
+    assert tried == len(norm_shapes(unet, vae.decoder))
+    clock.ms = {"library": 0.5}
+    assert choice.fastest_norms(unet, vae.decoder, torch.float32, CPU) == said
+    assert len(clock.tried) == tried, "what is known is not tried again"
+    step = choice.fastest_step(CPU)
+    assert str(step) == "sampler_step: library (500 us, the fastest measured)"
+
+
+def test_attention_too(sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = Pipeline.from_pretrained(sd1_folder)._backend.modules["unet"]  # type: ignore[attr-defined]
+    monkeypatch.setattr(dispatch, "time_ms", Clock({"sdpa": 3.0}))
+    monkeypatch.setattr(
+        attention,
+        "candidates",
+        lambda q, k, v: {"sdpa": lambda: q @ k[:, :, :1].mT * v[:, :, :1], "flash": lambda: q * 0},
+    )
+    assert "sdpa at " in choice.fastest_attention(unet, torch.float32, CPU)
+    layers = [m for m in unet.modules() if isinstance(m, Attention)]
+    assert {layer.implementation for layer in layers} == {"sdpa"}, "a wrong kernel is not used"
