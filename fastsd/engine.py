@@ -77,8 +77,8 @@ class Run:
     rescale: from 0 to 1, how far the guided prediction's spread is brought back to that of the
     conditional one (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     known: laid over x after every row, at the level where the next row finds it.
-    finish: makes what is wanted of the final latents, such as a picture; a part of the graph where
-    the whole loop is one.
+    finish: makes what is wanted of the final latents, such as a picture, as some tensors; a part of
+    the graph where the whole loop is one.
     kernel: what computes the sampler's step, as `fastsd.kernels.dispatch` has it.
     """
 
@@ -88,7 +88,7 @@ class Run:
     guidance: float | None
     rescale: float = 0.0
     known: Known | None = None
-    finish: Callable[[Tensor], Tensor] | None = None
+    finish: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     kernel: str = "library"
 
     @property
@@ -135,7 +135,7 @@ class SamplingLoop:
         )
         self._known = run.known and Known(*map(torch.zeros_like, run.known.tensors))
         self._finish, self._kernel = run.finish, run.kernel
-        self._finished = self.latents
+        self._finished: tuple[Tensor, ...] = ()
         self._replay: Step = self._step
         self._replay_all: Step | None = None
         self._noises: Tensor | None = None  # of every row, where the whole loop is one graph
@@ -198,12 +198,12 @@ class SamplingLoop:
         self._noises = self._sources.new_zeros((self._table.rows, *self.latents.shape))
         self._replay_all = capture(self._walk)
 
-    def run(self, noise: Callable[[], Tensor], on_row: Callable[[int], bool]) -> Tensor:
-        """Run every row and return the final latents, (B, C, H, W) fp32, or the finished picture.
+    def run(self, noise: Callable[[], Tensor], on_row: Callable[[int], bool]) -> tuple[Tensor, ...]:
+        """Run every row and return what the run's finish makes, or the latents: (B, C, H, W) fp32.
 
         noise: draws (B, C, H, W) standard normal numbers; called only at the table's drawing rows.
         on_row: called after each row with its index; answering False ends the run there.
-        The result is the loop's own buffer: copy what is to outlive the next run.
+        The results are the loop's own buffers: copy what is to outlive the next run.
         Raises NumericsError if the latents are not finite.
         """
         if self._replay_all is not None and self._noises is not None:
@@ -232,7 +232,7 @@ class SamplingLoop:
         self._end()
 
     def _end(self) -> None:
-        self._finished = self.latents if self._finish is None else self._finish(self.latents)
+        self._finished = (self.latents,) if self._finish is None else self._finish(self.latents)
 
     def _step(self) -> None:
         """One model evaluation and one row of the table; then the counter stands on the next."""

@@ -48,8 +48,13 @@ def to_pil(pictures: Tensor | np.ndarray) -> list[Image.Image]:
     else:  # rounded where it lies: a quarter of the bytes leave a GPU
         pictures = pictures.detach().float()
         _check_range(*(float(end) for end in pictures.aminmax()))
-        array = (pictures * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        array = to_uint8(pictures).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """Round pictures (B, 3, H, W), fp32 in [0, 1], to uint8 (B, H, W, 3), each v to 255 v."""
+    return (pictures * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 def _check_range(low: float, high: float) -> None:

@@ -983,7 +983,7 @@ class Call:
         noise = Noise(generators, self._latent_shape, self._backend.device)
         self._start = self._prepare(noise, latents)
         loops = self._pipeline._loops_of(self._backend)
-        decoder = self._decoder = tasks.bind_decoder(
+        self._decoder = tasks.bind_decoder(
             self._backend,
             self._config,
             one_at_a_time=self._one_at_a_time,
@@ -991,6 +991,8 @@ class Call:
         )
         watched = self._callback is not None or self._show is not None
         whole = loops.graph == "loop" and not watched and output_type != "latent"
+        source = self._source if self._feather is not None else None
+        finish = tasks.Finish(self._decoder, rounded=output_type == "pil" and source is None)
         run = Run(
             table=self._table,
             latents=self._start.latents,
@@ -998,26 +1000,26 @@ class Call:
             guidance=self._guidance,
             rescale=self._rescale,
             known=self._start.known,
-            finish=decoder if whole else None,
+            finish=finish if whole else None,
             kernel=self._pipeline._step.implementation,
         )
         with (
             loops.take(run) as self._loop,
             tqdm(total=self._table.rows, **self._pipeline._progress) as bar,
         ):
-            final = self._loop.run(noise, lambda row: self._end_row(row, bar)).clone()
+            results = self._loop.run(noise, lambda row: self._end_row(row, bar))
+            results = tuple(result.clone() for result in results)
         if output_type == "latent":
-            return final
-        pictures = final if whole else decoder(final)
-        check_finite(pictures, "the picture")
-        pictures = (pictures / 2 + 0.5).clamp(0, 1)
-        if self._source is not None and self._feather is not None:
-            pictures = self._source.keep(pictures, self._feather)
+            return results[0]
+        pictures, total = results if whole else finish(results[0])
+        check_finite(total, "the picture")
+        if source is not None and self._feather is not None:
+            pictures = source.keep(pictures, self._feather)
         if output_type == "pt":
             return pictures
         if output_type == "np":
             return pictures.permute(0, 2, 3, 1).cpu().numpy()
-        return to_pil(pictures)
+        return to_pil(pictures.cpu().numpy() if finish.rounded else pictures)
 
     @property
     def _guidance(self) -> float | None:

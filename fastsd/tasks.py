@@ -23,7 +23,7 @@ from fastsd.backends.base import Part
 from fastsd.config import ModelConfig
 from fastsd.engine import Denoiser, Known
 from fastsd.errors import UsageError
-from fastsd.images import digest, feathered, to_tensor, widen
+from fastsd.images import digest, feathered, to_tensor, to_uint8, widen
 from fastsd.prompts import Chunk, parse, split
 from fastsd.samplers import StepTable
 from fastsd.tokenizers import CLIPTokenizer
@@ -805,6 +805,25 @@ class Decode:
                 weights[rows, columns] += weight
         assert total is not None and weights is not None
         return total / weights
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a run: latents to pictures in [0, 1], or rounded to uint8 for files.
+
+    Equal ones compute the same, and nothing in it waits for the device: a graph may hold it.
+    """
+
+    decode: Decode
+    rounded: bool
+
+    def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) -> pictures (B, 3, H, W) fp32 or (B, H, W, 3) uint8, and a sum () that is
+        finite if every value of the decoder's is, which rounding hides."""
+        pictures = self.decode(latents)
+        total = pictures.sum()
+        pictures = (pictures / 2 + 0.5).clamp(0, 1)
+        return to_uint8(pictures) if self.rounded else pictures, total
 
 
 def _tile_starts(side: int, tile: int) -> list[int]:

@@ -84,7 +84,7 @@ def loop_of(
 
 def run(table: StepTable, x: Tensor, **options: Any) -> Tensor:
     loop = loop_of(table, x, **options)
-    return loop.run(draw(torch.Generator().manual_seed(1)), lambda row: True)
+    return loop.run(draw(torch.Generator().manual_seed(1)), lambda row: True)[0]
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
@@ -134,7 +134,7 @@ def test_capture_replays_the_same_buffers() -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     loop = loop_of(table, x, capture=capture)
     before = loop.latents.data_ptr()
-    result = loop.run(draw(torch.Generator()), lambda row: True)
+    (result,) = loop.run(draw(torch.Generator()), lambda row: True)
     assert len(captured) == 1 and replays == table.rows
     assert result.data_ptr() == before
     assert torch.equal(result, run(table, x))
@@ -149,7 +149,7 @@ def test_room_to_spare_changes_no_bit(sampler: str) -> None:
     table = build_table(SCHEDULE, 7, sampler=sampler)
     denoiser = Denoiser(answer, torch.arange(table.rows, dtype=torch.float32))
     loop.load(Run(table=table, denoiser=denoiser, latents=x, guidance=None))
-    result = loop.run(draw(torch.Generator().manual_seed(1)), lambda row: True)
+    (result,) = loop.run(draw(torch.Generator().manual_seed(1)), lambda row: True)
     assert torch.equal(result, run(table, x))
 
 
@@ -160,7 +160,7 @@ def test_an_element_does_not_depend_on_its_batch(sampler: str) -> None:
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
 
     def sample(rows: slice) -> Tensor:
-        return loop_of(table, x[rows]).run(lambda: noise[rows], lambda row: True)
+        return loop_of(table, x[rows]).run(lambda: noise[rows], lambda row: True)[0]
 
     together = sample(slice(0, 3))
     for i in range(3):
@@ -193,7 +193,7 @@ def test_rescaled_guidance_has_the_conditional_spread() -> None:
     def drawn(batch: slice, rescale: float) -> Tensor:
         """Return the prediction: one step of Euler is x - sigma * prediction."""
         loop = loop_of(table, x[batch], twice, guidance=9.0, rescale=rescale)
-        return (x[batch] - loop.run(lambda: x, lambda row: True)) / float(table.levels[0, 1])
+        return (x[batch] - loop.run(lambda: x, lambda row: True)[0]) / float(table.levels[0, 1])
 
     batch = slice(0, len(x))
     plain, full, most = drawn(batch, 0.0), drawn(batch, 1.0), drawn(batch, 0.7)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastsd import SAMPLERS, Pipeline, engine
 from fastsd.backends.eager import EagerBackend
 from fastsd.engine import Loops
-from fastsd.errors import UsageError
+from fastsd.errors import NumericsError, UsageError
 from tests import fixtures, replay
 from tests.test_tasks import mask, picture
 
@@ -233,9 +233,29 @@ def test_a_whole_loop_draws_the_same_pictures(
 
     np.testing.assert_array_equal(draw(whole, callback_on_step_end=see), draw(plain))
     assert seen == [0, 1, 2, 3]
+    for _ in range(2):
+        (ours,) = whole("a red apple", num_inference_steps=3, seed=0).images
+        (expected,) = plain("a red apple", num_inference_steps=3, seed=0).images
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+    assert whole._loops.captures == 4, "rounding to uint8 is in the graph of a picture for files"
     latents = whole("a red apple", num_inference_steps=3, seed=0, output_type="latent").images
     expected = plain("a red apple", num_inference_steps=3, seed=0, output_type="latent").images
-    assert torch.equal(latents, expected) and whole._loops.captures == 3
+    assert torch.equal(latents, expected) and whole._loops.captures == 4
+
+
+@pytest.mark.parametrize("graph", ["step", "loop"])
+def test_a_picture_of_nothing_is_refused_before_it_is_rounded(
+    sd1_folder: Path, capturing: None, graph: str
+) -> None:
+    pipeline = Pipeline.from_pretrained(sd1_folder, graph=graph)
+    pipeline.set_progress_bar_config(disable=True)
+    draw(pipeline)
+    backend = pipeline._backend
+    assert isinstance(backend, EagerBackend)
+    weights = dict(backend.modules["vae"].named_parameters())
+    weights["decoder.conv_out.bias"].data[1] = float("nan")
+    with pytest.raises(NumericsError, match="the picture became NaN"):
+        draw(pipeline)
 
 
 def test_graph_none_captures_nothing(plain: Pipeline, sd1_folder: Path, capturing: None) -> None:
