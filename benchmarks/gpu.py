@@ -70,6 +70,7 @@ STAGES = (
         "kernels, graphs and half precision, on the GPU",
         ("pytest", "-q", "tests/kernels/test_triton.py", "tests/backends/test_cuda.py")
         + ("tests/kernels/test_attention.py::test_every_candidate_equals_the_formula",),
+        takes_s=240.0,  # Triton compiles
     ),
     _bench("sd15", "SD1.5 at 512", "--model", "random:sd15", "--steps", "20", *_HALF),
     _bench("sdxl", "SDXL at 1024", "--model", "random:sdxl", "--steps", "30", *_HALF, takes_s=240),

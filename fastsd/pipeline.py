@@ -326,6 +326,7 @@ class Pipeline:
             with self._adapters.rebound() as new:
                 opened = self._open_backend(name, precision, device)
                 for op, implementation in self._kernels.items():
+                    dispatch.require(op, implementation, device)
                     if op != "sampler_step":  # the loop's own, see _new_loops
                         opened.use(op, implementation)
                 self._backend.close()
@@ -483,8 +484,9 @@ class Pipeline:
 
         batch: pictures at once. height, width: pixels; None takes the model's own size. guidance:
         with it or without; the two are captured apart, as are sizes and batches. Everything else
-        (prompt, seed, sampler, steps, the weight of guidance) may change without a new capture;
-        num_inference_steps matters only where the whole loop is captured. Returns the pipeline.
+        (prompt, seed, sampler, steps, the weight of guidance) may change without a new capture.
+        Where the whole loop is captured, it is for num_inference_steps and for pictures as PIL's
+        only. Returns the pipeline.
         """
         _check_count("batch", batch)
         self(

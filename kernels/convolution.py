@@ -69,7 +69,9 @@ def _conv3x3(
 ) -> None:
     from fastsd.kernels import triton_convolution  # triton may be absent, and is slow to import
 
-    triton_convolution.launch(x, weight, bias, skip, shift, residual, stride, upsample, out)
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_convolution.launch(x, weight, bias, skip, shift, residual, stride, upsample, out)
 
 
 _conv3x3.register_fake(lambda *_: None)  # it writes into `out`, and makes nothing

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from types import MappingProxyType
 
@@ -132,33 +133,40 @@ def _known(op: str) -> tuple[str, ...]:
     return IMPLEMENTATIONS[op]
 
 
-def try_out(candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+def try_out(what: str, candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Time the candidates that run and agree with the first, the library's, in ms (`time_ms`).
 
-    One that disagrees is named in a warning; one that does not take these inputs is left out.
+    what: the op and its shape. One that fails, or disagrees, is named in a warning and left out.
+    What leaves a GPU unusable is raised.
     """
     truth: Tensor | None = None
     agreeing: dict[str, Callable[[], Tensor]] = {}
     for name, candidate in candidates.items():
         try:
             out = candidate()
+            if out.is_cuda:
+                torch.cuda.current_stream(out.device).synchronize()  # errors come up late there
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except Exception as error:  # noqa: BLE001  (every compiler and library has its own)
             if truth is None:
                 raise
-            log.debug("%s does not run here: %s", name, error)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("%s: %s is not used: it does not run here (%s)", what, name, reason)
             continue
-        truth = out.clone() if truth is None else truth
-        error_ = relative_l2(out, truth)
-        if error_ <= AGREEMENT[truth.dtype]:
-            agreeing[name] = candidate
-        else:
-            log.warning("%s is not used: it differs from the library by %.1e", name, error_)
+        if truth is None:
+            truth = out.clone()
+        elif not (error_ := relative_l2(out, truth)) <= AGREEMENT[truth.dtype]:  # NaN is not
+            log.warning("%s: %s is not used: it is %.1e from the library", what, name, error_)
+            continue
+        agreeing[name] = candidate
     return time_ms(agreeing)
 
 
 def relative_l2(ours: Tensor, truth: Tensor) -> float:
-    """Return |ours - truth| / |truth|; NaN where either has one."""
-    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+    """Return |ours - truth| / |truth|; NaN where either has one. No copy is in a wider dtype."""
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return float(norm(ours - truth) / norm(truth))
 
 
 def time_ms(
@@ -170,16 +178,16 @@ def time_ms(
             candidate()
     marks: dict[str, list[tuple[torch.Event, torch.Event]]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        # Half a millisecond of waiting, behind which launches queue up: what they take in Python,
-        # and a graph would not, is not in the time between events then.
-        torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
+        # Milliseconds of waiting, behind which launches queue up: what they take in Python, and a
+        # graph would not, is not in the time between events then.
+        torch.cuda._sleep(4_000_000)  # type: ignore[no-untyped-call]
         for name, candidate in candidates.items():
             start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
             start.record()
             candidate()
             end.record()
             marks[name].append((start, end))
-    torch.cuda.synchronize()
+        end.synchronize()
     times: dict[str, float] = {}
     for name, pairs in marks.items():
         times[name] = median(start.elapsed_time(end) for start, end in pairs)

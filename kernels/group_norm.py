@@ -90,7 +90,9 @@ def _group_norm(
     from fastsd.kernels import triton_group_norm  # triton may be absent, and is slow to import
 
     kernel = triton_group_norm.launch_by_group if by_group else triton_group_norm.launch
-    kernel(x, weight, bias, groups, eps, added, silu, out)
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        kernel(x, weight, bias, groups, eps, added, silu, out)
 
 
 _group_norm.register_fake(lambda *_: None)  # it writes into `out`, and makes nothing

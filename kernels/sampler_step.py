@@ -77,7 +77,9 @@ def _sampler_step(
 ) -> None:
     from fastsd.kernels import triton_sampler_step  # triton may be absent, and is slow to import
 
-    triton_sampler_step.launch(sources, prediction, coefficients, row, guidance)
+    # Triton launches on the current device.
+    with torch.cuda.device_of(sources):  # type: ignore[no-untyped-call]
+        triton_sampler_step.launch(sources, prediction, coefficients, row, guidance)
 
 
 @_sampler_step.register_fake

@@ -18,6 +18,9 @@ PROGRAMS = 528  # four for each of an H100's or H200's 132 multiprocessors
 TILE = 4096  # elements that a program holds at once
 GROUP_TILE = 2048  # where they are a group's: their addresses take registers too
 
+# Not specialised are sizes that no address is aligned by: to compile a kernel anew for those that
+# are 1, or multiples of 16, wins nothing.
+
 
 @triton.jit
 def group_affine(
@@ -66,7 +69,7 @@ def activated(y, SILU: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "pixels_per_split", "splits"])
 def partial_sums(
     x,
     partial,
@@ -100,7 +103,7 @@ def partial_sums(
     tl.store(row + C + c, second, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "splits", "groups", "added_stride"])
 def group_statistics(
     x,
     partial,
@@ -141,7 +144,7 @@ def group_statistics(
     tl.store(affine + b * 2 * C + C + c, offset, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def apply(
     x,
     affine,
@@ -165,7 +168,7 @@ def apply(
     tl.store(out + at, activated(y, SILU).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "groups", "added_stride"])
 def one_group(
     x,
     weight,

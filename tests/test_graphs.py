@@ -249,13 +249,13 @@ def test_a_picture_of_nothing_is_refused_before_it_is_rounded(
 ) -> None:
     pipeline = Pipeline.from_pretrained(sd1_folder, graph=graph)
     pipeline.set_progress_bar_config(disable=True)
-    draw(pipeline)
+    pipeline("a red apple", num_inference_steps=3, seed=0)
     backend = pipeline._backend
     assert isinstance(backend, EagerBackend)
     weights = dict(backend.modules["vae"].named_parameters())
     weights["decoder.conv_out.bias"].data[1] = float("nan")
     with pytest.raises(NumericsError, match="the picture became NaN"):
-        draw(pipeline)
+        pipeline("a red apple", num_inference_steps=3, seed=0)
 
 
 def test_graph_none_captures_nothing(plain: Pipeline, sd1_folder: Path, capturing: None) -> None:

@@ -1,7 +1,8 @@
 """Which kernel computes each layer: every one that can is tried on this GPU, at the layer's shape.
 
 What runs, agrees with the library and takes least is used, and remembered for the next time. Trying
-takes a few seconds when a model is loaded for the first time, and nothing in a request.
+takes up to a minute, most of it Triton's compiling, when a model of new shapes is loaded for the
+first time, and nothing in a request.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsd
-from fastsd.backends.measured import fastest
+from fastsd.backends.measured import measured
 from fastsd.kernels import attention, dispatch, group_norm, sampler_step
 from fastsd.models.layers import Attention, GroupNorm, Level, Resnet, Transformer, TransformerBlock
 from fastsd.models.unet import UNet
@@ -25,8 +26,13 @@ Candidates = Mapping[str, Callable[[], Tensor]]
 DECODED = 64
 
 
-def fastest_attention(unet: UNet, dtype: torch.dtype, device: torch.device) -> str:
-    """Let every attention use what is fastest at its shape, for a guidance pair; say what."""
+def fastest_attention(
+    unet: UNet, dtype: torch.dtype, device: torch.device, *, torchs: bool = False
+) -> list[str]:
+    """Let every attention use what is fastest at its shape, for a guidance pair; say what.
+
+    torchs: of torch's own kernels only, which its compiler takes.
+    """
     said = []
     for (tokens, keys, heads, width), layers in attention_shapes(unet).items():
 
@@ -35,14 +41,17 @@ def fastest_attention(unet: UNet, dtype: torch.dtype, device: torch.device) -> s
                 torch.randn(2, n, heads, width, dtype=dtype, device=device).transpose(1, 2)  # noqa: B023
                 for n in (tokens, keys, keys)  # noqa: B023
             )
-            return attention.candidates(q, k, v)
+            found = attention.candidates(q, k, v)
+            return {n: call for n, call in found.items() if not (torchs and n in dispatch.NEEDS)}
 
-        shape = f"{tokens}x{keys}x{width}"
-        said.append(_settle("attention", f"{shape}x{heads}", dtype, device, make, layers))
-    return f"attention: {'; '.join(said)}"
+        shape = f"{tokens}x{keys}x{width}x{heads}{' torch only' if torchs else ''}"
+        said.append(_settle("attention", shape, dtype, device, make, layers))
+    return said
 
 
-def fastest_norms(unet: UNet, decoder: nn.Module, dtype: torch.dtype, device: torch.device) -> str:
+def fastest_norms(
+    unet: UNet, decoder: nn.Module, dtype: torch.dtype, device: torch.device
+) -> list[str]:
     """Let every group normalisation use what is fastest at its shape; say what.
 
     decoder: one of a VAE; a tiny one has no norms.
@@ -69,7 +78,7 @@ def fastest_norms(unet: UNet, decoder: nn.Module, dtype: torch.dtype, device: to
         shape = f"{rows}x{channels}x{side}x{side}"
         kind = f"{shape} in {groups}{' silu' if silu else ''}{' added' if added else ''}"
         said.append(_settle("group_norm", kind, dtype, device, make, layers))
-    return f"group_norm: {'; '.join(said)}"
+    return said
 
 
 @cache
@@ -89,8 +98,8 @@ def fastest_step(device: torch.device) -> dispatch.Choice:
             torch.tensor(7.5, device=device),
         )
 
-    name, ms = _fastest("sampler_step", "1x4x64x64", torch.float32, device, make)
-    return dispatch.Choice("sampler_step", name, f"{1000 * ms:.0f} us, the fastest measured")
+    times = _times("sampler_step", "1x4x64x64", torch.float32, device, make)
+    return dispatch.Choice("sampler_step", next(iter(times)), f"measured: {_said(times)}")
 
 
 def _settle(
@@ -102,19 +111,32 @@ def _settle(
     layers: Iterable[Attention | GroupNorm],
 ) -> str:
     """Give `layers`, all of one shape, what is fastest; say what."""
-    name, ms = _fastest(op, shape, dtype, device, make)
+    times = _times(op, shape, dtype, device, make)
     for layer in layers:
-        layer.implementation = name
-    return f"{name} at {shape} ({1000 * ms:.0f} us)"
+        layer.implementation = next(iter(times))
+    return f"{op} {shape}: {_said(times)}"
 
 
-def _fastest(
+def _said(times: Mapping[str, float]) -> str:
+    """Say what is used and what it takes, and then what else was tried."""
+    return ", ".join(f"{name} {1000 * ms:.0f} us" for name, ms in times.items())
+
+
+def _times(
     op: str, shape: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Candidates]
-) -> tuple[str, float]:
+) -> dict[str, float]:
+    """Try what `make` gives, or remember it: name -> ms, the fastest first."""
     gpu = torch.cuda.get_device_name(device)
     versions = f"torch {torch.__version__} fastsd {fastsd.__version__}"
     key = f"{op} {shape} {dtype} {gpu} {versions} of {', '.join(dispatch.able(op, device))}"
-    return fastest(key, lambda: dispatch.try_out(make()))
+
+    def measure() -> dict[str, float]:
+        with torch.cuda.device(device):
+            times = dispatch.try_out(f"{op} {shape}", make())
+            torch.cuda.empty_cache()
+        return times
+
+    return measured(key, measure)
 
 
 # --- the shapes of a model's layers, at its own size ----------------------------------------------
@@ -139,7 +161,8 @@ NormShape = tuple[int, int, int, int, bool, bool]
 def norm_shapes(unet: UNet, decoder: nn.Module) -> dict[NormShape, list[GroupNorm]]:
     """Group norms by (rows, channels, side, groups, whether SiLU follows, whether a row is added).
 
-    Rows are a guidance pair's in the UNet, one in a decoder.
+    Rows are a guidance pair's in the UNet (of SD1.x the first norms see what both share, once), one
+    in a decoder.
     """
     shapes: dict[NormShape, list[GroupNorm]] = {}
 

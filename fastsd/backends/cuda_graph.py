@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastsd.backends.base import Backend
+
 WARM_UPS = 3  # libraries choose algorithms and take workspace in the first runs
 _capturing = threading.Lock()  # torch captures one graph at a time
 _asides: dict[torch.device, torch.cuda.Stream] = {}  # a stream takes workspace that it keeps
@@ -49,3 +51,23 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         except RuntimeError as error:
             raise refused or error from None
     return graph.replay
+
+
+class Graphed(Backend):
+    """A backend that only launches kernels, so that on a GPU a step of it can be a CUDA graph."""
+
+    @property
+    def captures(self) -> bool:
+        """On a GPU, steps are CUDA graphs."""
+        return self.device.type == "cuda"
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return a CUDA graph's replay, or on the CPU `step` itself."""
+        return capture(step, self.device) if self.captures else step
+
+    def memory_bytes(self) -> int:
+        """What torch holds of the GPU and needs, graphs' own memory included."""
+        if not self.captures:
+            return 0
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self.device)

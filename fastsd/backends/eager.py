@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import nn
 
-from fastsd.backends import cuda_graph
-from fastsd.backends.base import Backend, Part, Shapes, dtype_of
+from fastsd.backends.base import Part, Shapes, dtype_of
 from fastsd.backends.choice import fastest_attention, fastest_norms
+from fastsd.backends.cuda_graph import Graphed
 from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
@@ -29,11 +29,11 @@ FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
 
 
 @final
-class EagerBackend(Backend):
+class EagerBackend(Graphed):
     """Run every part with torch, kernel by kernel.
 
     on_host: modules whose weights stay in the host's memory and visit the GPU while they run.
-    try_norms: on a GPU, use what is measured to be the fastest norms; else the library's.
+    to_compile: parts will be: norms are left to the compiler, and attention is one of torch's.
     """
 
     name = "eager"
@@ -46,7 +46,7 @@ class EagerBackend(Backend):
         precision: str,
         device: torch.device,
         on_host: Sequence[str] = (),
-        try_norms: bool = True,
+        to_compile: bool = False,
     ) -> None:
         self.precision = precision
         self.device = device
@@ -62,7 +62,7 @@ class EagerBackend(Backend):
             for name in ("unet", "vae"):
                 modules[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules = modules  # what calibration watches and adapters change
-        self._choices: dict[str, str] = {}  # op -> which kernel computes it, and why
+        self._choices: dict[str, list[str]] = {}  # op or part -> what runs, and why
         unet, vae = cast(UNet, modules["unet"]), cast(VAE, modules["vae"])
         if precision == "fp16" and checkpoint.config.vae.force_upcast:
             # fp16 overflows in such a VAE. diffusers upcasts it to fp32, which takes twice the time
@@ -90,20 +90,22 @@ class EagerBackend(Backend):
                 continue
             for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
                 self._parts[part] = visiting(modules[name], self._parts[part], device)
-            self._choices[name] = f"{name}: in the host's memory, on the GPU while it runs"
+            self._choices[name] = [f"{name}: in the host's memory, on the GPU while it runs"]
         if device.type == "cuda" and precision == "fp32" and torch.backends.cudnn.allow_tf32:
-            self._choices["convolutions"] = (
+            self._choices["convolutions"] = [
                 "convolutions: in TF32, as torch does by default; exact with "
                 "torch.backends.cudnn.allow_tf32 = False"
-            )
-        for layer in unet.modules() if precision != "fp32" else ():
+            ]
+        for layer in unet.modules() if device.type in ("cpu", "cuda") else ():
             if isinstance(layer, Attention):
-                layer.upcast = False  # every kernel here has its scores in fp32 already
+                layer.upcast = False  # every kernel there has its scores in fp32 already
         for op in ("attention", "group_norm"):
-            self._choices[op] = str(dispatch.choose(op, device))
+            self._choices[op] = [str(dispatch.choose(op, device))]
         if device.type == "cuda":
-            self._choices["attention"] = fastest_attention(unet, self.dtype, device)
-            if try_norms:
+            self._choices["attention"] = fastest_attention(
+                unet, self.dtype, device, torchs=to_compile
+            )
+            if not to_compile:
                 self._choices["group_norm"] = fastest_norms(unet, vae.decoder, self.dtype, device)
 
     def use(self, op: str, implementation: str) -> None:
@@ -111,27 +113,11 @@ class EagerBackend(Backend):
         choice = dispatch.choose(op, self.device, implementation)
         for module in self.modules.values():
             use_kernel(module, op, implementation)
-        self._choices[op] = str(choice)
+        self._choices[op] = [str(choice)]
 
     def explain(self) -> list[str]:
         """Say what runs, and which kernels."""
-        return [*super().explain(), *self._choices.values()]
-
-    @property
-    def captures(self) -> bool:
-        """On a GPU, steps are CUDA graphs."""
-        return self.device.type == "cuda"
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Return a CUDA graph's replay, or on the CPU `step` itself."""
-        return cuda_graph.capture(step, self.device) if self.captures else step
-
-    def memory_bytes(self) -> int:
-        """What torch holds of the GPU and needs, graphs' own memory included."""
-        if not self.captures:
-            return 0
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved(self.device)
+        return [*super().explain(), *(line for said in self._choices.values() for line in said)]
 
     def part(self, name: str, shapes: Shapes | None = None) -> Part:
         """Return the part; torch takes any shape."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastsd.backends.base import Backend, Part, Shapes
+from fastsd.backends.base import Part, Shapes
+from fastsd.backends.cuda_graph import Graphed
 from fastsd.backends.eager import EagerBackend
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ COMPILED = ("unet", "vae_decoder")
 
 
 @final
-class InductorBackend(Backend):
+class InductorBackend(Graphed):
     """Run the parts that take the time compiled, the others as the eager backend does."""
 
     name = "inductor"
@@ -46,26 +47,13 @@ class InductorBackend(Backend):
             precision=precision,
             device=device,
             on_host=texts,
-            try_norms=False,  # the compiler fuses the library's with what stands around them
+            to_compile=True,
         )
         self.precision, self.device, self.dtype = precision, device, self._eager.dtype
         self._compiled = {
             name: CompiledPart(self._eager.part(name), tune=device.type == "cuda")
             for name in COMPILED
         }
-
-    @property
-    def captures(self) -> bool:
-        """On a GPU, steps are CUDA graphs, as the eager backend's are."""
-        return self._eager.captures
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Capture as the eager backend does; what must be compiled is, before that."""
-        return self._eager.capture(step)
-
-    def memory_bytes(self) -> int:
-        """What torch holds of the GPU."""
-        return self._eager.memory_bytes()
 
     def part(self, name: str, shapes: Shapes | None = None) -> Part:
         """Return the part, compiled or as it is."""

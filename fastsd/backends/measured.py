@@ -18,8 +18,8 @@ from fastsd.files import read_json, write_json
 Timed = Callable[[], Mapping[str, float]]
 
 
-def fastest(key: str, measure: Timed) -> tuple[str, float]:
-    """Return the fastest of what `measure` times (name -> ms) and its time, measured once a key.
+def measured(key: str, measure: Timed) -> dict[str, float]:
+    """Return what `measure` times (name -> ms), the fastest first, measured once a key.
 
     key: all that the times depend on: the op, its shape and dtype, the GPU model, versions.
     """
@@ -28,8 +28,7 @@ def fastest(key: str, measure: Timed) -> tuple[str, float]:
     if not times:
         times = dict(measure())
         _write(file, {**_read(file), key: times})  # read anew: others may have measured meanwhile
-    name = min(times, key=times.__getitem__)
-    return name, times[name]
+    return dict(sorted(times.items(), key=lambda row: row[1]))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""TensorRT engines on our own stream, capturable in a CUDA graph. Unmeasured: no row has run it."""
+"""TensorRT engines on torch's stream, a step a CUDA graph. Unmeasured: no row has run it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from fastsd.artifact import Artifact
 from fastsd.backends.base import ArtifactBackend
+from fastsd.backends.cuda_graph import Graphed
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency, OutOfMemory, UsageError
 
@@ -22,7 +25,7 @@ except ImportError as error:
 
 
 @final
-class TrtBackend(ArtifactBackend):
+class TrtBackend(Graphed, ArtifactBackend):
     """Run every part as an engine; a call has a context of its own, engines are shared."""
 
     name = "trt"
@@ -43,6 +46,7 @@ class TrtBackend(ArtifactBackend):
                 )
             self._engines[part] = engine
         self._contexts: dict[str, list[Any]] = {part: [] for part in self.entries}
+        self._capturing = threading.local()  # .contexts: those of the graph being made
 
     @classmethod
     def machine(cls, device: torch.device) -> dict[str, str]:
@@ -55,7 +59,7 @@ class TrtBackend(ArtifactBackend):
 
     def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Enqueue one engine on torch's current stream; nothing waits for it."""
-        idle = self._contexts[part]
+        idle: list[Any] = getattr(self._capturing, "contexts", self._contexts)[part]
         context = idle.pop() if idle else self._engines[part].create_execution_context()
         if context is None:
             raise OutOfMemory(f"not enough GPU memory for {part}; use a smaller size or batch")
@@ -74,3 +78,17 @@ class TrtBackend(ArtifactBackend):
             raise ArtifactError(f"TensorRT could not run {part} of {self.artifact.path}")
         idle.append(context)
         return outputs
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Capture with contexts of the graph's own: it works in their memory, so no other may."""
+        contexts = self._capturing.contexts = {part: [] for part in self.entries}
+        try:
+            replay = super().capture(step)
+        finally:
+            del self._capturing.contexts
+        return partial(_replay, replay, contexts)
+
+
+def _replay(replay: Callable[[], None], contexts: dict[str, list[Any]]) -> None:
+    """Replay; the contexts live as long as what can."""
+    replay()

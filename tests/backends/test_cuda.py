@@ -64,7 +64,11 @@ def test_low_memory_draws_the_same_picture(sd1_folder: Path) -> None:
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
 
 
-@pytest.mark.parametrize("op", ["group_norm", "sampler_step"])
-def test_our_kernels_draw_the_same_picture(sd1_folder: Path, op: str) -> None:
-    ours = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: "triton"}))
-    assert psnr(ours, draw(open_on_gpu(sd1_folder, precision="fp16"))) >= 35
+@pytest.mark.parametrize(
+    ("op", "kernel"),
+    [("group_norm", "triton"), ("group_norm", "triton-group"), ("sampler_step", "triton")],
+)
+def test_our_kernels_draw_the_same_picture(sd1_folder: Path, op: str, kernel: str) -> None:
+    ours = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: kernel}))
+    librarys = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: "library"}))
+    assert psnr(ours, librarys) >= 35

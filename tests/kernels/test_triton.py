@@ -152,6 +152,8 @@ def test_the_librarys_is_the_default_and_says_why() -> None:
 
 def test_what_can_run_is_what_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    installed = {"triton"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
     gpu = torch.device("cuda", 0)
     assert dispatch.able("group_norm", gpu) == ["library", "triton", "triton-group"]
     assert dispatch.able("attention", gpu) == ["sdpa", "flash", "efficient", "cudnn"]
@@ -176,11 +178,18 @@ def test_only_what_runs_and_agrees_is_timed(
 
     calls = {"library": lambda: x, "near": lambda: x * 1.001, "off": lambda: x * 1.02}
     calls |= {"refuses": refuse, "nan": lambda: x / 0 * 0}
-    assert list(dispatch.try_out(calls)) == ["library", "near"]
-    assert "off is not used: it differs from the library by 2." in caplog.text
-    assert "nan is not used" in caplog.text and "refuses" not in caplog.text
+    assert list(dispatch.try_out("norm 8x8", calls)) == ["library", "near"]
+    assert "norm 8x8: off is not used: it is 2.0e-02 from the library" in caplog.text
+    assert "nan is not used" in caplog.text
+    assert "refuses is not used: it does not run here (shared memory: 300 KiB" in caplog.text
     with pytest.raises(ValueError, match="300 KiB"):  # without the library's nothing is right
-        dispatch.try_out({"refuses": refuse, "library": lambda: x})
+        dispatch.try_out("norm", {"refuses": refuse, "library": lambda: x})
+
+    def no_memory() -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # of this moment, not of the kernel
+        dispatch.try_out("norm", {"library": lambda: x, "large": no_memory})
 
 
 def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
