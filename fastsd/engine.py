@@ -316,8 +316,8 @@ class Loops:
             try:
                 if kept.loop is None or kept.loop.rows < run.table.rows:
                     kept.loop = None  # its memory goes before the next one's comes
-                    kept.loop, kept.size_bytes = self._build(run)
-                    self._evict(kept)
+                    kept.loop, kept.size_bytes = self._build(run, kept)
+                    self._evict(kept, self._limit_bytes)
                 kept.loop.load(run)
                 yield kept.loop
             finally:
@@ -359,17 +359,30 @@ class Loops:
     def _is_whole(self, run: Run) -> bool:
         return self.graph == "loop" and run.finish is not None
 
-    def _build(self, run: Run) -> tuple[SamplingLoop, int]:
-        """Make a loop and capture its step; where that fails, say so and leave it uncaptured."""
-        before = self.backend.memory_bytes()
+    def _build(self, run: Run, place: _Kept) -> tuple[SamplingLoop, int]:
+        """Make a loop and capture its step; where that fails, say so and leave it uncaptured.
+
+        Where memory runs out, once more without the other loops that nobody uses.
+        """
         slots = max(CAPTURED_SLOTS, run.table.slots)
         rows = CAPTURED_ROWS
         while rows < run.table.rows:
             rows *= 2
-        loop = SamplingLoop(run, slots=slots, rows=rows)
-        loop.load(run)
-        try:
+
+        def captured() -> SamplingLoop:
+            loop = SamplingLoop(run, slots=slots, rows=rows)
+            loop.load(run)
             loop.capture(self.backend.capture, whole=self._is_whole(run))
+            return loop
+
+        before = self.backend.memory_bytes()
+        try:
+            try:
+                loop = captured()
+            except torch.OutOfMemoryError:
+                self._evict(place, 0)
+                before = self.backend.memory_bytes()
+                loop = captured()
             self.captures += 1
         except RuntimeError as error:  # what torch raises for all that CUDA refuses
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -379,10 +392,11 @@ class Loops:
             loop = SamplingLoop(run, slots=slots, rows=rows)
         return loop, max(loop.size_bytes, self.backend.memory_bytes() - before)
 
-    def _evict(self, newest: _Kept) -> None:
+    def _evict(self, newest: _Kept, limit_bytes: int) -> None:
+        """Drop loops that nobody uses until all that are left take `limit_bytes` at most."""
         with self._lock:
             for key, kept in list(self._kept.items()):  # the least recently used first
-                if sum(k.size_bytes for k in self._all()) <= self._limit_bytes:
+                if sum(k.size_bytes for k in self._all()) <= limit_bytes:
                     break
                 if kept is not newest and kept.owner is None:
                     del self._kept[key]

@@ -314,6 +314,23 @@ def test_the_least_recently_used_goes_first(captured: Pipeline) -> None:
     assert captured._loops.captures == 4
 
 
+def test_where_memory_runs_out_the_other_graphs_make_room(
+    plain: Pipeline, captured: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_two_fit(self: EagerBackend, step: Callable[[], None]) -> Callable[[], None]:
+        loops = captured._loops
+        if sum(kept.loop is not None for kept in loops._kept.values()) >= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return replay.capture(step)
+
+    monkeypatch.setattr(EagerBackend, "capture", only_two_fit)
+    for side in (64, 72, 80, 64):
+        ours = draw(captured, height=side, width=side)
+        np.testing.assert_array_equal(ours, draw(plain, height=side, width=side))
+    assert captured._loops.captures == 4 and captured._loops._failure is None
+    assert [kept.loop is not None for kept in captured._loops._kept.values()] == [True, True]
+
+
 def test_a_failed_capture_is_said_once_and_draws_all_the_same(
     plain: Pipeline,
     captured: Pipeline,
