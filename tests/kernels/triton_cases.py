@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsd.config import SD15
 from fastsd.kernels import reference
 from fastsd.kernels.convolution import conv3x3 as our_conv3x3
 from fastsd.kernels.group_norm import group_norm as our_group_norm
 from fastsd.kernels.sampler_step import sampler_step_
+from fastsd.models.layers import use_kernel
+from fastsd.models.unet import UNet
 
 Case = Callable[[str], float]  # device -> relative L2 error
 
@@ -132,6 +136,39 @@ def conv3x3(
     return run
 
 
+def unet(implementation: str) -> Case:
+    """A whole small UNet with our norms against itself with the library's: every way they are
+    called there, with rows for each picture and one for all."""
+
+    def run(device: str) -> float:
+        torch.manual_seed(0)
+        small = replace(
+            SD15.unet,
+            widths=(32, 64),
+            depths=(1, 0),
+            heads=(2, 2),
+            layers_per_level=1,
+            context_width=16,
+            norm_groups=8,
+        )
+        model = UNet(small).requires_grad_(False).to(device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in model.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.weight.normal_()
+                module.bias.normal_()
+        x, text = draw(2, 4, 8, 8).to(device), draw(2, 7, 16, seed=1).to(device)
+        kv = model.context(text)
+        rows = model.time_rows(torch.tensor([10.0, 700.0], device=device))
+        both = torch.cat([rows[0], rows[1]])  # another a picture, and one for both
+        expected = torch.stack([model(x, both, kv), model(x, rows[0], kv)])
+        use_kernel(model, "group_norm", implementation)
+        ours = torch.stack([model(x, both, kv), model(x, rows[0], kv)])
+        return relative_l2(ours, expected)
+
+    return run
+
+
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 # name -> (case, the largest error that passes)
 CASES: dict[str, tuple[Case, float]] = {
@@ -173,6 +210,7 @@ CASES: dict[str, tuple[Case, float]] = {
     "conv of two sources": (conv3x3((2, 96, 8, 8), 64, skip=40, epilogue=True), 5e-4),
     "conv from 4 channels": (conv3x3((2, 4, 16, 16), 64), 5e-4),
     "conv to 3 channels": (conv3x3((1, 128, 12, 12), 3), 5e-4),
+    **{f"unet, {name}": (unet(name), 1e-5) for name in ("triton", "triton-group")},
     "step fp32 NCHW": (sampler_step(4, True, dtype=FULL, channels_last=False), 1e-6),
     "step bf16": (sampler_step(2, True, dtype=BRAIN), 1e-6),
 }
