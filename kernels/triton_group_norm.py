@@ -17,6 +17,7 @@ from triton import cdiv, next_power_of_2
 PROGRAMS = 528  # four for each of an H100's or H200's 132 multiprocessors
 TILE = 4096  # elements that a program holds at once
 GROUP_TILE = 2048  # where they are a group's: their addresses take registers too
+GROUP_WARPS = 8  # groups are too few to fill a GPU, and four spill registers on sm_80
 
 # Not specialised are sizes that no address is aligned by: to compile a kernel anew for those that
 # are 1, or multiples of 16, wins nothing.
@@ -297,6 +298,7 @@ def launch_by_group(
         SILU=silu,
         BLOCK_P=min(GROUP_TILE // block_g, next_power_of_2(H * W)),
         BLOCK_G=block_g,
+        num_warps=GROUP_WARPS,
     )
 
 

@@ -89,8 +89,9 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         | dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
     ),
 }
-# name -> (warps, stages, registers, shared memory): what a product may take of a multiprocessor
-LARGE = {"conv3x3": (8, 3, 255, 99 << 10)}
+# name -> (warps, stages, registers, shared memory), where not (4, 3, 128, 48 KiB): what a product
+# may take of a multiprocessor; and a group's program
+LARGE = {"conv3x3": (8, 3, 255, 99 << 10), "one_group": (8, 3, 64, 48 << 10)}
 # What a launch finds to be multiples of 16: every map's address, and channels, which all families
 # have so but for the first and last convolution.
 ALIGNED = {"conv3x3": ("x", "skip", "weight", "bias", "shift", "residual", "out", "C", "S", "O")}
