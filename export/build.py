@@ -22,7 +22,15 @@ from typing import Any
 import torch
 
 import fastsd
-from fastsd.artifact import Artifact, Draft, Manifest, PartEntry, engines_folder, list_files
+from fastsd.artifact import (
+    CALIBRATION,
+    Artifact,
+    Draft,
+    Manifest,
+    PartEntry,
+    engines_folder,
+    list_files,
+)
 from fastsd.checkpoints import Checkpoint, save_description
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
@@ -226,7 +234,7 @@ def _spec(
     """
     if request.precision not in QUANTISED:
         return None
-    file = folder / "quantisation.json"
+    file = folder / CALIBRATION
     if not file.exists():
         from fastsd.export.calibration import calibrate_checkpoint, default_prompts
 

@@ -17,12 +17,11 @@ from fastsd.backends import ArtifactBackend, open_artifact
 from fastsd.checkpoints import Checkpoint, open_description
 from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
-from fastsd.export.calibration import PROMPTS, draw_settings
+from fastsd.export.calibration import JUDGED_STEPS, PROMPTS, draw_settings
 from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
 
-STEPS = 20
 BUILTIN_PROMPTS, OTHER_PROMPTS = 16, 4
 
 
@@ -64,12 +63,14 @@ def measure(
     for part in artifact.manifest.parts:
         errors[part] = part_error(backend, checkpoint, part, request)
         tell(f"{part}: relative error {errors[part]:.1e}")
+    name = backend.name
     backend.close()
-    pictures = _compare(artifact, checkpoint, request, prompts, device) if prompts else None
+    del backend  # before the pictures' engine takes as much again
+    pictures = _compare(artifact, checkpoint, request, prompts, device, tell) if prompts else None
     if pictures:
         found = pictures["psnr_db"]
         tell(f"{len(prompts)} pictures: PSNR {found['median']} dB, worst {found['worst']} dB")
-    return {"backend": backend.name, "device": device, "parts": errors, "pictures": pictures}
+    return {"backend": name, "device": device, "parts": errors, "pictures": pictures}
 
 
 def part_error(
@@ -94,13 +95,14 @@ def _compare(
     request: Request,
     prompts: Sequence[str],
     device: str,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     described = open_description(artifact.path)
     engine = Pipeline(described, name="engine", device=device, artifact=artifact)
     # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
     exact = Pipeline(checkpoint, name="exact", device="cpu", sampler=engine.sampler)
     height, width = request.size
-    settings = draw_settings(checkpoint.config, request.size, STEPS)
+    settings = draw_settings(checkpoint.config, request.size, JUDGED_STEPS)
     distances, likeness, drawn = [], [], {}
     for start in range(0, len(prompts), request.batch):
         texts = list(prompts[start : start + request.batch])
@@ -110,6 +112,7 @@ def _compare(
         for a, b in zip(output.images, exact(texts, seed=seeds, **settings).images, strict=True):
             distances.append(min(psnr(a, b), 100.0))  # equal pictures: JSON has no infinity
             likeness.append(ssim(a, b))
+            tell(f"picture {len(distances)} of {len(prompts)}: {distances[-1]:.1f} dB")
     worst = int(np.argmin(distances))
     return {
         "prompts": len(prompts),

@@ -38,6 +38,7 @@ from fastsd.errors import (
 from fastsd.files import check_free, read_json, sync, write_json
 
 MANIFEST = "manifest.json"
+CALIBRATION = "quantisation.json"  # what is rounded, and what that costs
 FORMAT = 2  # raised when a manifest holds other fields, or means something else by them
 _BLOCK = 1 << 22  # bytes hashed at once
 
@@ -292,8 +293,8 @@ class Draft:
             draft.publish(manifest)
 
     key: says what is being written. If the process is killed, or interrupted by the user, parts
-    that were finished stay, and the next draft of the same path and key goes on from them; one of
-    another key sweeps them away. Any other failure leaves nothing behind.
+    that were finished stay, and so does the calibration; the next draft of the same path and key
+    goes on from them, one of another key sweeps them away. Any other failure leaves nothing behind.
     """
 
     def __init__(self, path: Path, *, key: str, force: bool = False) -> None:
@@ -325,7 +326,8 @@ class Draft:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        if self.folder.exists() and not (interrupted and any(self.folder.glob(".parts/*.json"))):
+        found = (f for kept in (".parts/*.json", CALIBRATION) for f in self.folder.glob(kept))
+        if self.folder.exists() and not (interrupted and any(found)):
             shutil.rmtree(self.folder)
         self._release()
 

@@ -632,7 +632,7 @@ def export(
         typer.Option(
             metavar="FILE",
             help="Prompts to calibrate and measure with, one a line: few take less time, eight are "
-            "better than one by 9 dB. [default: some of our own]",
+            "better than one by 8 dB. [default: some of our own]",
         ),
     ] = None,
     prediction: Prediction = None,

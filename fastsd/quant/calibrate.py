@@ -22,6 +22,7 @@ from fastsd.quant.linear import int8_layer, powers
 from fastsd.quant.spec import QuantSpec, Rounding, chosen_for_int8, shares_input
 
 _POSITIONS = 64  # of an input whose channels are kept, a call
+_BLOCKS = 16  # calls whose positions are kept: all of SDXL's, of forty, would be 8 GB
 _CUTS = [0.2 + 0.02 * i for i in range(41)]  # shares of the full range that "mse" tries
 METHODS = ("minmax", "percentile", "mse")
 MIGRATIONS = (0.0, 0.5, 0.75)  # how much of the channels' spread moves into the weights
@@ -34,6 +35,7 @@ class Values:
         self.low: Tensor = torch.tensor(0.0)
         self.high: Tensor = torch.tensor(0.0)
         self._rows: list[Tensor] = []
+        self._calls = 0
 
     def add(self, x: Tensor, generator: torch.Generator) -> None:
         """Take in one call's input, (…, C) or (B, C, H, W)."""
@@ -41,8 +43,11 @@ class Values:
         low, high = torch.aminmax(flat, dim=0)
         self.low = torch.minimum(self.low.to(low), low)  # from 0: a range holds zero anyway
         self.high = torch.maximum(self.high.to(high), high)
-        chosen = torch.randint(len(flat), (_POSITIONS,), generator=generator)
-        self._rows.append(flat[chosen.to(x.device)].float().cpu())
+        place = _place(self._calls, _BLOCKS, generator)
+        self._calls += 1
+        if place is not None:
+            chosen = torch.randint(len(flat), (_POSITIONS,), generator=generator)
+            self._rows[place : place + 1] = [flat[chosen.to(x.device)].float().cpu()]
 
     @property
     def seen(self) -> bool:
@@ -83,6 +88,16 @@ class Values:
         return min(cuts, key=lambda cut: _rounding_error(x, cut))
 
 
+def _place(seen: int, room: int, generator: torch.Generator) -> int | None:
+    """Say where of `room` places the next of a row of things goes, so that in the end each of all
+    is kept with the same chance; None: nowhere. seen: how many came before it.
+    """
+    if seen < room:
+        return seen
+    place = int(torch.randint(seen + 1, (1,), generator=generator))
+    return place if place < room else None
+
+
 def _channels(x: Tensor) -> int:
     return x.shape[1] if x.ndim == 4 else x.shape[-1]
 
@@ -114,15 +129,18 @@ class Recorder:
     def watching(self) -> Iterator[None]:
         """Record while the body runs."""
 
-        def on_layer(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            values = self.values.setdefault(name, Values())
+        def on_layer(values: Values) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda _, args: values.add(args[0], self._generator)
 
         hooks = [self.module.register_forward_pre_hook(self._on_call)]
-        hooks += [
-            self.module.get_submodule(name).register_forward_pre_hook(on_layer(name))
-            for name in self.chosen
-        ]
+        inputs: dict[str, Values] = {}
+        for name in self.chosen:
+            read = shares_input(name)
+            if read not in inputs:
+                inputs[read] = Values()
+                layer = self.module.get_submodule(name)
+                hooks.append(layer.register_forward_pre_hook(on_layer(inputs[read])))
+            self.values[name] = inputs[read]
         try:
             yield
         finally:
@@ -131,13 +149,10 @@ class Recorder:
             self.values = {name: values for name, values in self.values.items() if values.seen}
 
     def _on_call(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        place = _place(self._seen, self._kept, self._generator)
         self._seen += 1
-        if len(self.calls) < self._kept:
-            self.calls.append(args)
-            return
-        place = int(torch.randint(self._seen, (1,), generator=self._generator))
-        if place < self._kept:
-            self.calls[place] = args
+        if place is not None:
+            self.calls[place : place + 1] = [args]
 
     @cached_property
     def exact(self) -> list[Tensor]:
@@ -166,12 +181,14 @@ class Chosen:
 
 
 @torch.no_grad()
-def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Chosen]:
+def calibrate(
+    recorder: Recorder, *, calls: int = 4, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Chosen]:
     """Choose the rounding of every layer that was recorded, by its name inside the module.
 
     Tried are all METHODS of cutting the range and MIGRATIONS of the channels' spread; taken is the
     one with the least squared error at the layer's own output over `calls` of the recorded calls.
-    Raises UsageError if nothing was recorded.
+    tell: called after each. Raises UsageError if nothing was recorded.
     """
     if not recorder.calls or not recorder.values:
         raise UsageError(f"{recorder.part} did not run while it was watched; give prompts to draw")
@@ -199,8 +216,10 @@ def calibrate(recorder: Recorder, *, calls: int = 4) -> dict[str, Chosen]:
 
     hooks = [found[name].register_forward_hook(measure(name)) for name in recorder.values]
     try:
-        for call in recorder.calls[:calls]:
+        judged = recorder.calls[:calls]
+        for i, call in enumerate(judged):
             recorder.module(*call)
+            tell(f"{recorder.part}: roundings tried on {i + 1} of {len(judged)} calls")
     finally:
         for handle in hooks:
             handle.remove()

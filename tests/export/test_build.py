@@ -27,10 +27,11 @@ from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import ArtifactError, StaleArtifact, UntrustedArtifact
 from fastsd.export import EXPORTERS, verify
 from fastsd.export.build import Exporter, export
-from fastsd.export.calibration import GUIDANCE
+from fastsd.export.calibration import GUIDANCE, JUDGED_STEPS, Calibration
 from fastsd.export.parts import Request
 from fastsd.images import read_metadata
 from fastsd.quality import psnr
+from fastsd.quant.spec import QuantSpec
 from tests.export.conftest import SIZE
 from tests.export.test_to_onnx import draw
 
@@ -54,6 +55,35 @@ class CopyExporter(Exporter):
                 file.write(raw[start : start + PIECE])
                 file.flush()
         return entry
+
+
+@final
+class StoppedExporter(Exporter):
+    """The user stops it as soon as it writes."""
+
+    target = "onnx"
+    precisions = ("int8",)
+
+    def write(self, part: str, folder: Path) -> PartEntry:
+        raise KeyboardInterrupt
+
+
+def test_what_was_calibrated_outlives_an_interruption(
+    sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPORTERS, "onnx", "tests.export.test_build:StoppedExporter")
+    calibrated: list[str] = []
+
+    def calibrate(*_: Any, **__: Any) -> Calibration:
+        calibrated.append("once")
+        return Calibration(QuantSpec({}), {}, {}, {})
+
+    monkeypatch.setattr("fastsd.export.calibration.calibrate_checkpoint", calibrate)
+    for prompts in (("a cat",), ("a cat",), ("a dog",)):
+        request = Request(target="onnx", precision="int8", size=SIZE, prompts=prompts)
+        with pytest.raises(KeyboardInterrupt):
+            export(open_checkpoint(sd1_folder), "sd1", request, tmp_path / "engine")
+    assert len(calibrated) == 2, "with other prompts it is another calibration"
 
 
 @pytest.fixture
@@ -198,7 +228,7 @@ def test_receipts_are_drawn_with_one_guidance_whatever_the_models_own(
         return found
 
     usual = pictures("usual")
-    assert (usual["steps"], usual["guidance_scale"]) == (verify.STEPS, GUIDANCE)
+    assert (usual["steps"], usual["guidance_scale"]) == (JUDGED_STEPS, GUIDANCE)
     assert pictures("mild", guidance=2.0) == usual
     few = pictures("few", guidance=0.0, steps=2)  # such a model draws nothing good otherwise
     assert (few["steps"], few["guidance_scale"]) == (2, 0.0)

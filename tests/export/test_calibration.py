@@ -32,7 +32,12 @@ def test_what_cannot_hold_its_bound_or_its_floor_is_refused(
     assert calibrator.errors(spec)["unet"] <= calibration.BOUNDS["unet"]
     with pytest.raises(UsageError, match=r"not 200, with \d+ layers kept.*--floor, or fp32"):
         calibrator.hold(spec, 200.0, PROMPTS)
-    assert 20 < min(calibrator.judge(spec, PROMPTS)) < 100
+    assert 20 < (worst := min(calibrator.judge(spec, PROMPTS))) < 100
+    alone = dict(calibrator._alone)
+    monkeypatch.setattr(calibration, "sensitivity", None)  # measured once, and not without need
+    assert calibrator.hold(spec, worst - 0.1, PROMPTS) == spec
+    calibrator.table(spec)
+    assert calibrator._alone == alone
 
     def a_decibel_for_each_layer_kept(held: QuantSpec, prompts: Any) -> list[float]:
         return [50.0, 30.0 + len(spec.layers) - len(held.layers)]
@@ -45,7 +50,9 @@ def test_what_cannot_hold_its_bound_or_its_floor_is_refused(
     inputs = {shares_input(name) for name in left - right}
     assert not [name for name in right if shares_input(name) in inputs], "one product, two types"
     monkeypatch.setitem(calibration.BOUNDS, "unet", 1e-9)
-    with pytest.raises(UsageError, match="leaves unet at .* and 1e-09 is asked; .*Export in bf16"):
+    with pytest.raises(
+        UsageError, match="leaves unet at .* and 1e-09 is asked; .*Export in a floating"
+    ):
         calibrator.choose()
 
 

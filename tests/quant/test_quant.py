@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,7 @@ from fastsd.quant.calibrate import (
     METHODS,
     Chosen,
     Recorder,
+    Values,
     calibrate,
     relative_error,
     sensitivity,
@@ -231,11 +233,31 @@ def test_calibration_takes_for_each_layer_the_least_error_at_its_output() -> Non
     assert len(set(alike)) * 3 == len(alike), "q, k and v of one attention round one tensor"
 
 
+def test_what_is_kept_of_an_input_is_little_and_of_all_calls() -> None:
+    values, generator = Values(), torch.Generator().manual_seed(0)
+    for i in range(400):
+        values.add(torch.full((2, 50, 3), float(i)), generator)
+    kept = torch.cat(values._rows)
+    assert kept.shape == (16 * 64, 3)
+    calls = kept[:, 0].unique()
+    assert len(calls) == 16 and 100 < float(calls.mean()) < 300
+    assert values.rounding("minmax").high == 399
+    recorder = recorded(small_unet())
+    attention = [n for n in recorder.values if re.search(r"attn1\.to_[qkv]$", n)][:3]
+    assert len({id(recorder.values[name]) for name in attention}) == 1, attention
+
+
 def test_what_was_seen_bounds_the_ranges() -> None:
     recorder = recorded(small_unet())
     seen = recorder.values["mid_block.resnets.0.conv1"]
     wide = seen.rounding("minmax")
-    assert wide.low == float(seen.low.min()) and wide.high == float(seen.high.max())
+    inputs: list[torch.Tensor] = []
+    layer = recorder.module.get_submodule("mid_block.resnets.0.conv1")
+    with layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+        recorder.outputs()
+    assert len(inputs) > 1
+    assert wide.low == float(torch.stack(inputs).min())
+    assert wide.high == float(torch.stack(inputs).max())
     for method in METHODS:
         cut = seen.rounding(method)
         assert wide.low <= cut.low and cut.high <= wide.high
