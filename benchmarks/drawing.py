@@ -116,6 +116,10 @@ class Drawer(ABC):
     def watched(self, watch: Watch) -> AbstractContextManager[None]:
         """Have the parts timed by `watch` meanwhile."""
 
+    def explain(self) -> Sequence[str]:
+        """Say what runs, a line a fact, where the contender can."""
+        return ()
+
 
 @final
 class PipelineDrawer(Drawer):
@@ -155,6 +159,10 @@ class PipelineDrawer(Drawer):
     def watched(self, watch: Watch) -> AbstractContextManager[None]:
         """Put `watch` around the pipeline's parts."""
         return self._watched(self._pipeline, watch)
+
+    def explain(self) -> Sequence[str]:
+        """Ask fastsd's pipelines."""
+        return self._pipeline.explain() if isinstance(self._pipeline, Pipeline) else ()
 
     def _call(self, prompts: Sequence[str], seeds: Sequence[int], output_type: str) -> Any:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

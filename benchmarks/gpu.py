@@ -25,6 +25,7 @@ from fastsd.benchmarks.report import duration, ratio_text
 from fastsd.files import write_json
 
 STAGE_S = 540.0
+REASON = 100  # characters of a row that says why it has no time
 NEEDS = ("diffusers", "transformers", "pytest")  # without them stages would end with empty rows
 RUN = (sys.executable, "-m")
 
@@ -61,55 +62,50 @@ def _own(model: str, steps: str, *names: str) -> tuple[str, ...]:
     return ("--model", model, "--steps", steps, *(w for n in asked for w in ("--contenders", n)))
 
 
-# What says most comes first: a machine may be lent for minutes only. A step takes as long at 10
-# steps as at 30, so that is what settings of SDXL are compared at.
+def _profile(model: str) -> Stage:
+    command = ["fastsd.benchmarks.step_profile", "--model", f"random:{model}"]
+    command += ["--precision", "fp16", "--output", "{folder}/profile.md"]
+    what = "where a step's time goes, kernel by kernel"
+    return Stage(f"{model}-profile", what, tuple(command), takes_s=90.0)
+
+
+# What says most comes first: a machine may be lent for minutes only. A profile loads a model for
+# the first time there, so that kernels are tried in it and not in a cold start that is a row. A
+# step takes as long at 10 steps as at 30, so that is what settings of SDXL are compared at.
 STAGES = (
     Stage("env", "what this machine is", ("fastsd", "env"), takes_s=20.0),
-    Stage(
-        "tests",
-        "kernels, graphs and half precision, on the GPU",
-        ("pytest", "-q", "tests/kernels/test_triton.py", "tests/backends/test_cuda.py")
-        + ("tests/kernels/test_attention.py::test_every_candidate_equals_the_formula",),
-        takes_s=240.0,  # Triton compiles
-    ),
+    _profile("sd15"),
     _bench("sd15", "SD1.5 at 512", "--model", "random:sd15", "--steps", "20", *_HALF),
-    _bench("sdxl", "SDXL at 1024", "--model", "random:sdxl", "--steps", "30", *_HALF, takes_s=240),
-    _bench(
-        "sd15-settings",
-        "SD1.5: graphs, attentions, kernels, low memory",
-        *_own("random:sd15", "20", "*/fp16"),
-        *_TURNS,
-        takes_s=300,
-    ),
-    *(
-        Stage(
-            f"{model}-profile",
-            "where a step's time goes, kernel by kernel",
-            ("fastsd.benchmarks.step_profile", "--model", f"random:{model}", "--precision", "fp16")
-            + ("--output", "{folder}/profile.md"),
-            takes_s=60.0,
-        )
-        for model in ("sd15", "sdxl")
-    ),
+    _profile("sdxl"),
+    _bench("sdxl", "SDXL at 1024", "--model", "random:sdxl", "--steps", "30", *_HALF, takes_s=400),
     Stage(
         "ops-fp16",
         "every op, half precision",
         ("fastsd", "bench", "ops", "--precision", "fp16", "--output", "{folder}/ops.json"),
         "ops.json",
     ),
+    Stage(
+        "tests",
+        "kernels, graphs and half precision, on the GPU",
+        ("pytest", "-q", "-W", "default", "tests/kernels/test_triton.py")
+        + ("tests/kernels/test_attention.py::test_every_candidate_equals_the_formula",)
+        + ("tests/backends/test_cuda.py",),
+        takes_s=240.0,  # Triton compiles
+    ),
     *(
         _bench(
-            f"sdxl-{name}",
+            f"{model}-{name}",
             what,
-            *_own("random:sdxl", "10", *names),
+            *_own(f"random:{model}", steps, *names),
             *_TURNS,
-            takes_s=seconds,
+            takes_s=seconds if model == "sdxl" else 0.6 * seconds,
         )
+        for model, steps in (("sd15", "20"), ("sdxl", "10"))
         for name, what, seconds, *names in (
-            ("graphs", "graphs and low memory", 200, "graph-*/fp16", "low-memory/fp16"),
-            ("kernels", "our kernels and the library's", 260, "*-library/fp16", "*-triton/fp16"),
-            ("cudnn", "convolutions as cuDNN's search has them", 120, "cudnn-*/fp16"),
-            ("attention", "one attention against the measured ones", 260, "attention-*/fp16"),
+            ("graphs", "graphs and low memory", 220, "graph-*/fp16", "low-memory/fp16"),
+            ("kernels", "our kernels and the library's", 280, "*-library/fp16", "*-triton/fp16"),
+            ("cudnn", "convolutions as cuDNN's search has them", 140, "cudnn-*/fp16"),
+            ("attention", "one attention against the measured ones", 280, "attention-*/fp16"),
         )
     ),
     _bench(
@@ -174,7 +170,8 @@ def run_stages(
 
     A stage that is not expected to end in time waits for the next; one that does not is stopped
     when the budget ends, and begun again; one that had the whole budget and more counts as failed.
-    again: begin failed ones anew too. What torch.compile made is kept beside `folder` for them.
+    again: begin failed ones anew too. What compilers made is kept beside `folder` for them, and
+    which kernels were the fastest in it.
     Returns each stage's outcome: done, failed, stopped or pending.
     """
     end = time.monotonic() + budget_s
@@ -214,7 +211,12 @@ def _run(stage: Stage, place: Path, seconds: float) -> dict[str, Any]:
     command = [*RUN, *(word.replace("{folder}", str(fresh)) for word in stage.command)]
     start = time.monotonic()
     compiled = place.parent.with_name(f"{place.parent.name}-compiled").resolve()
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ}
+    environment = {
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled),
+        "TRITON_CACHE_DIR": str(compiled / "triton"),
+        "FASTSD_CACHE": str(place.parent.resolve() / "cache"),  # which kernels were the fastest
+        **os.environ,
+    }
     with (fresh / "log.txt").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -229,7 +231,8 @@ def _run(stage: Stage, place: Path, seconds: float) -> dict[str, Any]:
                 process.wait()
     lines = (fresh / "log.txt").read_text("utf-8", "replace").strip().splitlines()
     if outcome["outcome"] == "failed":
-        outcome["reason"] = lines[-1] if lines else "no output"
+        failed = [line for line in lines if line.startswith("FAILED ")]  # as pytest names them
+        outcome["reason"] = "; ".join(failed or lines[-1:]) or "no output"
     return {**outcome, "seconds": round(time.monotonic() - start, 1), "attempt": fresh.name}
 
 
@@ -241,7 +244,7 @@ def stages_table(
     for stage, outcome in zip(stages, outcomes, strict=True):
         if outcome["outcome"] != "done":
             reason = f": {outcome['reason']}" if "reason" in outcome else ""
-            table.append([stage.name, f"{outcome['outcome']}{reason}", "", "", ""])
+            table.append([stage.name, f"{outcome['outcome']}{reason}"[: 4 * REASON], "", "", ""])
             continue
         rows = []
         if stage.results:
@@ -257,7 +260,7 @@ def _measurement(row: Mapping[str, Any]) -> list[str]:
     name = row.get("name") or f"{row['op']} {row['shape']} {row['implementation']}"
     p50 = row.get("p50_s") or row.get("latency_s", {}).get("p50")
     if p50 is None:
-        return [f"{name}: {row.get('reason', 'no speed')}", "", "", ""]
+        return [f"{name}: {row.get('reason', 'no speed')}"[:REASON], "", "", ""]
     share = row.get("share") or row.get("limit", {}).get("share")
     return [
         name,
@@ -268,7 +271,7 @@ def _measurement(row: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is pending and print the table, and last one JSON object of outcomes."""
+    """Run what is pending, write the table, print it but for ops, last a JSON of outcomes."""
     from fastsd.benchmarks.report import aligned
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -292,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     outcomes = run_stages(
         stages, options.output, budget_s=options.seconds, again=options.again, say=_to_stderr
     )
-    print("\n".join(aligned(stages_table(stages, options.output, outcomes))))
+    table = stages_table(stages, options.output, outcomes)
+    (options.output / "table.txt").write_text("\n".join(aligned(table)) + "\n", "utf-8")
+    # Of a hundred rows an op the table has all; the terminal, which may be short, the others.
+    print("\n".join(aligned([row for row in table if not row[0].startswith("ops-")])))
     pending = [outcome["stage"] for outcome in outcomes if outcome["outcome"] != "done"]
     print(json.dumps({"output": str(options.output), "not_done": pending}))
 

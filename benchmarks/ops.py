@@ -234,9 +234,11 @@ def measure_ops(
     device: str,
     turns: int = TURNS,
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Time every implementation of the ops called `names` (none: of all), in turns.
 
+    keep: given all that is known so far after each case; a faulty kernel may end the process.
     Returns ceilings and rows, plain data. Raises UsageError for an unknown op or precision.
     """
     unknown = [name for name in names if name not in OPS]
@@ -246,12 +248,14 @@ def measure_ops(
         raise UsageError(f"precision {precision!r} is unknown; {', '.join(PRECISIONS)} are known")
     ceilings = measure_ceilings(device)
     rows: list[dict[str, Any]] = []
+    results = {"precision": precision, "device": device, "ceilings": ceilings, "rows": rows}
     for op in names or OPS:
         for make in OPS[op]:
             case = make(PRECISIONS[precision], device)
             say(f"{case.op} {case.shape}")
             rows += measure_case(case, ceilings, precision=precision, device=device, turns=turns)
-    return {"precision": precision, "device": device, "ceilings": ceilings, "rows": rows}
+            keep(results)
+    return results
 
 
 def measure_case(

@@ -178,6 +178,7 @@ class Record:
     turns: dict[int, float] = field(default_factory=dict)
     cold_starts: list[dict[str, float]] = field(default_factory=list)
     memory_bytes: int | None = None
+    explained: list[str] = field(default_factory=list)
     parts_ms: dict[str, float] | None = None
     offline: dict[str, Any] | None = None
     failure: str | None = None
@@ -440,6 +441,8 @@ class Run:
                 latents = _latents_file(folder, name)
                 if not latents.exists():  # a second draw to warm up, and of use
                     seat.ask("latents", draw=0, keep=str(latents))
+                if self.scene.device.startswith("cuda"):  # graphs are made for a whole picture
+                    seat.draw(0, None)
             except ContenderFailed as error:
                 seat.close()
                 record.failure = str(error)
@@ -471,6 +474,8 @@ class Run:
     def _further_scenarios(self, name: str, seat: Seat) -> None:
         record = self.records[name]
         try:
+            if not record.failure and not record.explained:
+                record.explained = seat.ask("explain")["lines"]
             if "Parts" in self.scenarios and not record.failure and record.parts_ms is None:
                 slow = record.turns and min(record.turns.values()) > 5
                 record.parts_ms = seat.ask("parts", repeats=1 if slow else 3)["parts_ms"]
@@ -523,6 +528,7 @@ class Run:
         if "ColdStart" in self.scenarios:
             row["cold_start_s"] = record.cold_starts
         row["memory_bytes"] = record.memory_bytes
+        row["explained"] = record.explained
         row["parts_ms"] = record.parts_ms
         row["offline"] = record.offline
         return row
@@ -534,10 +540,18 @@ def slow_ones(seconds: Mapping[str, float], reference: str) -> list[str]:
 
 
 def _offline(seat: Seat) -> dict[str, Any]:
-    """Raise the batch while that draws more pictures a second; say what each batch gave."""
+    """Raise the batch while that draws more pictures a second; say what each batch gave.
+
+    A batch that ends the contender, as one too large for the memory does, is the last.
+    """
     tried: dict[int, float] = {}
     for size in BATCHES:
-        seconds = seat.ask("batch", size=size, repeats=2)["seconds"]
+        try:
+            seconds = seat.ask("batch", size=size, repeats=2)["seconds"]
+        except ContenderFailed:
+            if not tried:
+                raise
+            break
         if not seconds:
             continue
         tried[size] = size / min(seconds)

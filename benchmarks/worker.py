@@ -44,6 +44,7 @@ class Worker:
             "prepare": self.prepare,
             "draw": self.draw,
             "latents": self.latents,
+            "explain": self.explain,
             "parts": self.parts,
             "batch": self.batch,
             "limits": self.limits,
@@ -64,7 +65,10 @@ class Worker:
 
         self.scene = _scene(scene)
         torch.set_num_threads(self.scene.threads)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 rows are what all others are held to
+        # fp32 rows are what all others are held to; what draws in half precision may have parts in
+        # fp32, and has them as its users do.
+        if str(options.get("precision", "fp32")) == "fp32":
+            torch.backends.cudnn.allow_tf32 = False
         function = resolve(opens)
         imported = time.time()
         self.drawer = function(self.scene, **options)
@@ -111,6 +115,10 @@ class Worker:
         latents = self.drawer.latents(self.scene.texts(draw), self.scene.seeds(draw))
         np.save(keep, latents.numpy())
         return {}
+
+    def explain(self) -> dict[str, Any]:
+        """Say what ran: kernels, captures and what failed to be one, as far as it is told."""
+        return {"lines": list(self.drawer.explain())}
 
     def parts(self, repeats: int) -> dict[str, Any]:
         """Say where the time goes."""

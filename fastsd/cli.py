@@ -986,9 +986,12 @@ def bench_ops(
     from fastsd.files import write_json
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    results = measure_ops(ops or (), precision=precision, device=device, say=_say)
-    if output:
-        write_json(output, results)
+
+    def keep(results: dict[str, Any]) -> None:
+        if output:
+            write_json(output, results)
+
+    results = measure_ops(ops or (), precision=precision, device=device, say=_say, keep=keep)
     print("\n".join(aligned(ops_table(results))))
 
 

@@ -40,6 +40,9 @@ class Painter(Drawer):
         finally:
             self._unet = unet
 
+    def explain(self) -> Sequence[str]:
+        return (f"paints in {self._seconds} s",)
+
     def _pixels(self, seed: int) -> np.ndarray:
         generator = np.random.default_rng(seed)
         shape = (self._scene.size, self._scene.size, 3)

@@ -35,6 +35,23 @@ def test_stages_are_done_once_and_told(tmp_path: Path) -> None:
     assert (again["outcome"], again["attempt"]) == ("failed", "attempt-2")
 
 
+def test_a_failed_stage_of_tests_names_them(tmp_path: Path) -> None:
+    told = "FAILED tests/a.py::test_one - assert 1 == 2\nFAILED tests/b.py::test_two\n2 failed"
+    broken = stage("tests", f"print({told!r}); raise SystemExit(1)")
+    (outcome,) = run_stages([broken], tmp_path, budget_s=60, say=lambda line: None)
+    assert outcome["reason"] == (
+        "FAILED tests/a.py::test_one - assert 1 == 2; FAILED tests/b.py::test_two"
+    )
+    (seen,) = run_stages(
+        [stage("kept", "import os; print('cache: ' + os.environ['FASTSD_CACHE']); 1 / 0")],
+        tmp_path,
+        budget_s=60,
+        say=lambda line: None,
+    )
+    log = (tmp_path / "kept" / seen["attempt"] / "log.txt").read_text()
+    assert f"cache: {tmp_path / 'cache'}" in log, "which kernels were the fastest comes back too"
+
+
 def test_a_stage_that_outlasts_the_budget_is_stopped_and_begun_again(tmp_path: Path) -> None:
     stages = [
         stage("quick", "import time; time.sleep(0.5)"),

@@ -18,8 +18,17 @@ def test_an_ops_row_says_speed_share_and_error(monkeypatch: pytest.MonkeyPatch) 
     small: Any = lambda dtype, device: attention_case(  # noqa: E731
         "small", 1, 2, 64, 77, 8, dtype, device
     )
-    monkeypatch.setitem(ops.OPS, "attention", [small])
-    results = measure_ops(["attention"], precision="fp32", device="cpu", turns=6)
+    monkeypatch.setitem(ops.OPS, "attention", [small, small])
+    kept: list[int] = []
+    results = measure_ops(
+        ["attention"],
+        precision="fp32",
+        device="cpu",
+        turns=6,
+        keep=lambda results: kept.append(len(results["rows"])),
+    )
+    assert kept == [len(results["rows"]) // 2, len(results["rows"])], "each case is kept at once"
+    del results["rows"][kept[0] :]
     rows = {row["implementation"]: row for row in results["rows"]}
     sdpa = rows["sdpa"]
     assert sdpa["largest_error"] < 1e-5 and sdpa["ratio"]["verdict"] == "no difference"

@@ -27,6 +27,7 @@ from fastsd.benchmarks.run import (
     Record,
     Run,
     Seat,
+    _offline,
     memory_need,
     plan_rounds,
     scene_of,
@@ -292,6 +293,7 @@ def test_a_run_measures_and_judges(
         assert cold["total_s"] == pytest.approx(steps) and cold["process_s"] > 0
         assert cold["total_s"] - cold["first_call_s"] < cold["first_step_s"] < cold["total_s"]
         assert rows[name]["parts_ms"]["unet"] >= 10 - 1
+    assert rows["slow"]["explained"] == ["paints in 0.2 s"]
     assert rows["exact"]["latency_s"]["p50"] >= 0.01 and rows["slow"]["latency_s"]["p50"] >= 0.2
     assert rows["slow"]["ratio"]["verdict"] == "slower"
     assert rows["exact"]["quality"]["verdict"] == rows["slow"]["quality"]["verdict"] == "same"
@@ -303,6 +305,21 @@ def test_a_run_measures_and_judges(
     assert set(pictures) == {"exact", "slow", "noisy"}
     assert results["ceilings"]["fp32"] > 1e9 and results["work"]["unet"]["flop"] > 1e8
     assert any("first picture after" in line for line in said)
+
+
+def test_a_batch_too_large_for_the_memory_is_the_last() -> None:
+    class Fragile:
+        def ask(self, do: str, *, size: int, repeats: int) -> dict[str, Any]:
+            if size > fits:
+                raise ContenderFailed("CUDA out of memory")
+            return {"seconds": [1.0]}
+
+    fits = 4
+    found = _offline(Fragile())  # type: ignore[arg-type]
+    assert found["batch"] == 4 and found["tried"] == {"1": 1.0, "2": 2.0, "4": 4.0}
+    fits = 0
+    with pytest.raises(ContenderFailed, match="out of memory"):
+        _offline(Fragile())  # type: ignore[arg-type]
 
 
 def test_a_row_without_quality_is_no_speed(
