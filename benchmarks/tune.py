@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from fastsd import Pipeline
-from fastsd.artifact import is_artifact
+from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends.auto import Measured, remember
 from fastsd.checkpoints import Checkpoint
-from fastsd.errors import ArtifactError, MissingDependency, UsageError
+from fastsd.errors import ArtifactError, FastsdError
 from fastsd.export.build import export, own_engine
 from fastsd.export.calibration import draw_settings
 from fastsd.export.parts import Request
@@ -43,7 +44,7 @@ def tune(
     floor: dB that the worst picture of an inexact engine must reach; None takes any measured one.
     size: height, width in pixels. prompts: to calibrate and judge with; () takes the model's own.
     """
-    pipes = {("eager", "fp32"): Pipeline(checkpoint, name=name, device="cpu")}
+    engines: dict[tuple[str, str], Path] = {}
     for target, precision in CANDIDATES:
         try:
             request = Request(
@@ -57,9 +58,12 @@ def tune(
             if precision == "bf16" and not prompts:  # judged as int8 is
                 judged = receipt_prompts(name, replace(request, precision="int8"))
                 request = replace(request, prompts=judged)
-            pipes[target, precision] = _built(checkpoint, name, request, tell)
-        except (ArtifactError, MissingDependency, UsageError) as error:
+            engines[target, precision] = _built(checkpoint, name, request, tell)
+        except FastsdError as error:
             tell(f"{target} {precision}: left out: {error}")
+    # Opened when all are there: to build the next takes the memory that these would hold.
+    pipes = {("eager", "fp32"): Pipeline(checkpoint, name=name, device="cpu")}
+    pipes |= {way: Pipeline.from_pretrained(path, device="cpu") for way, path in engines.items()}
     drawn = draw_settings(checkpoint.config, size, steps)
     seconds = _time(list(pipes.values()), drawn, rounds, tell)
     rows = [
@@ -73,19 +77,18 @@ def tune(
 
 def _built(
     checkpoint: Checkpoint, name: str, request: Request, tell: Callable[[str], None]
-) -> Pipeline:
-    """Open it from among the user's own engines; export it there first if need be."""
+) -> Path:
+    """Find it among the user's own engines, whole; export it there first if need be."""
     path = own_engine(checkpoint, name, request)
     if is_artifact(path):
         try:
-            found = Pipeline.from_pretrained(path, device="cpu")
+            Artifact.open(path)
         except ArtifactError as error:
             tell(f"{request.target} {request.precision}: made anew: {error}")
         else:
             tell(f"{request.target} {request.precision}: {path.name} is there already")
-            return found
-    made = export(checkpoint, name, request, force=True, tell=tell).path
-    return Pipeline.from_pretrained(made, device="cpu")
+            return path
+    return export(checkpoint, name, request, force=True, tell=tell).path
 
 
 def _time(
@@ -101,7 +104,7 @@ def _time(
             pipe.set_progress_bar_config(disable=True)
             given = dict(drawn)
             if not turn and "num_inference_steps" in given:
-                given["num_inference_steps"] = 1
+                given["num_inference_steps"] = 2  # of one, inpainting leaves none
             start = time.perf_counter()
             pipe(PROMPT, seed=0, **given)
             if turn:

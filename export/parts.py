@@ -122,8 +122,13 @@ class _Sizes:
 
     @property
     def rows(self) -> int | str:
-        """Of the UNet: two a picture under guidance, one for distilled models."""
-        per_picture = 1 if self.config.unet.guidance_width else 2
+        """Of the UNet: two a picture under guidance, one for models made to do without.
+
+        Whose guidance can be switched on all the same have two where other tools run them.
+        """
+        made_for = self.config.schedule.guidance
+        unguided = self.request.layout == "fast" and made_for is not None and made_for <= 1
+        per_picture = 1 if unguided or self.config.unet.guidance_width else 2
         return "rows" if self.request.dynamic else per_picture * self.request.batch
 
     @property

@@ -709,8 +709,8 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
   fastsd tune builtin --floor 20
   fastsd generate "a red apple" --backend auto -o apple.png
 
-It compiles engines for this CPU (minutes, once) and draws with each in turns. What it finds is kept
-for this machine and this torch.
+It compiles engines for this CPU (once; minutes for the built-in model, an hour for SD1.5 on two
+cores) and draws with each in turns. What it finds is kept for this machine and this torch.
 """
 )
 def tune(
@@ -731,6 +731,10 @@ def tune(
         Path | None,
         typer.Option(metavar="FILE", help="Prompts to calibrate and judge with, one a line."),
     ] = None,
+    prediction: Prediction = None,
+    preset: Preset = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
     as_json: Json = False,
 ) -> None:
     """Measure which way of drawing a model is fastest here; --backend auto then takes it."""
@@ -739,7 +743,9 @@ def tune(
     from fastsd.benchmarks.tune import tune as run
     from fastsd.checkpoints import open_checkpoint
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(
+        model, prediction=prediction, preset=preset, vae=vae, tokenizer=tokenizer
+    )
     side = checkpoint.config.default_size
     rows = run(
         checkpoint,

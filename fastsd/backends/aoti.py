@@ -113,7 +113,8 @@ class AotiBackend(ArtifactBackend):
         """Give a package as many pictures as it takes at once, each with its rows of `given`.
 
         The package answers `rows` times a picture, twice under guidance. Where only one answer is
-        wanted, it is asked the same twice.
+        wanted, it is asked the same twice; where it gives one, and two are, it takes every picture
+        twice.
         """
         sizes = {spec.name: spec.shape[0] for spec in self.entries[part].inputs}
         per_row = {name: t for name, t in given.items() if name in sizes}
@@ -121,6 +122,8 @@ class AotiBackend(ArtifactBackend):
         assert isinstance(pictures, int) and isinstance(rows, int), "packages have fixed sizes"
         answers, batch, asked = rows // pictures, len(x), len(next(iter(per_row.values())))
         wanted = asked // batch
+        if wanted > answers:
+            x, batch, wanted = torch.cat([x] * wanted), asked, 1
         outputs = []
         for start in range(0, batch, pictures):
             index = torch.arange(start, start + pictures).clamp(max=batch - 1)

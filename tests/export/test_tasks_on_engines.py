@@ -102,6 +102,27 @@ def test_a_model_that_inpaints(target: str, sd1_folder: Path, tmp_path: Path) ->
         assert_same_pictures(ours(**given).images, eager(**given).images)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=slow)])
+def test_a_model_of_few_steps_is_asked_once_a_step(
+    target: str, family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """It is drawn without guidance: its UNet takes one row a picture, and two calls where asked."""
+    source = request.getfixturevalue(f"{family}_folder")
+    checkpoint = open_checkpoint(source, preset="lcm")
+    asked = Request(target=target, size=SIZE, layout="fast")
+    artifact = export(checkpoint, "few", asked, tmp_path / "engine")
+    batch = {spec.name: spec.shape[0] for spec in artifact.manifest.parts["unet"].inputs}
+    assert set(batch.values()) == {1}
+    usual = export(open_checkpoint(source), "usual", asked, tmp_path / "usual")
+    assert {spec.shape[0] for spec in usual.manifest.parts["unet"].inputs} >= {2}
+    ours, eager = quiet(artifact.path), quiet(source, preset="lcm")
+    for guidance in (1.0, 4.0):
+        given = {"prompt": ["a red apple", "a cat"], **SETTINGS, **SIDES}
+        given["guidance_scale"] = guidance
+        assert_same_pictures(ours(**given).images, eager(**given).images)
+
+
 @pytest.mark.parametrize("target", ANY_SIZE)
 def test_graphs_of_any_size_read_prompts_of_any_length(
     target: str, sd1_folder: Path, tmp_path: Path

@@ -145,35 +145,41 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 
 class _Counted:
-    """Stands for a compiled UNet: answers x + 100 kv, and counts its calls."""
+    """Stands for a compiled UNet: answers x + 100 kv, `answers` times, and counts its calls."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, answers: int) -> None:
+        self.answers, self.calls = answers, 0
 
     def __call__(self, x: Tensor, row: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert x.shape[0] * 2 == k.shape[0] == v.shape[0] and row.shape[0] in (1, k.shape[0])
+        assert x.shape[0] * self.answers == k.shape[0] == v.shape[0]
+        assert row.shape[0] in (1, k.shape[0])
         self.calls += 1
-        return torch.cat([x, x]) + row.sum(1).view(-1, 1, 1, 1) + 100 * k.sum(1, keepdim=True)
+        return (
+            torch.cat([x] * self.answers)
+            + row.sum(1).view(-1, 1, 1, 1)
+            + 100 * k.sum(1, keepdim=True)
+        )
 
 
 @pytest.mark.parametrize("batch", (1, 2, 3, 4))
 @pytest.mark.parametrize("guided", (True, False))
 @pytest.mark.parametrize("pictures", (1, 2))
 @pytest.mark.parametrize("pooled", (True, False))
+@pytest.mark.parametrize("answers", (1, 2))
 def test_a_unet_of_few_pictures_draws_any_number(
-    batch: int, guided: bool, pictures: int, pooled: bool
+    batch: int, guided: bool, pictures: int, pooled: bool, answers: int
 ) -> None:
     """Every answer comes from its own picture, text and row, whatever the padding."""
     inputs = (
         TensorSpec("sample", "float32", (pictures, 1, 2, 2)),
-        TensorSpec("row", "float32", (2 * pictures if pooled else 1, 3)),
-        TensorSpec("k.0", "float32", (2 * pictures, 1, 1, 1)),
-        TensorSpec("v.0", "float32", (2 * pictures, 1, 1, 1)),
+        TensorSpec("row", "float32", (answers * pictures if pooled else 1, 3)),
+        TensorSpec("k.0", "float32", (answers * pictures, 1, 1, 1)),
+        TensorSpec("v.0", "float32", (answers * pictures, 1, 1, 1)),
     )
-    outputs = (TensorSpec("out_sample", "float32", (2 * pictures, 1, 2, 2)),)
+    outputs = (TensorSpec("out_sample", "float32", (answers * pictures, 1, 2, 2)),)
     backend = AotiBackend.__new__(AotiBackend)
     backend.entries = {"unet": PartEntry("unet/code.so", inputs, outputs)}
-    unet = _Counted()
+    unet = _Counted(answers)
     backend._packages = {"unet": unet}
     backend._opening = threading.Lock()
     x = torch.arange(batch, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
@@ -184,7 +190,8 @@ def test_a_unet_of_few_pictures_draws_any_number(
         out = backend._unet_fast(x, row, {"k.0": k, "v.0": k})
         expected = torch.cat([x, x])[:rows] + row.sum(1).view(-1, 1, 1, 1) + 100 * k
         assert torch.equal(out, expected)
-        assert unet.calls == -(-batch // pictures)
+        given = rows if guided and answers == 1 else batch
+        assert unet.calls == -(-given // pictures)
 
 
 def test_what_cannot_be_compiled_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
