@@ -31,6 +31,7 @@ from fastsd.artifact import (
     engines_folder,
     list_files,
 )
+from fastsd.backends import engine_class
 from fastsd.checkpoints import Checkpoint, save_description
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
@@ -72,6 +73,9 @@ class Exporter(ABC):
     def parts(self) -> tuple[str, ...]:
         """The parts to write, in order."""
         return part_names(self.checkpoint, self.request)
+
+    def begin(self, folder: Path) -> None:  # noqa: B027  (most targets need nothing)
+        """Do below `folder` what may fail for want of tools, before a calibration takes long."""
 
     @abstractmethod
     def write(self, part: str, folder: Path) -> PartEntry:
@@ -133,6 +137,8 @@ def export(
         choices = exporter.choices()
         for what, choice in choices.items():
             tell(f"{what}: {choice}")
+        exporter.begin(draft.folder)
+        _require_backend(request)
         exporter.spec = _spec(draft.folder, checkpoint, name, request, tell)
         parts: dict[str, PartEntry] = {}
         for part in exporter.parts:
@@ -187,6 +193,16 @@ def _describe(folder: Path, config: ModelConfig, tokenizers: Sequence[CLIPTokeni
     save_description(folder, config, tokenizers)
     for part in ("vae_decoder", "vae_encoder"):
         shutil.copy(folder / "vae" / "config.json", folder / part / "config.json")
+
+
+def _require_backend(request: Request) -> None:
+    """Raise ArtifactError where a floor is asked and nothing here can draw with the engine."""
+    if request.floor is None:
+        return
+    try:
+        engine_class(request.target)
+    except MissingDependency as error:
+        raise ArtifactError(f"the floor cannot be checked on this machine: {error}") from None
 
 
 def _measure(

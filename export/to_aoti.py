@@ -92,6 +92,15 @@ class AotiExporter(Exporter):
         floats = "bf16, clearly faster than fp32" if self._bf16 else "fp32, as bf16 is no faster"
         return {"kernels": kernels, "layers out of int8": f"{floats} on this CPU"}
 
+    def begin(self, folder: Path) -> None:
+        """Compile our own kernels."""
+        library = folder / _REWRITTEN[0] / LIBRARY
+        if self._obstacle is None and not library.exists():
+            library.parent.mkdir(exist_ok=True)
+            draft = library.with_suffix(".tmp")
+            native.build(draft)
+            draft.replace(library)
+
     def write(self, part: str, folder: Path) -> PartEntry:
         """Compile one part into `<part>/package/`."""
         home = folder / part
@@ -100,7 +109,6 @@ class AotiExporter(Exporter):
         if part in _REWRITTEN and self._obstacle is None:
             library = folder / _REWRITTEN[0] / LIBRARY
             if part == _REWRITTEN[0]:
-                native.build(library)
                 weights = (f"{part}/{LIBRARY}",)
             native.load(library)
         loaded = load_part(self.checkpoint, part, self.request, torch.float32, self._prepared)

@@ -24,12 +24,13 @@ import pytest
 from fastsd import cli
 from fastsd.artifact import Artifact, PartEntry
 from fastsd.checkpoints import Checkpoint, open_checkpoint
-from fastsd.errors import ArtifactError, StaleArtifact, UntrustedArtifact
+from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UntrustedArtifact
 from fastsd.export import EXPORTERS, verify
 from fastsd.export.build import Exporter, export
 from fastsd.export.calibration import GUIDANCE, JUDGED_STEPS, Calibration
 from fastsd.export.parts import Request
 from fastsd.images import read_metadata
+from fastsd.kernels import native
 from fastsd.quality import psnr
 from fastsd.quant.spec import QuantSpec
 from tests.export.conftest import SIZE
@@ -66,6 +67,31 @@ class StoppedExporter(Exporter):
 
     def write(self, part: str, folder: Path) -> PartEntry:
         raise KeyboardInterrupt
+
+
+def test_what_lacks_is_said_before_a_calibration(
+    sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any, **__: Any) -> Calibration:
+        raise AssertionError("hours were spent first")
+
+    monkeypatch.setattr("fastsd.export.calibration.calibrate_checkpoint", late)
+    request = Request(target="onnx", precision="int8", size=SIZE, prompts=("a cat",), floor=20.0)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "onnxruntime", None)
+        without.delitem(sys.modules, "fastsd.backends.ort", raising=False)
+        with pytest.raises(ArtifactError, match="floor cannot be checked.*onnxruntime"):
+            export(open_checkpoint(sd1_folder), "sd1", request, tmp_path / "engine")
+    if native.obstacle():
+        return
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'unrecognized option -std=c++20' >&2; exit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    request = replace(request, target="aoti", layout="fast", floor=None)
+    with pytest.raises(MissingDependency, match="C\\+\\+20 is needed"):
+        export(open_checkpoint(sd1_folder), "sd1", request, tmp_path / "engine")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_what_was_calibrated_outlives_an_interruption(
