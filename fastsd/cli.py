@@ -631,8 +631,8 @@ def export(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Prompts to calibrate and measure with, one a line: few take less time, eight are "
-            "better than one by 8 dB. [default: some of our own]",
+            help="Prompts to calibrate and measure with, one a line: more are nearer to the "
+            "exact pictures, fewer take less time. [default: some of our own]",
         ),
     ] = None,
     prediction: Prediction = None,

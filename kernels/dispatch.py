@@ -88,8 +88,9 @@ def require(op: str, implementation: str, device: torch.device | None = None) ->
     if device is None:
         return
     if not _fits(implementation, device):
+        where = "GPUs" if implementation in ON_GPUS else "CPUs"
         raise UsageError(
-            f"{op} implementation {implementation!r} runs on GPUs, not on {device.type}; "
+            f"{op} implementation {implementation!r} runs on {where}, not on {device.type}; "
             f"use {known[0]!r}"
         )
     if not _installed(implementation):

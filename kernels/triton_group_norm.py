@@ -24,6 +24,31 @@ GROUP_WARPS = 8  # groups are too few to fill a GPU, and four spill registers on
 
 
 @triton.jit
+def shifted_sums(
+    picture,
+    shift,
+    c,
+    inside,
+    C,
+    begin,
+    end,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum x - shift and its square over pixels begin..end of a picture, for each channel c."""
+    first = tl.zeros([BLOCK_C], dtype=tl.float32)
+    second = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for start in range(begin, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < end)[:, None] & inside[None, :]
+        v = tl.load(picture + p[:, None].to(tl.int64) * C + c[None, :], mask=mask, other=0.0)
+        v = tl.where(mask, v.to(tl.float32) - shift[None, :], 0.0)
+        first += tl.sum(v, axis=0)
+        second += tl.sum(v * v, axis=0)
+    return first, second
+
+
+@triton.jit
 def group_affine(
     shift,
     first,
@@ -88,17 +113,9 @@ def partial_sums(
     inside = c < C
     base = x + b.to(tl.int64) * pixels * C
     shift = tl.load(base + c, mask=inside, other=0.0).to(tl.float32)
-    first = tl.zeros([BLOCK_C], dtype=tl.float32)
-    second = tl.zeros([BLOCK_C], dtype=tl.float32)
     begin = split * pixels_per_split
     end = tl.minimum(begin + pixels_per_split, pixels)
-    for start in range(begin, end, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        mask = (p < end)[:, None] & inside[None, :]
-        v = tl.load(base + p[:, None].to(tl.int64) * C + c[None, :], mask=mask, other=0.0)
-        v = tl.where(mask, v.to(tl.float32) - shift[None, :], 0.0)
-        first += tl.sum(v, axis=0)
-        second += tl.sum(v * v, axis=0)
+    first, second = shifted_sums(base, shift, c, inside, C, begin, end, BLOCK_P, BLOCK_C)
     row = partial + (b * splits + split).to(tl.int64) * 2 * C
     tl.store(row + c, first, mask=inside)
     tl.store(row + C + c, second, mask=inside)
@@ -194,16 +211,7 @@ def one_group(
     c = (tl.program_id(0) % groups) * WIDTH + lane
     start_of = b.to(tl.int64) * pixels * C
     shift = tl.load(x + start_of + c, mask=inside, other=0.0).to(tl.float32)
-    first = tl.zeros([BLOCK_G], dtype=tl.float32)
-    second = tl.zeros([BLOCK_G], dtype=tl.float32)
-    for start in range(0, pixels, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        mask = (p < pixels)[:, None] & inside[None, :]
-        at = start_of + p[:, None].to(tl.int64) * C + c[None, :]
-        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.where(mask, v - shift[None, :], 0.0)
-        first += tl.sum(v, axis=0)
-        second += tl.sum(v * v, axis=0)
+    first, second = shifted_sums(x + start_of, shift, c, inside, C, 0, pixels, BLOCK_P, BLOCK_G)
     more = added + b * added_stride
     scale, offset = group_affine(
         shift, first, second, weight, bias, more, c, inside, pixels, eps, WIDTH, ADDED

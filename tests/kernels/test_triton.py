@@ -199,6 +199,8 @@ def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(1, 32, 2, 2)
     with pytest.raises(UsageError, match="runs on GPUs, not on cpu; use 'library'"):
         group_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], 32, 1e-5, implementation="triton")
+    with pytest.raises(UsageError, match="'vnni' runs on CPUs, not on cuda; use 'sdpa'"):
+        dispatch.require("attention", "vnni", torch.device("cuda"))
     with pytest.raises(UsageError, match="'tryton' is unknown; it is one of library, triton"):
         sampler_step_(x, x, x, x, implementation="tryton")
     with pytest.raises(UsageError, match="op 'norm' is unknown"):
