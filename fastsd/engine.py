@@ -3,7 +3,8 @@
 Owns the state (latents and the sampler's slots), the row counter and the guidance sum. A step reads
 everything that changes from buffers: row, noise, guidance weight, the embedded schedule, keys and
 values. So one captured step serves every prompt, sampler, seed, strength and step count of one
-shape, and `Loops` keeps captured ones. Knows no prompt, no file and no vendor.
+shape. `Loops` keeps captured ones, and captures what runs once a call beside them. Knows no prompt,
+no file and no vendor.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, final
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastsd.errors import NumericsError, OutOfMemory
 from fastsd.kernels.sampler_step import sampler_step_
@@ -27,6 +29,7 @@ from fastsd.samplers import StepTable
 log = logging.getLogger("fastsd")
 
 Step = Callable[[], None]
+Function = Callable[..., Any]  # of tensors, to a tree of tensors
 # (x (B, C, H, W), the row's entry, the fixed tensors) -> the prediction, (B, C, H, W); under
 # guidance (2 B, C, H, W), the unconditional half first. Equal ones must compute the same.
 Predict = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
@@ -35,6 +38,7 @@ Predict = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 GRAPHS = ("step", "loop", "none")
 CAPTURED_SLOTS = 4
 CAPTURED_ROWS = 128
+KEPT_FUNCTIONS = 16  # graphs of what runs once a call, some 20 MB each
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,8 @@ class SamplingLoop:
 
         noise: draws (B, C, H, W) standard normal numbers; called only at the table's drawing rows.
         on_row: called after each row with its index; answering False ends the run there.
-        The results are the loop's own buffers: copy what is to outlive the next run.
-        Raises NumericsError if the latents are not finite.
+        The results are the loop's own buffers: copy what is to outlive the next run. Nothing has
+        waited for the device yet: `check_finite` says whether they are numbers.
         """
         if self._replay_all is not None and self._noises is not None:
             for row in np.flatnonzero(self._table.draws).tolist():
@@ -219,7 +223,6 @@ class SamplingLoop:
                 if not on_row(row):
                     break
             self._end()
-        check_finite(self.latents, "the latents")
         return self._finished
 
     def _walk(self) -> None:
@@ -283,7 +286,7 @@ class Loops:
     graph: what is captured: "step"; "loop", all rows and the finish as one, for every row count
     anew, where a run has a finish; or "none". Kept loops are replaced by loops for the same
     structure only when a table has more rows than there is room for; beyond `limit_bytes` the least
-    recently used are dropped.
+    recently used are dropped. With a limit of 0 none but the newest is kept, nor what runs once.
     """
 
     def __init__(
@@ -294,8 +297,33 @@ class Loops:
         self.graph = graph
         self._limit_bytes = limit_bytes
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._functions: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._lock = threading.Lock()
         self._failure: str | None = None
+
+    def once(self, name: Hashable, function: Function) -> Function:
+        """Return `function`, which runs once a call: where steps are captured, so is it.
+
+        It takes tensors on the device and returns a tree of them, reads nothing else that changes,
+        and is captured for every layout of its inputs. name: equal ones compute the same.
+        """
+        if not self._keeps or self._limit_bytes == 0:
+            return function
+
+        def call(*inputs: Tensor) -> Any:
+            key = (name, *map(_layout, inputs))
+            with self._lock:
+                kept = self._functions.setdefault(key, _Captured(function))
+                self._functions.move_to_end(key)
+                while len(self._functions) > KEPT_FUNCTIONS:
+                    self._functions.popitem(last=False)
+            try:
+                return kept(inputs, self.backend.capture)
+            except RuntimeError as error:  # what torch raises for all that CUDA refuses
+                self._fail("what runs once a call is", error)
+                return function(*inputs)
+
+        return call
 
     @contextmanager
     def take(self, run: Run) -> Iterator[SamplingLoop]:
@@ -304,24 +332,20 @@ class Loops:
         From inside a callback of the same structure a fresh, uncaptured one is lent.
         """
         kept = self._find(run) if self._keeps else None
-        if kept is None or kept.owner == threading.get_ident():
+        if kept is None or kept.turn.owner == threading.get_ident():
             loop = SamplingLoop(run, slots=run.table.slots, rows=run.table.rows)
             if not self.backend.captures:
                 loop.capture(self.backend.capture)
             loop.load(run)
             yield loop
             return
-        with kept.lock:
-            kept.owner = threading.get_ident()
-            try:
-                if kept.loop is None or kept.loop.rows < run.table.rows:
-                    kept.loop = None  # its memory goes before the next one's comes
-                    kept.loop, kept.size_bytes = self._build(run, kept)
-                    self._evict(kept, self._limit_bytes)
-                kept.loop.load(run)
-                yield kept.loop
-            finally:
-                kept.owner = None
+        with kept.turn(run.latents.device):
+            if kept.loop is None or kept.loop.rows < run.table.rows:
+                kept.loop = None  # its memory goes before the next one's comes
+                kept.loop, kept.size_bytes = self._build(run, kept)
+                self._evict(kept, self._limit_bytes)
+            kept.loop.load(run)
+            yield kept.loop
 
     def explain(self) -> list[str]:
         """Say what is captured, how large it is, and why what is not is not."""
@@ -330,12 +354,14 @@ class Loops:
             return [f"steps run uncaptured: {'as asked' if asked else 'there is no GPU'}"]
         with self._lock:
             lines = [f"{kept.what}: {kept.size_bytes / 2**20:.0f} MiB" for kept in self._all()]
+            lines.insert(0, f"what runs once a call: {len(self._functions)} graphs")
         return [*lines, *([] if self._failure is None else [self._failure])]
 
     def clear(self) -> None:
         """Drop every kept loop that is not in use."""
         with self._lock:
             self._kept.clear()
+            self._functions.clear()
 
     @property
     def _keeps(self) -> bool:
@@ -385,12 +411,15 @@ class Loops:
                 loop = captured()
             self.captures += 1
         except RuntimeError as error:  # what torch raises for all that CUDA refuses
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            if self._failure is None:
-                log.warning("steps run uncaptured, which is slower: capture failed (%s)", reason)
-            self._failure = f"capture failed: {reason}"
+            self._fail("steps run", error)
             loop = SamplingLoop(run, slots=slots, rows=rows)
         return loop, max(loop.size_bytes, self.backend.memory_bytes() - before)
+
+    def _fail(self, what: str, error: RuntimeError) -> None:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if self._failure is None:
+            log.warning("%s uncaptured, which is slower: capture failed (%s)", what, reason)
+        self._failure = f"capture failed: {reason}"
 
     def _evict(self, newest: _Kept, limit_bytes: int) -> None:
         """Drop loops that nobody uses until all that are left take `limit_bytes` at most."""
@@ -398,19 +427,65 @@ class Loops:
             for key, kept in list(self._kept.items()):  # the least recently used first
                 if sum(k.size_bytes for k in self._all()) <= limit_bytes:
                     break
-                if kept is not newest and kept.owner is None:
+                if kept is not newest and kept.turn.owner is None:
                     del self._kept[key]
 
 
+@final
+class _Turn:
+    """Lets one thread at a time use some buffers, its stream after that of the thread before."""
+
+    def __init__(self) -> None:
+        self.owner: int | None = None  # the thread whose turn it is
+        self._lock = threading.Lock()
+        self._done: torch.Event | None = None
+
+    @contextmanager
+    def __call__(self, device: torch.device) -> Iterator[None]:
+        with self._lock:
+            self.owner = threading.get_ident()
+            stream = None if device.type == "cpu" else torch.accelerator.current_stream(device)
+            if stream is not None and self._done is not None:
+                stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                if stream is not None:
+                    self._done = stream.record_event()
+                self.owner = None
+
+
 class _Kept:
-    """A place for one structure's loop, and the lock that guards it."""
+    """A place for one structure's loop."""
 
     def __init__(self, what: str) -> None:
         self.what = what
-        self.lock = threading.Lock()
-        self.owner: int | None = None  # the thread that holds the lock
+        self.turn = _Turn()
         self.loop: SamplingLoop | None = None
         self.size_bytes = 0
+
+
+@final
+class _Captured:
+    """A function of tensors over buffers of its own, captured when it is first called."""
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._turn = _Turn()
+        self._replay: Step | None = None
+
+    def __call__(self, inputs: tuple[Tensor, ...], capture: Callable[[Step], Step]) -> Any:
+        """Return what the function makes of the inputs."""
+        with self._turn(inputs[0].device):
+            if self._replay is None:
+                self._inputs = tuple(each.clone() for each in inputs)
+                self._replay = capture(self._run)
+            _copy(self._inputs, inputs)
+            self._replay()
+            return tree_map_only(Tensor, torch.clone, self._outputs)
+
+    def _run(self) -> None:
+        self._outputs = self._function(*self._inputs)
 
 
 def _layout(x: Tensor) -> Hashable:

@@ -653,6 +653,7 @@ class Pipeline:
             syntax=prompt_syntax,
             clip_skip=0 if clip_skip is None else clip_skip,
             one_at_a_time=batch_invariant,
+            once=self._loops_of(self._backend).once,
         )
         if _check_count("cache_interval", cache_interval) > 1:
             self._check_cached(batch_invariant)
@@ -1010,10 +1011,13 @@ class Call:
             tqdm(total=self._table.rows, **self._pipeline._progress) as bar,
         ):
             results = self._loop.run(noise, lambda row: self._end_row(row, bar))
-            results = tuple(result.clone() for result in results)
+            *finished, latents = (each.clone() for each in (*results, self._loop.latents))
         if output_type == "latent":
-            return results[0]
-        pictures, total = results if whole else finish(results[0])
+            check_finite(latents, "the latents")
+            return latents
+        # Nothing has waited for the device yet: decoding is launched while the steps still run.
+        pictures, total = finished if whole else finish(latents)
+        check_finite(latents, "the latents")
         check_finite(total, "the picture")
         if source is not None and self._feather is not None:
             pictures = source.keep(pictures, self._feather)

@@ -9,9 +9,9 @@ file, no vendor and no sampler's name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fastsd.backends import Backend
 from fastsd.backends.base import Part
 from fastsd.config import ModelConfig
-from fastsd.engine import Denoiser, Known
+from fastsd.engine import Denoiser, Function, Known
 from fastsd.errors import UsageError
 from fastsd.images import digest, feathered, to_tensor, to_uint8, widen
 from fastsd.prompts import Chunk, parse, split
@@ -216,6 +216,10 @@ def _check_texts(texts: Sequence[str]) -> None:
             )
 
 
+def _at_once(name: Hashable, function: Function) -> Function:
+    return function
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
     """Reads the texts of a call with every text encoder of a model.
@@ -225,6 +229,7 @@ class TextEncoder:
     does; "weighted" reads `fastsd.prompts`: weights, and chunks of 75 tokens side by side.
     clip_skip: layers to leave out at the end, beyond those that the family leaves out.
     one_at_a_time: encode each text by itself, so that its bits do not depend on the others.
+    once: makes an encoder, given with a name, ready to run, as `fastsd.engine.Loops.once` does.
     """
 
     backend: Backend
@@ -234,6 +239,7 @@ class TextEncoder:
     syntax: str = "plain"
     clip_skip: int = 0
     one_at_a_time: bool = False
+    once: Callable[[Hashable, Function], Function] = _at_once
 
     def __post_init__(self) -> None:
         layers = min(encoder.layers for encoder in self.config.text_encoders)
@@ -280,15 +286,22 @@ class TextEncoder:
             part = self.config.text_parts[index]
             vectors = self.learned[index] if self.learned else None
             extra = () if vectors is None else (vectors.to(self.backend.device),)
-            output = self.backend.part(part)(ids.to(self.backend.device), *extra)
-            context = _weigh(self._layer(part, output), weights)
+            encode = self.once((part, self.clip_skip), partial(self._states, part))
+            states, embeds = encode(ids.to(self.backend.device), *extra)
+            context = _weigh(states, weights)
             contexts.append(context.reshape(len(column), -1, context.shape[-1]))
-            pooled = None if output.embeds is None else output.embeds[::chunks]
+            pooled = None if embeds is None else embeds[::chunks]
         context = torch.cat(contexts, dim=-1)
         return Conditioning(context, pooled if self.config.unet.pooled_width else None)
 
+    def _states(self, part: str, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode ids (B, N), with vectors of learned words if any, to what the UNet reads of them:
+        the hidden states (B, N, D) of the layer that it wants, and the pooled text (B, P) if any.
+        """
+        output = self.backend.part(part)(*inputs)
+        return self._layer(part, output), output.embeds
+
     def _layer(self, part: str, output: Any) -> Tensor:
-        """Choose the hidden state that the UNet reads, (B, N, D)."""
         layer = self.config.text_layer
         if layer == -1 and not self.clip_skip:
             last: Tensor = output.last

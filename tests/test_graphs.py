@@ -203,6 +203,82 @@ def test_weights_are_replaced_in_place(sd1_folder: Path, captured: Pipeline) -> 
     assert captured._loops.captures == 1
 
 
+# --- what runs once a call -----------------------------------------------------------------------
+
+
+def test_text_encoders_are_graphs_too(
+    sd1_folder: Path, capturing: None, plain: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for every layout of what they read, and for every layer that is read of them."""
+    captured = open_quietly(sd1_folder)
+    backend = captured._backend
+    assert isinstance(backend, EagerBackend)
+    ran: list[tuple[int, ...]] = []
+    encode = backend.part("text_encoder")
+
+    def counted(*inputs: Tensor) -> Any:
+        ran.append(tuple(inputs[0].shape))
+        return encode(*inputs)
+
+    backend._parts["text_encoder"] = counted
+    requests: list[tuple[dict[str, Any], int]] = [
+        (dict(), 1),
+        (dict(prompt="a blue house", negative_prompt="fog", seed=3), 1),
+        (dict(prompt="a (red:1.4) apple", prompt_syntax="weighted"), 1),
+        (dict(clip_skip=1), 2),
+        (dict(guidance_scale=1.0), 2),
+        (dict(prompt=" ".join(["a red apple"] * 40), prompt_syntax="weighted"), 3),
+        (dict(prompt="a dog", seed=5), 3),
+    ]
+    for request, graphs in requests:
+        np.testing.assert_array_equal(draw(captured, **request), draw(plain, **request))
+        assert len(captured._loops._functions) == graphs
+        assert f"what runs once a call: {graphs} graphs" in captured.explain()
+    assert len(ran) == 3 * (replay.WARM_UPS + 1), "a replay runs no Python"
+    captured.use(attention="sdpa")  # other kernels: what is captured is forgotten
+    assert not captured._loops._functions
+    monkeypatch.setattr(engine, "KEPT_FUNCTIONS", 2)
+    for prompts in (["a cat"] * n for n in (1, 2, 3, 1)):
+        draw(captured, prompts, seed=0)
+        assert len(captured._loops._functions) <= 2
+
+
+def test_learned_words_reach_a_captured_text_encoder(
+    sd1_folder: Path, capturing: None, plain: Pipeline
+) -> None:
+    captured, uncaptured_ = open_quietly(sd1_folder), open_quietly(sd1_folder)
+    uncaptured_._loops = uncaptured(uncaptured_)
+    width = captured.config.text_encoders[0].width
+    before = draw(captured, "a <thing>")
+    for pipeline in (captured, uncaptured_):
+        vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+        pipeline.load_textual_inversion({"<thing>": vectors})
+    ours, theirs = draw(captured, "a <thing>"), draw(uncaptured_, "a <thing>")
+    np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(ours, before)
+
+
+def test_nothing_is_kept_of_text_encoders_where_memory_is_low(captured: Pipeline) -> None:
+    captured._loops = Loops(captured._backend, limit_bytes=0)
+    draw(captured)
+    assert not captured._loops._functions and captured._loops.captures == 1
+
+
+def test_a_text_encoder_that_cannot_be_captured_runs_as_it_is(
+    captured: Pipeline,
+    plain: Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(self: EagerBackend, step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(EagerBackend, "capture", refuse)
+    with caplog.at_level(logging.WARNING, "fastsd"):
+        np.testing.assert_array_equal(draw(captured), draw(plain))
+    assert "what runs once a call is uncaptured" in caplog.messages[0]
+
+
 # --- the whole loop and the picture as one --------------------------------------------------------
 
 

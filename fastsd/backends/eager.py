@@ -13,6 +13,7 @@ from fastsd.backends.base import Part, Shapes, dtype_of
 from fastsd.backends.choice import fastest_attention, fastest_norms
 from fastsd.backends.cuda_graph import Graphed
 from fastsd.backends.heap import keep_freed_memory
+from fastsd.backends.joined import joined_parts
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.models.clip import CLIPText
@@ -84,6 +85,7 @@ class EagerBackend(Graphed):
             "unet_context": unet.context,
             "vae_decoder": lambda z: vae.decode(z.to(vae.dtype)),
             "vae_encoder": lambda picture: vae.encode(picture.to(vae.dtype)),
+            **(joined_parts(unet) if device.type == "cuda" else {}),
         }
         for name in on_host if device.type != "cpu" else ():
             if name not in modules:

@@ -83,17 +83,18 @@ class Attention(nn.Module):
 
     def keys_values(self, context: Tensor) -> KV:
         """Return what `context` (B, N, C) is attended by: K and V, each (B, M, N, K)."""
-        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+        return self.by_heads(self.to_k(context)), self.by_heads(self.to_v(context))
 
     def forward(self, x: Tensor, kv: KV | None = None) -> Tensor:
         """Attend from x (B, N, C) to kv, or to x itself. Returns (B, N, C), or kv's 2 B."""
         k, v = kv or self.keys_values(x)
-        q = widen(self._heads(self.to_q(x)), k.shape[0])
+        q = widen(self.by_heads(self.to_q(x)), k.shape[0])
         out = attention(q, k, v, implementation=self.implementation)
         projected: Tensor = self.to_out[0](join_heads(out).to(x.dtype))
         return projected
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def by_heads(self, x: Tensor) -> Tensor:
+        """Split projected tokens (B, N, M K) as attention takes them, (B, M, N, K)."""
         return split_heads(x.float() if self.upcast else x, self.heads)
 
 

@@ -18,6 +18,7 @@ from fastsd.config import UNetConfig
 from fastsd.errors import UsageError
 from fastsd.models.layers import (
     KV,
+    Attention,
     Downsample,
     GroupNorm,
     Level,
@@ -102,7 +103,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNorm(config.norm_groups, first, eps=config.eps, silu=True)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
-        self._row_widths = [projection.out_features for projection in self._projections()]
+        self._row_widths = [projection.out_features for projection in self.time_projections()]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,15 +123,40 @@ class UNet(nn.Module):
         guidance: (B,), the guidance weight minus one, for distilled UNets (Luo et al. 2023).
         Returns (S, B, E), or (S, 1, E) if nothing but the timesteps is given; E in forward order.
         """
+        return self._project(self.embedded_time(timesteps, pooled, size_ids, guidance))
+
+    def embedded_time(
+        self,
+        timesteps: Tensor,
+        pooled: Tensor | None = None,
+        size_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Embed a schedule as `time_rows` does; return what every resnet projects, (S, B or 1, T).
+
+        The resnets' projections, in forward order, are `time_projections`.
+        """
         embedded = None
         if guidance is not None:
             embedded = sinusoid(1000 * guidance, self.config.guidance_width, shift=1.0)
-        return self._rows(timesteps[:, None], pooled, size_ids, embedded)
+        return self._embed(timesteps[:, None], pooled, size_ids, embedded)
+
+    def time_projections(self) -> list[nn.Linear]:
+        """List what every resnet projects the embedded time by, in forward order."""
+        return [
+            resnet.time_emb_proj
+            for resnet in self.modules()
+            if isinstance(resnet, Resnet) and resnet.time_emb_proj is not None
+        ]
 
     def context(self, encoder_hidden_states: Tensor) -> list[KV]:
         """Project a text (B, N, C) to keys and values (B, M, N, K), a pair a cross-attention."""
+        return [layer.keys_values(encoder_hidden_states) for layer in self.cross_attentions()]
+
+    def cross_attentions(self) -> list[Attention]:
+        """List the cross-attentions, in forward order."""
         return [
-            block.attn2.keys_values(encoder_hidden_states)
+            block.attn2
             for block in self.modules()  # registered in forward order, as the resnets are
             if isinstance(block, TransformerBlock)
         ]
@@ -193,17 +219,17 @@ class UNet(nn.Module):
         timestep_cond: (B, guidance_width), embedded already. Returns (B, C_out, H, W).
         """
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        row = self._rows(t, text_embeds, time_ids, timestep_cond)
+        row = self._project(self._embed(t, text_embeds, time_ids, timestep_cond))
         return self.forward(sample, row, self.context(encoder_hidden_states))
 
-    def _rows(
+    def _embed(
         self,
         t: Tensor,
         pooled: Tensor | None,
         size_ids: Tensor | None,
         guidance: Tensor | None,
     ) -> Tensor:
-        """Embed t (…,) and conditions (B, ·) that broadcast with it; project for every resnet."""
+        """Embed t (…,) and conditions (B, ·) that broadcast with it."""
         takes_pooled = self.add_embedding is not None
         if {pooled is not None, size_ids is not None} != {takes_pooled}:
             raise UsageError(
@@ -222,8 +248,11 @@ class UNet(nn.Module):
         if self.add_embedding is not None and pooled is not None and size_ids is not None:
             sizes = self._waves(size_ids, self.config.size_width).flatten(-2)
             e = e + self.add_embedding(torch.cat([pooled.to(self.dtype), sizes], dim=-1))
-        e = F.silu(e)
-        return torch.cat([projection(e) for projection in self._projections()], dim=-1)
+        return F.silu(e)
+
+    def _project(self, e: Tensor) -> Tensor:
+        """Project an embedded time for every resnet."""
+        return torch.cat([projection(e) for projection in self.time_projections()], dim=-1)
 
     def _waves(self, numbers: Tensor, width: int) -> Tensor:
         return sinusoid(
@@ -232,14 +261,6 @@ class UNet(nn.Module):
             cos_first=self.config.flip_sin_to_cos,
             shift=self.config.frequency_shift,
         ).to(self.dtype)
-
-    def _projections(self) -> list[nn.Linear]:
-        """What every resnet makes of the time embedding, in forward order."""
-        return [
-            resnet.time_emb_proj
-            for resnet in self.modules()
-            if isinstance(resnet, Resnet) and resnet.time_emb_proj is not None
-        ]
 
     def _resnet(self, in_width: int, width: int) -> Resnet:
         config = self.config
