@@ -135,12 +135,14 @@ def _known(op: str) -> tuple[str, ...]:
 
 
 def try_out(what: str, candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Time the candidates that run and agree with the first, the library's, in ms (`time_ms`).
+    """Time the candidates that run and agree with the first that does, in ms (`time_ms`).
 
-    what: the op and its shape. One that fails, or disagrees, is named in a warning and left out.
-    What leaves a GPU unusable is raised.
+    what: the op and its shape. candidates: the library's comes first. One that fails, or disagrees,
+    is named in a warning and left out. Where none runs the first one's error is raised, and at once
+    what leaves a GPU unusable.
     """
     truth: Tensor | None = None
+    failure: Exception | None = None
     agreeing: dict[str, Callable[[], Tensor]] = {}
     for name, candidate in candidates.items():
         try:
@@ -150,17 +152,18 @@ def try_out(what: str, candidates: Mapping[str, Callable[[], Tensor]]) -> dict[s
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # noqa: BLE001  (every compiler and library has its own)
-            if truth is None:
-                raise
+            failure = failure or error
             reason = (str(error) or type(error).__name__).splitlines()[0]
             log.warning("%s: %s is not used: it does not run here (%s)", what, name, reason)
             continue
         if truth is None:
             truth = out.clone()
         elif not (error_ := relative_l2(out, truth)) <= AGREEMENT[truth.dtype]:  # NaN is not
-            log.warning("%s: %s is not used: it is %.1e from the library", what, name, error_)
+            log.warning("%s: %s is not used: it is %.1e from the first", what, name, error_)
             continue
         agreeing[name] = candidate
+    if failure is not None and not agreeing:
+        raise failure
     return time_ms(agreeing)
 
 
