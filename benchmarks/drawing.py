@@ -22,6 +22,7 @@ from fastsd import Pipeline
 from fastsd.backends import Backend
 from fastsd.benchmarks.contenders import Scene
 from fastsd.checkpoints import open_checkpoint
+from fastsd.engine import SamplingLoop
 
 Function = Callable[..., Any]
 
@@ -265,7 +266,9 @@ class _Watched(Backend):
         return self._parts.setdefault(part, self._watch.wrap(_PARTS[name], part))
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        return self._watch.wrap("step", self._inner.capture(step))
+        # Of what is captured, the text encoders alone are no steps of a loop.
+        loop = isinstance(getattr(step, "__self__", None), SamplingLoop)
+        return self._watch.wrap("step" if loop else "text_encoder", self._inner.capture(step))
 
 
 def measure_parts(drawer: Drawer, scene: Scene, repeats: int = 3) -> dict[str, float]:

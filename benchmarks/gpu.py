@@ -126,6 +126,7 @@ STAGES = (
         for name, what, contender in (
             ("compiled", "against diffusers compiled for the most speed", "diffusers-compile/fp16"),
             ("inductor", "torch.compile's code in our graph", "fastsd/inductor/fp16"),
+            ("aoti", "that code compiled ahead of time", "fastsd/aoti-cuda/fp16"),
         )
     ),
     _bench(

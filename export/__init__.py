@@ -13,6 +13,7 @@ from __future__ import annotations
 # target -> its exporter, imported only when asked for: most need a vendor's package.
 EXPORTERS = {
     "aoti": "fastsd.export.to_aoti:AotiExporter",
+    "aoti-cuda": "fastsd.export.to_aoti_cuda:AotiCudaExporter",
     "onnx": "fastsd.export.to_onnx:OnnxExporter",
     "openvino": "fastsd.export.to_openvino:OpenvinoExporter",
     "tensorrt": "fastsd.export.to_tensorrt:TensorrtExporter",

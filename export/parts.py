@@ -21,17 +21,22 @@ from torch import Tensor, nn
 
 from fastsd.artifact import TensorSpec, digest_of
 from fastsd.backends.eager import FP16_VAE_SCALE
+from fastsd.backends.joined import JoinedUNet
 from fastsd.checkpoints import Checkpoint
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
 from fastsd.models.clip import CLIPOutput, CLIPText
-from fastsd.models.layers import TransformerBlock
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, Decoder, Encoder, scale_activations_
 
 LAYOUTS = ("standard", "fast")
 SHALLOW = ("aoti",)  # targets whose steps may reuse what the deeper layers made (unet_shallow)
+ONCE = ("aoti", "aoti-cuda")  # targets whose UNet takes each picture once, guided or not
+JOINED = ("aoti-cuda",)  # targets whose UNet takes keys and values as one tensor
+ON_GPUS = ("tensorrt", "aoti-cuda")  # targets whose engines run on a GPU only
 QUANTISED = ("int8", "fp8")  # precisions that need a QuantSpec
+
+Told = UNet | JoinedUNet  # what does a UNet's work, by the same methods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,8 @@ def load_part(
     """
     component = next((whole for whole in ("unet", "vae") if name.startswith(whole)), name)
     module = prepared(name, checkpoint.load(component, dtype))
+    if isinstance(module, UNet) and request.target in JOINED:
+        module = JoinedUNet(module)
     if component == "vae" and dtype == torch.float16 and checkpoint.config.vae.force_upcast:
         for half in (module.encoder, module.decoder):
             assert isinstance(half, (Encoder, Decoder))
@@ -271,51 +278,64 @@ def _examples(inputs: list[TensorSpec]) -> tuple[Tensor, ...]:
 
 
 def _unet_fast(
-    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype, part: str = "unet"
+    module: Told, config: ModelConfig, request: Request, dtype: torch.dtype, part: str = "unet"
 ) -> GraphPart:
     unet, sizes, name = config.unet, _Sizes(request, config), _name(dtype)
+    zeros = partial(torch.zeros, device=next(module.parameters()).device)
     with torch.no_grad():
-        kv = module.context(
-            torch.zeros(1, config.text_encoders[0].max_tokens, unet.context_width, dtype=dtype)
+        kv = _kv(
+            module.context(
+                zeros(1, config.text_encoders[0].max_tokens, unet.context_width, dtype=dtype)
+            )
         )
         width = module.time_rows(
-            torch.zeros(1),
-            torch.zeros(1, unet.pooled_width) if unet.pooled_width else None,
-            torch.zeros(1, unet.size_ids) if unet.pooled_width else None,
+            zeros(1),
+            zeros(1, unet.pooled_width) if unet.pooled_width else None,
+            zeros(1, unet.size_ids) if unet.pooled_width else None,
         ).shape[-1]
     # Guidance asks twice of one picture. Where the batch is fixed, the graph repeats it itself,
     # after what the two rows share; were it to vary, the tracer could not tell rows from pictures.
-    once = request.target in SHALLOW
+    once = request.target in ONCE
     alike = once and not (unet.pooled_width or unet.guidance_width)  # rows of time alone
     samples = sizes.pictures if once else sizes.rows
     inputs = [
         TensorSpec("sample", name, (samples, unet.in_channels, *sizes.latent)),
         TensorSpec("row", name, (1 if alike else sizes.rows, width)),
         *(
-            TensorSpec(label, _name(t.dtype), (sizes.rows, t.shape[1], sizes.tokens, t.shape[3]))
-            for label, t in zip(_kv_names(len(kv)), [t for pair in kv for t in pair], strict=True)
+            TensorSpec(
+                label, _name(t.dtype), (sizes.rows, *t.shape[1:-2], sizes.tokens, t.shape[-1])
+            )
+            for label, t in kv.items()
         ),
     ]
     if part == "unet_shallow":
-        last = 2 * (len(kv) - unet.depths[0])  # the last resnet's attentions, if it has any
+        last = len(kv) - 2 * unet.depths[0]  # the last resnet's attentions, if it has any
         deep = TensorSpec("deep", name, (sizes.rows, unet.widths[0], *sizes.latent))
         inputs = [*inputs[:2], deep, *inputs[2 + last :]]
 
+    def given(flat: Sequence[Tensor]) -> Any:
+        return flat[0] if isinstance(module, JoinedUNet) else _paired(flat)
+
     def predict(sample: Tensor, row: Tensor, *flat: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if part == "unet_shallow":
-            deep, *flat_kv = flat
-            return module.forward_shallow(sample, row, _paired(flat_kv), deep)
-        if once:
-            return module.forward_deep(sample, row, _paired(flat))
-        out: Tensor = module(sample, row, _paired(flat))
+            return module.forward_shallow(sample, row, given(flat[1:]), flat[0])
+        if request.target in SHALLOW:
+            return module.forward_deep(sample, row, given(flat))
+        out: Tensor = module(sample, row, given(flat))
         return out
 
-    outputs = ("out_sample", "deep") if once and part == "unet" else ("out_sample",)
+    reused = request.target in SHALLOW and part == "unet"
+    outputs = ("out_sample", "deep") if reused else ("out_sample",)
     return GraphPart(part, _Call(module, predict), tuple(inputs), outputs, _examples(inputs))
 
 
-def _kv_names(pairs: int) -> tuple[str, ...]:
-    return tuple(f"{letter}.{i}" for i in range(pairs) for letter in "kv")
+def _kv(context: Any) -> dict[str, Tensor]:
+    """Name what a UNet makes of a text: keys and values layer by layer, or of all as one."""
+    if isinstance(context, Tensor):
+        return {"kv": context}
+    return {
+        f"{name}.{i}": t for i, (k, v) in enumerate(context) for name, t in (("k", k), ("v", v))
+    }
 
 
 def _paired(flat: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -328,7 +348,7 @@ def _unet(module: UNet, config: ModelConfig, request: Request, dtype: torch.dtyp
 
 
 def _unet_time(
-    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
+    module: Told, config: ModelConfig, request: Request, dtype: torch.dtype
 ) -> GraphPart:
     unet, sizes = config.unet, _Sizes(request, config)
     inputs = [TensorSpec("timesteps", "float32", ("steps",))]
@@ -348,7 +368,7 @@ def _unet_time(
 
 
 def _unet_context(
-    module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
+    module: Told, config: ModelConfig, request: Request, dtype: torch.dtype
 ) -> GraphPart:
     sizes = _Sizes(request, config)
     spec = TensorSpec(
@@ -358,12 +378,12 @@ def _unet_context(
     )
 
     def project(context: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t for pair in module.context(context) for t in pair)
+        return tuple(_kv(module.context(context)).values())
 
-    pairs = sum(isinstance(block, TransformerBlock) for block in module.modules())
-    return GraphPart(
-        "unet_context", _Call(module, project), (spec,), _kv_names(pairs), _examples([spec])
-    )
+    with torch.no_grad():
+        (example,) = (t.to(next(module.parameters()).device) for t in _examples([spec]))
+        names = tuple(_kv(module.context(example)))
+    return GraphPart("unet_context", _Call(module, project), (spec,), names, _examples([spec]))
 
 
 def _vae_decoder(

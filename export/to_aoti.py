@@ -12,7 +12,7 @@ import shlex
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
@@ -31,14 +31,17 @@ from fastsd.export.for_cpu import bf16_pays, for_cpu, in_bf16
 from fastsd.export.parts import GraphPart, Request, load_part
 from fastsd.kernels import native
 
-CONFIG = {
-    "freezing": True,  # constants folded, and packed as oneDNN wants them
+COMMON = {
+    "freezing": True,  # constants folded, and laid out as their readers want them
     "aot_inductor.package": True,
     # One compilation a library: what would be kept for the next takes longer than it saves.
     "aot_inductor.precompile_headers": False,
+    "size_asserts": False,
+}
+CONFIG = {
+    **COMMON,
     # The same bytes every time: no folder of a header, no address of a function of torch's.
     "aot_inductor.enable_line_tables": False,
-    "size_asserts": False,
     # Weights in a file of their own, which an engine finds wherever it was moved to.
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "binary_blob",
@@ -131,6 +134,15 @@ def compile_part(part: GraphPart, package: Path) -> tuple[tuple[TensorSpec, ...]
     same bytes wherever torch, the checkpoint and the folders for temporary files lie. It is not
     packed into one file: every process that loads such a one writes it out anew.
     """
+    program, outputs = trace(part)
+    with tempfile.TemporaryDirectory(prefix=".", dir=package.parents[1]) as scratch:
+        with quiet(), torch.no_grad(), _releasing():
+            files = compile_program(program, Path(scratch), CONFIG)
+        return outputs, moved(files, package, INSIDE)
+
+
+def trace(part: GraphPart) -> tuple[torch.export.ExportedProgram, tuple[TensorSpec, ...]]:
+    """Trace a part; return its graph and what it gives."""
     dims = {
         name: torch.export.Dim(name)
         for spec in part.inputs
@@ -141,22 +153,32 @@ def compile_part(part: GraphPart, package: Path) -> tuple[tuple[TensorSpec, ...]
         {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in part.inputs
     )
-    with _quiet(), torch.no_grad():  # with gradients Inductor would freeze nothing
+    with quiet(), torch.no_grad():  # with gradients Inductor would freeze nothing
         program = torch.export.export(
             part.module, part.example, dynamic_shapes=(dynamic,), strict=False
         )
-        outputs = _outputs(program, part.outputs)
-        with tempfile.TemporaryDirectory(prefix=".", dir=package.parents[1]) as scratch:
-            files = [f for f in compile_program(program, Path(scratch)) if f.suffix != ".cpp"]
-            inside = package / INSIDE
-            shutil.rmtree(package, ignore_errors=True)
-            inside.mkdir(parents=True)
-            moved = [file.rename(inside / file.name) for file in files]
-    return outputs, sorted(moved, key=lambda file: (file.suffix != ".so", file.name))
+    return program, _outputs(program, part.outputs)
 
 
-def compile_program(program: torch.export.ExportedProgram, scratch: Path) -> list[Path]:
-    """Compile a traced graph; the files that torch made below `scratch`: C++, library, its JSON."""
+def moved(files: Sequence[Path], package: Path, inside: str = "") -> list[Path]:
+    """Move what was compiled, but for the C++, to a new folder; return it, the code first."""
+    folder = package / inside
+    shutil.rmtree(package, ignore_errors=True)
+    folder.mkdir(parents=True)
+    kept = [file.rename(folder / file.name) for file in files if file.suffix != ".cpp"]
+    return sorted(kept, key=lambda file: (file.suffix != ".so", file.name))
+
+
+def compile_program(
+    program: torch.export.ExportedProgram,
+    scratch: Path,
+    config: Mapping[str, Any],
+    flags: Sequence[str] = (),
+) -> list[Path]:
+    """Compile a traced graph; the files that torch made below `scratch`: C++, library, its JSON.
+
+    config: torch's settings, as in COMMON. flags: more of the C++ compiler's.
+    """
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule) and program.example_inputs is not None
     # The tracer's checks of types beside every conversion hide int8 products from the compiler.
@@ -166,13 +188,12 @@ def compile_program(program: torch.export.ExportedProgram, scratch: Path) -> lis
         module.graph.erase_node(node)
     module.recompile()
     options = {
-        **CONFIG,
+        **config,
         "aot_inductor.output_path": str(scratch),
         "aot_inductor.model_name_for_generated_files": "part",  # else a hash of this very path
-        "cpp.cxx": (None, str(_compiler(scratch))),
+        "cpp.cxx": (None, str(_compiler(scratch, flags))),
     }
-    with _releasing():
-        files = torch._inductor.aot_compile(module, *program.example_inputs, options=options)
+    files = torch._inductor.aot_compile(module, *program.example_inputs, options=options)
     assert isinstance(files, list)
     return [Path(str(file)) for file in files]
 
@@ -221,14 +242,15 @@ def _reinterpreted(
     return f"wrap_with_raii_handle_if_needed(reinterpret_tensor_wrapper({view}))"
 
 
-def _compiler(scratch: Path) -> Path:
+def _compiler(scratch: Path, flags: Sequence[str]) -> Path:
     """Write a compiler that leaves no folder's name and no stray byte in what it makes."""
     script = scratch / Path(native.compiler()).name
-    command = [native.compiler(), *native.nameless(scratch)]
+    command = [native.compiler(), *native.nameless(scratch), *flags]
     script.write_text(
         "#!/bin/sh\n"
         "for file; do case $file in *.cpp)\n"  # not sed -i, which is not the same everywhere
-        f'sed -E \'{_PADDING}\' "$file" >"$file.new" && mv "$file.new" "$file" || exit 1;;\n'
+        f"sed -E -e {shlex.quote(_PADDING)} -e {shlex.quote(f's|{scratch}/||g')} "
+        '"$file" >"$file.new" && mv "$file.new" "$file" || exit 1;;\n'
         "esac; done\n"
         f'exec {shlex.join(command)} "$@"\n'
     )
@@ -253,7 +275,7 @@ def _outputs(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what the compiler says of its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

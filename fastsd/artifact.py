@@ -79,7 +79,8 @@ class FileEntry:
 class Manifest:
     """All that an artifact says of itself.
 
-    target: what it was exported to (onnx, tensorrt, aoti, openvino), which decides the backend.
+    target: what it was exported to (onnx, openvino, tensorrt, aoti, aoti-cuda), which decides the
+    backend.
     model, source: the checkpoint's name, and the digest of its weights and configs.
     size: height, width in pixels; batch: pictures. dynamic: both are only what it was traced with.
     native: holds machine code. machine: what that code is bound to (versions, processor), else {}.

@@ -601,7 +601,11 @@ def export(
         ),
     ] = None,
     to: Annotated[
-        str, typer.Option(metavar="TARGET", help="onnx, openvino, tensorrt or aoti.")
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help="onnx, openvino, tensorrt, aoti (for this CPU) or aoti-cuda (for this GPU).",
+        ),
     ] = "onnx",
     precision: Annotated[
         str,
@@ -619,7 +623,7 @@ def export(
         str | None,
         typer.Option(
             help="standard: loads in other tools too. fast: computes once a prompt and once a "
-            "schedule what does not depend on the latents. [default: standard; aoti: fast]",
+            "schedule what does not depend on the latents. [default: standard; aoti*: fast]",
             show_default=False,
         ),
     ] = None,
@@ -667,7 +671,7 @@ def export(
         size=_pixels(size) if size else (side, side),
         batch=batch,
         dynamic=dynamic,
-        layout=layout or ("fast" if to == "aoti" else "standard"),
+        layout=layout or ("fast" if to.startswith("aoti") else "standard"),
         floor=floor,
         prompts=_read_prompts(prompts) if prompts else (),
         refit=refit,

@@ -30,6 +30,7 @@ __all__ = [
 # name -> the class, imported only when asked for: a backend may need a vendor's package.
 BACKENDS = {
     "aoti": "fastsd.backends.aoti:AotiBackend",
+    "aoti-cuda": "fastsd.backends.aoti:AotiCudaBackend",
     "eager": "fastsd.backends.eager:EagerBackend",
     "inductor": "fastsd.backends.inductor:InductorBackend",
     "ort": "fastsd.backends.ort:OrtBackend",
@@ -37,7 +38,13 @@ BACKENDS = {
     "trt": "fastsd.backends.trt:TrtBackend",
 }
 # What an artifact was exported to -> the backend that runs it.
-ENGINES = {"onnx": "ort", "openvino": "ov", "tensorrt": "trt", "aoti": "aoti"}
+ENGINES = {
+    "onnx": "ort",
+    "openvino": "ov",
+    "tensorrt": "trt",
+    "aoti": "aoti",
+    "aoti-cuda": "aoti-cuda",
+}
 
 
 def open_backend(

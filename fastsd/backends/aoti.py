@@ -1,13 +1,15 @@
-"""Packages that AOTInductor compiled: native code with its weights, loaded with no compiler.
+"""What AOTInductor compiled: native code with its weights, loaded in seconds and with no compiler.
 
-What they run on is what they were compiled on: `machine` says it in words, and an artifact of
-another is refused before any of its code runs.
+It runs on what it was compiled on: `machine` says that in words, and an artifact of another is
+refused before any of its code runs. For a CPU a part is a package; for a GPU, a library beside its
+kernels, which is captured in graphs as eager code is.
 """
 
 from __future__ import annotations
 
 import platform
 import threading
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fastsd.artifact import Artifact
 from fastsd.backends.base import ArtifactBackend
+from fastsd.backends.cuda_graph import Graphed
 from fastsd.backends.heap import give_back_freed_memory, keep_freed_memory
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, UsageError
@@ -30,72 +33,60 @@ _SELDOM = ("vae_encoder", "unet_shallow")
 _SETS = ("avx", "amx", "fma", "f16c", "neon", "sve", "i8mm", "bf16", "dot")  # instruction sets
 
 
-@final
-class AotiBackend(ArtifactBackend):
-    """Run every part's package. The UNet takes each picture once, guided or not."""
+class CompiledBackend(ArtifactBackend):
+    """Run every part's code. The UNet takes each picture once, guided or not."""
 
-    name = "aoti"
     native = True
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
-        if device.type != "cpu":
-            raise UsageError(f"{artifact.path} was compiled for the CPU; pass device='cpu'")
         super().__init__(artifact, config, device=device)
-        keep_freed_memory()
         for part in self.entries:
             artifact.check_folder(f"{part}/{PACKAGE}")
-        if (library := f"unet/{LIBRARY}") in artifact.manifest.files:
-            native.load(artifact.path / library)
+        self._prepare()
         # While one is opened its weights are in memory twice: the largest goes first. What only
         # some tasks ask for waits until they do.
         self._opening = threading.Lock()
-        self._packages = {
+        self._opened = {
             part: self._open(part)
-            for part in sorted(self.entries, key=self._weights, reverse=True)
+            for part in sorted(self.entries, key=self._size, reverse=True)
             if part not in _SELDOM
         }
-        if "unet_shallow" in self.entries:
-            self._parts |= {"unet_deep": self._unet_deep, "unet_shallow": self._unet_shallow}
 
-    @classmethod
-    def machine(cls, device: torch.device) -> dict[str, str]:
-        """Return what the code is bound to: torch, the system, the CPU's instruction sets."""
-        return machine()
+    def _prepare(self) -> None:  # noqa: B027  (not every backend needs anything)
+        """Do what must be done before the first part is opened."""
 
-    def _weights(self, part: str) -> int:
-        """How large the files of a part are, in bytes."""
-        files = self.artifact.manifest.files
-        return sum(files[file].size_bytes for file in self.entries[part].weights)
+    @abstractmethod
+    def _load(self, part: str) -> Any:
+        """Load a part's code; raises torch's RuntimeError, or OSError, where it cannot."""
+
+    @abstractmethod
+    def _call(self, part: str, opened: Any, inputs: list[Tensor]) -> list[Tensor]:
+        """Run what `_load` returned; return the outputs in order."""
+
+    def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one part's code."""
+        entry = self.entries[part]
+        with self._opening:
+            if part not in self._opened:
+                self._opened[part] = self._open(part)
+        given = [inputs[spec.name] for spec in entry.inputs]
+        tensors = self._call(part, self._opened[part], given)
+        return {spec.name: tensor for spec, tensor in zip(entry.outputs, tensors, strict=True)}
 
     def _open(self, part: str) -> Any:
-        from torch.export.pt2_archive._package import AOTICompiledModel
-
-        folder = self.artifact.path / part / PACKAGE
-        try:  # torch._inductor.aoti_load_package takes folders too, but warns of each
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
-            return AOTICompiledModel(loader)
+        try:
+            return self._load(part)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ArtifactError(
                 f"torch {torch.__version__} cannot load {part} of {self.artifact.path}: {reason}; "
-                "export it again with `fastsd export --to aoti`"
+                f"export it again with `fastsd export --to {self.artifact.manifest.target}`"
             ) from None
 
-    def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run one package."""
-        entry = self.entries[part]
-        with self._opening:
-            if part not in self._packages:
-                self._packages[part] = self._open(part)
-        given = [inputs[spec.name] for spec in entry.inputs]
-        large = part == "vae_decoder" and given[0].numel() >= _LARGE
-        if large:
-            give_back_freed_memory()
-        out = self._packages[part](*given)
-        if large:
-            give_back_freed_memory()
-        tensors = (out,) if isinstance(out, Tensor) else out
-        return {spec.name: tensor for spec, tensor in zip(entry.outputs, tensors, strict=True)}
+    def _size(self, part: str) -> int:
+        """How large the files of a part are, in bytes."""
+        files, entry = self.artifact.manifest.files, self.entries[part]
+        return sum(files[file].size_bytes for file in (entry.file, *entry.weights))
 
     def _unet_fast(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> Tensor:
         return self._predict("unet", x, row, kv)["out_sample"]
@@ -126,7 +117,7 @@ class AotiBackend(ArtifactBackend):
             x, batch, wanted = torch.cat([x] * wanted), asked, 1
         outputs = []
         for start in range(0, batch, pictures):
-            index = torch.arange(start, start + pictures).clamp(max=batch - 1)
+            index = torch.arange(start, start + pictures, device=x.device).clamp(max=batch - 1)
             at = torch.cat([index + batch * min(i, wanted - 1) for i in range(answers)])
             whole = rows == asked and pictures == batch  # nothing to pick: no copies
             inputs = {
@@ -142,6 +133,87 @@ class AotiBackend(ArtifactBackend):
             kept = [t.reshape(answers, pictures, *t.shape[1:])[:wanted] for t in each]
             joined[name] = torch.cat(kept, dim=1)[:, :batch].flatten(0, 1)
         return joined
+
+
+@final
+class AotiBackend(CompiledBackend):
+    """Run packages that were compiled for this CPU."""
+
+    name = "aoti"
+
+    def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise UsageError(f"{artifact.path} was compiled for the CPU; pass device='cpu'")
+        super().__init__(artifact, config, device=device)
+        if "unet_shallow" in self.entries:
+            self._parts |= {"unet_deep": self._unet_deep, "unet_shallow": self._unet_shallow}
+
+    @classmethod
+    def machine(cls, device: torch.device) -> dict[str, str]:
+        """Return what the code is bound to: torch, the system, the CPU's instruction sets."""
+        return machine()
+
+    def _prepare(self) -> None:
+        keep_freed_memory()
+        if (library := f"unet/{LIBRARY}") in self.artifact.manifest.files:
+            native.load(self.artifact.path / library)
+
+    def _load(self, part: str) -> Any:
+        from torch.export.pt2_archive._package import AOTICompiledModel
+
+        folder = self.artifact.path / part / PACKAGE
+        # torch._inductor.aoti_load_package takes folders too, but warns of each
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
+        return AOTICompiledModel(loader)
+
+    def _call(self, part: str, opened: Any, inputs: list[Tensor]) -> list[Tensor]:
+        large = part == "vae_decoder" and inputs[0].numel() >= _LARGE
+        if large:
+            give_back_freed_memory()
+        out = opened(*inputs)
+        if large:
+            give_back_freed_memory()
+        return [out] if isinstance(out, Tensor) else list(out)
+
+
+@final
+class AotiCudaBackend(Graphed, CompiledBackend):
+    """Run libraries that were compiled for this GPU. Unmeasured: no row has run them."""
+
+    name = "aoti-cuda"
+
+    def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise UsageError(f"{artifact.path} was compiled for a GPU; pass device='cuda'")
+        self._calling = threading.Lock()
+        super().__init__(artifact, config, device=device)
+
+    @classmethod
+    def machine(cls, device: torch.device) -> dict[str, str]:
+        """Return what the code is bound to: the GPU too."""
+        return gpu_machine(device)
+
+    def _load(self, part: str) -> Any:
+        library = self.artifact.path / self.entries[part].file
+        # One at a time and with no event of its own around a run, which a graph could not hold.
+        with torch.cuda.device(self.device):
+            return torch._C._aoti.AOTIModelContainerRunnerCuda(  # type: ignore[call-overload]
+                str(library), 1, str(self.device), str(library.parent), True
+            )
+
+    def _call(self, part: str, opened: Any, inputs: list[Tensor]) -> list[Tensor]:
+        with self._calling, torch.cuda.device(self.device):
+            outputs: list[Tensor] = opened.run(inputs)
+        return outputs
+
+
+def gpu_machine(device: torch.device) -> dict[str, str]:
+    """Return what code for a GPU is bound to: `machine`, and the GPU."""
+    facts = {**machine(), "gpu": "none"}
+    if device.type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = f"{properties.name} ({properties.major}.{properties.minor})"
+    return facts
 
 
 def machine() -> dict[str, str]:

@@ -13,7 +13,7 @@ from fastsd.backends.base import Part, Shapes, dtype_of
 from fastsd.backends.choice import fastest_attention, fastest_norms
 from fastsd.backends.cuda_graph import Graphed
 from fastsd.backends.heap import keep_freed_memory
-from fastsd.backends.joined import joined_parts
+from fastsd.backends.joined import JoinedUNet
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.models.clip import CLIPText
@@ -75,17 +75,17 @@ class EagerBackend(Graphed):
             for name, module in modules.items()
             if name.startswith("text_")
         }
+        run = JoinedUNet(unet) if device.type == "cuda" else unet
         self._parts: dict[str, Part] = {
             **texts,
             **{f"{name}_norm": text.final_layer_norm for name, text in texts.items()},
-            "unet": unet,
-            "unet_deep": unet.forward_deep,
-            "unet_shallow": unet.forward_shallow,
-            "unet_time": unet.time_rows,
-            "unet_context": unet.context,
+            "unet": run,
+            "unet_deep": run.forward_deep,
+            "unet_shallow": run.forward_shallow,
+            "unet_time": run.time_rows,
+            "unet_context": run.context,
             "vae_decoder": lambda z: vae.decode(z.to(vae.dtype)),
             "vae_encoder": lambda picture: vae.encode(picture.to(vae.dtype)),
-            **(joined_parts(unet) if device.type == "cuda" else {}),
         }
         for name in on_host if device.type != "cpu" else ():
             if name not in modules:

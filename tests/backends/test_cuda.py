@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from fastsd import Pipeline
+from fastsd.checkpoints import open_checkpoint
+from fastsd.export.build import export
+from fastsd.export.parts import Request
 from fastsd.quality import psnr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -72,3 +76,21 @@ def test_our_kernels_draw_the_same_picture(sd1_folder: Path, op: str, kernel: st
     ours = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: kernel}))
     librarys = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: "library"}))
     assert psnr(ours, librarys) >= 35
+
+
+@pytest.mark.slow  # torch tries out kernels for every product
+def test_an_engine_compiled_for_this_gpu_draws_the_same_picture(
+    sd1_folder: Path, tmp_path: Path
+) -> None:
+    request = Request(target="aoti-cuda", precision="fp16", size=(128, 128), layout="fast")
+    artifact = export(open_checkpoint(sd1_folder), "sd1", request, tmp_path / "engine")
+    assert artifact.manifest.receipt is not None
+    assert max(artifact.manifest.receipt["parts"].values()) < 0.02
+    here = [str(folder).encode() for folder in (tmp_path, Path.home(), tempfile.gettempdir())]
+    for file in (path for path in artifact.path.rglob("*") if path.is_file()):
+        assert not any(folder in file.read_bytes() for folder in here), file
+    engine = open_on_gpu(artifact.path).prepare()
+    captures, eager = engine._loops.captures, open_on_gpu(sd1_folder, precision="fp16")
+    for prompt, seed in (("a red apple", 0), ("a dog", 3)):
+        assert psnr(draw(engine, prompt, seed=seed), draw(eager, prompt, seed=seed)) >= 30
+    assert engine._loops.captures == captures > 0 and engine._loops._failure is None

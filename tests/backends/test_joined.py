@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastsd.backends.joined import joined_parts
+from fastsd.backends.joined import JoinedUNet
 from fastsd.models.unet import UNet
 from tests.models.oracles import relative_l2
 from tests.models.test_unet import FAMILIES
@@ -33,26 +33,26 @@ def conditions(unet: UNet) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.no_grad()
-def test_joined_parts_compute_what_the_unet_does(family: str) -> None:
+def test_a_joined_unet_computes_what_the_unet_does(family: str) -> None:
     torch.manual_seed(0)
     unet = UNet(FAMILIES[family])
-    parts = joined_parts(copy.deepcopy(unet))
+    joined = JoinedUNet(copy.deepcopy(unet))
     text, given = conditions(unet)
     told = [given.get(name) for name in ("pooled", "size_ids", "guidance")]
     times = torch.tensor([900.0, 500.0, 3.5])
     rows, kv = unet.time_rows(times, *told), unet.context(text)
-    joined_rows, joined_kv = parts["unet_time"](times, *told), parts["unet_context"](text)
+    joined_rows, joined_kv = joined.time_rows(times, *told), joined.context(text)
     assert joined_rows.shape == rows.shape and relative_l2(joined_rows, rows) < ALIKE
     assert joined_kv.shape == (2, 7, sum(k.shape[1] * k.shape[3] * 2 for k, _ in kv))
 
     x = torch.randn(2, unet.config.in_channels, 16, 24)
     expected, deep = unet.forward_deep(x, rows[1], kv)
-    assert relative_l2(parts["unet"](x, rows[1], joined_kv), expected) < ALIKE
+    assert relative_l2(joined(x, rows[1], joined_kv), expected) < ALIKE
     for ours, theirs in zip(
-        parts["unet_deep"](x, rows[1], joined_kv), (expected, deep), strict=True
+        joined.forward_deep(x, rows[1], joined_kv), (expected, deep), strict=True
     ):
         assert relative_l2(ours, theirs) < ALIKE
-    again = parts["unet_shallow"](x, rows[2], joined_kv, deep)
+    again = joined.forward_shallow(x, rows[2], joined_kv, deep)
     assert relative_l2(again, unet.forward_shallow(x, rows[2], kv, deep)) < ALIKE
 
 
@@ -67,16 +67,16 @@ def test_weights_are_the_models_own_and_take_no_memory_twice() -> None:
         return sum(storage.nbytes() for storage in storages.values())
 
     before = held()
-    parts = joined_parts(unet)
+    joined = JoinedUNet(unet)
     assert [name for name, _ in unet.named_parameters()] == names and held() == before
-    first = parts["unet_context"](text)
+    first = joined.context(text)
     for layer in unet.cross_attentions():  # as a LoRA changes them
         layer.to_v.weight.copy_(2 * layer.to_v.weight)
     widths = [w for k, v in unet.context(text) for w in (k.shape[1] * k.shape[3],) * 2]
     for i, (old, new) in enumerate(
         zip(
             torch.split(first, widths, dim=-1),
-            torch.split(parts["unet_context"](text), widths, dim=-1),
+            torch.split(joined.context(text), widths, dim=-1),
             strict=True,
         )
     ):
@@ -85,6 +85,6 @@ def test_weights_are_the_models_own_and_take_no_memory_twice() -> None:
     assert projection.bias is not None
     projection.bias.add_(3)
     times = torch.tensor([10.0])
-    ours: Any = parts["unet_time"](times, given["pooled"], given["size_ids"])
+    ours: Any = joined.time_rows(times, given["pooled"], given["size_ids"])
     assert relative_l2(ours, unet.time_rows(times, given["pooled"], given["size_ids"])) < ALIKE
     assert all(t.is_contiguous() for t in tree_leaves(ours))

@@ -109,6 +109,8 @@ def test_captured_steps_are_watched_captured(
         watch.forget()
         drawer.draw(drawn.texts(1), drawn.seeds(1))
     assert "step" in watch.parts_ms(1.0) and "unet" not in watch.parts_ms(1.0)
+    assert len(watch._marks["text_encoder"]) == 2, "the prompt's, and the negative one's"
+    assert len(watch._marks["step"]) == 6, "PNDM's five steps are six rows"
 
 
 @pytest.mark.slow

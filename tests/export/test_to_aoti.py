@@ -180,7 +180,7 @@ def test_a_unet_of_few_pictures_draws_any_number(
     backend = AotiBackend.__new__(AotiBackend)
     backend.entries = {"unet": PartEntry("unet/code.so", inputs, outputs)}
     unet = _Counted(answers)
-    backend._packages = {"unet": unet}
+    backend._opened = {"unet": unet}
     backend._opening = threading.Lock()
     x = torch.arange(batch, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     rows = batch * (2 if guided else 1)

@@ -1,0 +1,150 @@
+"""AOTInductor for a GPU: every part a library with its kernels and weights, loaded in seconds.
+
+torch tries out kernels for every product and convolution while it compiles (its max-autotune); what
+the inductor backend does at every first use of a shape is done once. Always the fast layout, with
+the products of a text and of a schedule joined (backends/joined.py), channels-last, and each
+attention by the kernel of torch's that is fastest here. Compiled and loaded against a CUDA runtime
+without a GPU; on one it is unmeasured.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import nn
+
+from fastsd.artifact import PartEntry
+from fastsd.backends.aoti import PACKAGE, gpu_machine
+from fastsd.backends.base import PRECISIONS
+from fastsd.backends.choice import fastest_attention
+from fastsd.checkpoints import Checkpoint
+from fastsd.errors import MissingDependency, UsageError
+from fastsd.export.build import Exporter
+from fastsd.export.parts import Request, load_part
+from fastsd.export.to_aoti import COMMON, compile_program, moved, quiet, trace
+from fastsd.kernels import native
+from fastsd.models.layers import Attention
+from fastsd.models.unet import UNet
+
+CONFIG = {**COMMON, "max_autotune": True}
+LINES = "TRITON_DISABLE_LINE_INFO"
+
+
+@final
+class AotiCudaExporter(Exporter):
+    """Libraries for this GPU, in half precision or fp32."""
+
+    target = "aoti-cuda"
+    precisions = ("fp16", "bf16", "fp32")
+    layouts = ("fast",)
+    native = True
+    packages = ("torch", "triton")
+
+    def __init__(self, checkpoint: Checkpoint, request: Request) -> None:
+        if not torch.cuda.is_available():
+            raise UsageError(
+                "aoti-cuda engines are compiled for the GPU that is present, and torch "
+                f"{torch.__version__} sees none here; export on the machine that will draw, or "
+                "--to aoti for this CPU"
+            )
+        super().__init__(checkpoint, request)
+        if request.dynamic:
+            raise UsageError(
+                "aoti-cuda engines are compiled for one size and batch; drop --dynamic"
+            )
+        native.compiler()  # missing, it is refused now rather than after the tracing
+        self._headers = cuda_headers()
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._dtype = PRECISIONS[request.precision]
+
+    def machine(self) -> dict[str, str]:
+        """What the code is bound to."""
+        return gpu_machine(self._device)
+
+    def write(self, part: str, folder: Path) -> PartEntry:
+        """Compile one part into `<part>/package/`."""
+        loaded = load_part(self.checkpoint, part, self.request, self._dtype, self._prepared)
+        loaded = replace(loaded, example=tuple(t.to(self._device) for t in loaded.example))
+        program, outputs = trace(loaded)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
+            scratch = Path(name)
+            (scratch / "libcuda.so").symlink_to(_driver())
+            with quiet(), nameless(), torch.no_grad():
+                files = compile_program(
+                    program, scratch, CONFIG, (f"-isystem{self._headers}", f"-L{scratch}")
+                )
+            code, *beside = moved(files, folder / part / PACKAGE)
+        torch.cuda.empty_cache()
+        return PartEntry(
+            code.relative_to(folder).as_posix(),
+            loaded.inputs,
+            outputs,
+            tuple(file.relative_to(folder).as_posix() for file in beside),
+        )
+
+    def _prepared(self, part: str, module: nn.Module) -> nn.Module:
+        """Put a model on the GPU as it runs fastest there."""
+        module = module.to(self._device)
+        if part.startswith(("unet", "vae")):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(module, UNet):
+            for layer in module.modules():
+                if isinstance(layer, Attention):
+                    layer.upcast = False  # every kernel on a GPU has its scores in fp32 already
+            fastest_attention(module, self._dtype, self._device, torchs=True)
+        return module
+
+
+@contextmanager
+def nameless() -> Iterator[None]:
+    """Keep the folders of torch's temporary files out of kernels, which have them for debuggers."""
+    before = os.environ.get(LINES)
+    os.environ[LINES] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LINES]
+        else:
+            os.environ[LINES] = before
+
+
+def cuda_headers() -> Path:
+    """Return the folder of CUDA's headers: of $CUDA_HOME, of pip's packages, or the system's.
+
+    Raises MissingDependency where there is none.
+    """
+    packages = Path(sysconfig.get_paths()["purelib"])
+    torchs = Path(torch.__file__).parents[1]  # where pip put what torch needs
+    asked = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    version = (torch.version.cuda or "").partition(".")[0]
+    pips = [
+        home / "nvidia" / name
+        for home in (torchs, packages)
+        for name in (f"cu{version}", "cuda_runtime")
+    ]
+    for home in (*map(Path, asked), *pips, Path("/usr/local/cuda")):
+        if (home / "include" / "cuda.h").is_file():
+            return home / "include"
+    raise MissingDependency(
+        "compiling for a GPU needs CUDA's headers (cuda.h), and they are neither below $CUDA_HOME "
+        "nor in pip's packages; run pip install nvidia-cuda-runtime, or set CUDA_HOME"
+    )
+
+
+def _driver() -> Path:
+    """Return the driver's library as this process has loaded it: links are not everywhere."""
+    torch.cuda.current_stream()  # loads it
+    for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+        path = line.partition("/")[2]
+        if Path(path).name.startswith("libcuda.so"):
+            return Path("/" + path)
+    raise MissingDependency("the GPU driver's library libcuda.so is not loaded; is there a driver?")
