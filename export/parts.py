@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastsd.artifact import TensorSpec, digest_of
 from fastsd.backends.eager import FP16_VAE_SCALE
-from fastsd.backends.joined import JoinedUNet
+from fastsd.backends.for_gpu import JoinedUNet
 from fastsd.checkpoints import Checkpoint
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError

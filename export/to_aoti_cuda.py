@@ -2,7 +2,7 @@
 
 torch tries out kernels for every product and convolution while it compiles (its max-autotune); what
 the inductor backend does at every first use of a shape is done once. Always the fast layout, with
-the products of a text and of a schedule joined (backends/joined.py), channels-last, and each
+the products of a text and of a schedule joined (backends/for_gpu.py), channels-last, and each
 attention by the kernel of torch's that is fastest here. Compiled and loaded against a CUDA runtime
 without a GPU; on one it is unmeasured.
 """

@@ -12,8 +12,8 @@ from torch import nn
 from fastsd.backends.base import Part, Shapes, dtype_of
 from fastsd.backends.choice import fastest_attention, fastest_norms
 from fastsd.backends.cuda_graph import Graphed
+from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
 from fastsd.backends.heap import keep_freed_memory
-from fastsd.backends.joined import JoinedUNet
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.models.clip import CLIPText
@@ -63,6 +63,8 @@ class EagerBackend(Graphed):
             for name in ("unet", "vae"):
                 modules[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules = modules  # what calibration watches and adapters change
+        # The checkpoint's: a rewritten model has others beside them.
+        self._names = {part: {n for n, _ in m.named_parameters()} for part, m in modules.items()}
         self._choices: dict[str, list[str]] = {}  # op or part -> what runs, and why
         unet, vae = cast(UNet, modules["unet"]), cast(VAE, modules["vae"])
         if precision == "fp16" and checkpoint.config.vae.force_upcast:
@@ -75,7 +77,11 @@ class EagerBackend(Graphed):
             for name, module in modules.items()
             if name.startswith("text_")
         }
-        run = JoinedUNet(unet) if device.type == "cuda" else unet
+        run: UNet | JoinedUNet = unet
+        if device.type == "cuda":
+            run = JoinedUNet(unet)
+            for half in (unet, vae) if not to_compile else ():  # a compiler does that itself
+                spare_passes_(half)
         self._parts: dict[str, Part] = {
             **texts,
             **{f"{name}_norm": text.final_layer_norm for name, text in texts.items()},
@@ -134,7 +140,8 @@ class EagerBackend(Graphed):
         """Return the modules' own parameters: what is written to them is used at once."""
         if part not in self.modules:
             raise UsageError(f"the model has no {part}; it has {', '.join(self.modules)}")
-        return dict(self.modules[part].named_parameters())
+        named = self.modules[part].named_parameters()
+        return {name: weight for name, weight in named if name in self._names[part]}
 
 
 def visiting(module: nn.Module, part: Part, device: torch.device) -> Part:

@@ -67,12 +67,15 @@ class Attention(nn.Module):
 
     upcast: attend in fp32 whatever the weights' dtype (SD2.1's fp16 scores overflow).
     implementation: which kernel attends, one of `fastsd.kernels.attention.IMPLEMENTATIONS`.
+    to_qkv: makes queries, keys and values of x side by side, where those are one product.
     """
 
     def __init__(
         self, width: int, heads: int, *, context_width: int | None = None, upcast: bool = False
     ) -> None:
         super().__init__()
+        self.to_qkv: nn.Module | None
+        self.register_module("to_qkv", None)
         self.heads = heads
         self.upcast = upcast
         self.implementation = "sdpa"
@@ -87,8 +90,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, kv: KV | None = None) -> Tensor:
         """Attend from x (B, N, C) to kv, or to x itself. Returns (B, N, C), or kv's 2 B."""
-        k, v = kv or self.keys_values(x)
-        q = widen(self.by_heads(self.to_q(x)), k.shape[0])
+        if kv is None and self.to_qkv is not None:
+            q, k, v = (self.by_heads(each) for each in self.to_qkv(x).chunk(3, dim=-1))
+        else:
+            k, v = kv or self.keys_values(x)
+            q = widen(self.by_heads(self.to_q(x)), k.shape[0])
         out = attention(q, k, v, implementation=self.implementation)
         projected: Tensor = self.to_out[0](join_heads(out).to(x.dtype))
         return projected
@@ -96,6 +102,25 @@ class Attention(nn.Module):
     def by_heads(self, x: Tensor) -> Tensor:
         """Split projected tokens (B, N, M K) as attention takes them, (B, M, N, K)."""
         return split_heads(x.float() if self.upcast else x, self.heads)
+
+
+@final
+class Conv1x1(nn.Conv2d):
+    """A convolution of single pixels.
+
+    as_product: compute it as a linear layer over channels-last pixels, whose bias costs nothing.
+    """
+
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__(in_width, width, 1)
+        self.as_product = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H, W)."""
+        if not self.as_product:
+            return super().forward(x)
+        pixels = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 @final
@@ -214,11 +239,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = GroupNorm(groups, width, eps=1e-6)
         self.linear = linear
-        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_in = nn.Linear(width, width) if linear else Conv1x1(width, width)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, heads, context_width, upcast=upcast) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Linear(width, width) if linear else Conv1x1(width, width)
 
     def forward(self, x: Tensor, kv: Iterator[KV]) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), or kv's 2 B, taking one of `kv` a block."""
@@ -236,7 +261,8 @@ class Resnet(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + t))).
 
     Where the widths differ, the first x goes through a 1x1 convolution. time_width: width of the
-    time embedding that `time_emb_proj` projects to t; None where there is none.
+    time embedding that `time_emb_proj` projects to t; None where there is none, and t is `shift`,
+    (1, C), if anything.
     """
 
     def __init__(
@@ -248,12 +274,13 @@ class Resnet(nn.Module):
         self.time_emb_proj = None if time_width is None else nn.Linear(time_width, width)
         self.norm2 = GroupNorm(groups, width, eps=eps, silu=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_shortcut = None if in_width == width else nn.Conv2d(in_width, width, 1)
+        self.conv_shortcut = None if in_width == width else Conv1x1(in_width, width)
+        self.register_parameter("shift", None)
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W) and t (B or 1, C), already projected -> (B, C, H, W)."""
         h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h, t))
+        h = self.conv2(self.norm2(h, self.shift if t is None else t))
         out: Tensor = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
         return out
 

@@ -1,4 +1,4 @@
-"""Products joined for a GPU: the same numbers, from weights that stay the model's own."""
+"""Models rewritten for a GPU: the same numbers, from weights that stay the model's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastsd.backends.joined import JoinedUNet
+from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
+from fastsd.config import VAEConfig
+from fastsd.models.layers import Conv1x1, Resnet
 from fastsd.models.unet import UNet
+from fastsd.models.vae import VAE
 from tests.models.oracles import relative_l2
 from tests.models.test_unet import FAMILIES
 
@@ -68,7 +71,9 @@ def test_weights_are_the_models_own_and_take_no_memory_twice() -> None:
 
     before = held()
     joined = JoinedUNet(unet)
-    assert [name for name, _ in unet.named_parameters()] == names and held() == before
+    assert held() == before
+    now = [name for name, _ in unet.named_parameters()]
+    assert sorted(name for name in now if "to_qkv" not in name) == sorted(names)
     first = joined.context(text)
     for layer in unet.cross_attentions():  # as a LoRA changes them
         layer.to_v.weight.copy_(2 * layer.to_v.weight)
@@ -88,3 +93,50 @@ def test_weights_are_the_models_own_and_take_no_memory_twice() -> None:
     ours: Any = joined.time_rows(times, given["pooled"], given["size_ids"])
     assert relative_l2(ours, unet.time_rows(times, given["pooled"], given["size_ids"])) < ALIKE
     assert all(t.is_contiguous() for t in tree_leaves(ours))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@torch.no_grad()
+def test_a_unet_of_fewer_passes_computes_the_same(family: str) -> None:
+    torch.manual_seed(0)
+    unet = UNet(FAMILIES[family])
+    text, given = conditions(unet)
+    told = [given.get(name) for name in ("pooled", "size_ids", "guidance")]
+    times, x = torch.tensor([900.0, 3.5]), torch.randn(2, unet.config.in_channels, 17, 8)
+    expected = unet(x, unet.time_rows(times, *told)[1], unet.context(text))
+    changed = copy.deepcopy(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    joined = JoinedUNet(changed)
+    spare_passes_(changed)
+    row, kv = joined.time_rows(times, *told)[1], joined.context(text)
+    assert relative_l2(joined(x, row, kv), expected) < ALIKE
+    assert relative_l2(changed(x, row, changed.context(text)), expected) < ALIKE, "a UNet still"
+    resnets = [module for module in changed.modules() if isinstance(module, Resnet)]
+    assert all(resnet.conv1.bias is None for resnet in resnets)
+    assert {resnet.conv2.bias is None for resnet in resnets} == {True, False}
+
+
+@pytest.mark.parametrize("config", [VAEConfig(widths=(32, 64, 64), norm_groups=8)])
+@torch.no_grad()
+def test_a_vae_of_fewer_passes_computes_the_same(config: VAEConfig) -> None:
+    torch.manual_seed(0)
+    vae = VAE(config)
+    z, picture = torch.randn(2, 4, 9, 8), torch.randn(2, 3, 36, 32)
+    changed = copy.deepcopy(vae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    spare_passes_(changed)
+    assert relative_l2(changed.decode(z), vae.decode(z)) < ALIKE
+    assert relative_l2(changed.encode(picture), vae.encode(picture)) < ALIKE
+    shifts = [name for name, _ in changed.named_parameters() if name.endswith(".shift")]
+    assert len(shifts) == sum(isinstance(module, Resnet) for module in changed.modules())
+
+
+@torch.no_grad()
+def test_a_convolution_of_single_pixels_is_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Conv1x1(16, 24)
+    x = torch.randn(2, 16, 5, 3)
+    expected = layer(x)
+    layer.as_product = True
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", None)
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
+        out = layer(laid_out)
+        assert relative_l2(out, expected) < ALIKE
+        assert out.is_contiguous(memory_format=torch.channels_last)
