@@ -9,11 +9,12 @@ without a GPU; on one it is unmeasured.
 
 from __future__ import annotations
 
+import io
 import os
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import final
@@ -25,6 +26,7 @@ from fastsd.artifact import PartEntry
 from fastsd.backends.aoti import PACKAGE, gpu_machine
 from fastsd.backends.base import PRECISIONS
 from fastsd.backends.choice import fastest_attention
+from fastsd.backends.inductor import COMPILED, TUNED
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.export.build import Exporter
@@ -34,7 +36,6 @@ from fastsd.kernels import native
 from fastsd.models.layers import Attention
 from fastsd.models.unet import UNet
 
-CONFIG = {**COMMON, "max_autotune": True}
 LINES = "TRITON_DISABLE_LINE_INFO"
 
 
@@ -69,6 +70,10 @@ class AotiCudaExporter(Exporter):
         """What the code is bound to."""
         return gpu_machine(self._device)
 
+    def choices(self) -> dict[str, str]:
+        """Where the kernels come from, and the time goes."""
+        return {"kernels": f"torch's, each of {' and '.join(COMPILED)} tried out on this GPU"}
+
     def write(self, part: str, folder: Path) -> PartEntry:
         """Compile one part into `<part>/package/`."""
         loaded = load_part(self.checkpoint, part, self.request, self._dtype, self._prepared)
@@ -77,9 +82,11 @@ class AotiCudaExporter(Exporter):
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
             scratch = Path(name)
             (scratch / "libcuda.so").symlink_to(_driver())
-            with quiet(), nameless(), torch.no_grad():
+            config = {**COMMON, **(TUNED if part in COMPILED else {})}
+            # A line for every product that was tuned is no error.
+            with quiet(), nameless(), redirect_stderr(io.StringIO()), torch.no_grad():
                 files = compile_program(
-                    program, scratch, CONFIG, (f"-isystem{self._headers}", f"-L{scratch}")
+                    program, scratch, config, (f"-isystem{self._headers}", f"-L{scratch}")
                 )
             code, *beside = moved(files, folder / part / PACKAGE)
         torch.cuda.empty_cache()

@@ -22,7 +22,13 @@ from fastsd.backends.eager import EagerBackend
 if TYPE_CHECKING:
     from fastsd.checkpoints import Checkpoint
 
-COMPILED = ("unet", "vae_decoder")
+COMPILED = ("unet", "vae_decoder")  # the parts that take the time
+# torch's mode "max-autotune-no-cudagraphs", without its tables of what it tried.
+TUNED = {
+    "max_autotune": True,
+    "coordinate_descent_tuning": True,
+    "autotune_num_choices_displayed": 0,
+}
 
 
 @final
@@ -81,9 +87,9 @@ class CompiledPart:
     """
 
     def __init__(self, part: Part, *, tune: bool) -> None:
-        mode = "max-autotune-no-cudagraphs" if tune else None
         self.seconds: dict[str, float] = {}  # shape -> what the first call took
-        self._call = torch.compile(part, fullgraph=True, dynamic=False, mode=mode)
+        options: dict[str, Any] | None = dict(TUNED) if tune else None
+        self._call = torch.compile(part, fullgraph=True, dynamic=False, options=options)
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:

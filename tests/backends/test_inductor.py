@@ -24,7 +24,7 @@ def test_a_part_is_compiled_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> Non
 
     compile_ = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda part, mode, **options: compile_(part, backend=keep, **options)
+        torch, "compile", lambda part, options, **given: compile_(part, backend=keep, **given)
     )
     torch._dynamo.reset()
     layer = torch.nn.Linear(4, 4)
