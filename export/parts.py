@@ -109,7 +109,7 @@ def load_part(
     component = next((whole for whole in ("unet", "vae") if name.startswith(whole)), name)
     module = prepared(name, checkpoint.load(component, dtype))
     if isinstance(module, UNet) and request.target in JOINED:
-        module = JoinedUNet(module)
+        module = JoinedUNet(module, next(module.parameters()).device)
     if component == "vae" and dtype == torch.float16 and checkpoint.config.vae.force_upcast:
         for half in (module.encoder, module.decoder):
             assert isinstance(half, (Encoder, Decoder))

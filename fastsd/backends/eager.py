@@ -55,13 +55,11 @@ class EagerBackend(Graphed):
         if device.type == "cpu":
             keep_freed_memory()
         host = torch.device("cpu")
+        waiting = ("unet", *on_host) if device.type == "cuda" else on_host
         modules = {
-            name: checkpoint.load(name, self.dtype, host if name in on_host else device)
+            name: checkpoint.load(name, self.dtype, host if name in waiting else device)
             for name in checkpoint.parts
         }
-        if device.type == "cuda":  # the CPU's own convolutions measured slower channels-last
-            for name in ("unet", "vae"):
-                modules[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules = modules  # what calibration watches and adapters change
         # The checkpoint's: a rewritten model has others beside them.
         self._names = {part: {n for n, _ in m.named_parameters()} for part, m in modules.items()}
@@ -79,9 +77,11 @@ class EagerBackend(Graphed):
         }
         run: UNet | JoinedUNet = unet
         if device.type == "cuda":
-            run = JoinedUNet(unet)
-            for half in (unet, vae) if not to_compile else ():  # a compiler does that itself
-                spare_passes_(half)
+            run = JoinedUNet(unet, device)
+            for model in (unet, vae):  # the CPU's own convolutions measured slower channels-last
+                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                if not to_compile:  # a compiler does that itself
+                    spare_passes_(model)
         self._parts: dict[str, Part] = {
             **texts,
             **{f"{name}_norm": text.final_layer_norm for name, text in texts.items()},

@@ -21,22 +21,22 @@ from fastsd.models.unet import UNet
 class Joined(nn.Module):
     """Linear layers of one input, all with a bias or none, side by side.
 
-    Their weights become views of its own: they take no memory twice, and what is written to them in
-    place is seen.
+    Their weights become views of its own, on `device`: they take no memory twice, and what is
+    written to them in place is seen.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], device: torch.device) -> None:
         super().__init__()
         self.widths = [layer.out_features for layer in layers]
-        self.weight = self._share(layers, "weight")
-        self.bias = None if layers[0].bias is None else self._share(layers, "bias")
+        self.weight = self._share(layers, "weight", device)
+        self.bias = None if layers[0].bias is None else self._share(layers, "bias", device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) -> (…, sum of the widths), in the layers' order."""
         return F.linear(x, self.weight, self.bias)
 
-    def _share(self, layers: Sequence[nn.Linear], name: str) -> nn.Parameter:
-        whole = torch.cat([getattr(layer, name).detach() for layer in layers])
+    def _share(self, layers: Sequence[nn.Linear], name: str, device: torch.device) -> nn.Parameter:
+        whole = torch.cat([getattr(layer, name).detach() for layer in layers]).to(device)
         for layer, rows in zip(layers, torch.split(whole, self.widths), strict=True):
             setattr(layer, name, nn.Parameter(rows, requires_grad=False))
         return nn.Parameter(whole, requires_grad=False)
@@ -47,20 +47,21 @@ class JoinedUNet(nn.Module):
     """The UNet that is given, with `UNet`'s own methods, but that kv is one tensor (B, N, E).
 
     What a text, a schedule or a self-attention's input is projected to is one product each, not one
-    a layer or one each for queries, keys and values.
+    a layer or one each for queries, keys and values. It is moved to `device`, best from the host:
+    joined where they are, the weights would leave holes in the GPU's memory.
     """
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, unet: UNet, device: torch.device) -> None:
         super().__init__()
-        self.unet = unet
         for block in unet.modules():
             if isinstance(block, TransformerBlock):
                 own = block.attn1
-                own.to_qkv = Joined([own.to_q, own.to_k, own.to_v])
+                own.to_qkv = Joined([own.to_q, own.to_k, own.to_v], device)
         self._attentions = (unet.cross_attentions(),)  # hidden: they are the UNet's
-        self.time = Joined(unet.time_projections())
+        self.time = Joined(unet.time_projections(), device)
         layers = [layer for each in unet.cross_attentions() for layer in (each.to_k, each.to_v)]
-        self.text = Joined(layers)
+        self.text = Joined(layers, device)
+        self.unet = unet.to(device)
 
     def time_rows(self, *given: Any, **named: Any) -> Tensor:
         """Embed a whole schedule, as `UNet.time_rows` does."""

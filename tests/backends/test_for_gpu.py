@@ -18,6 +18,7 @@ from fastsd.models.vae import VAE
 from tests.models.oracles import relative_l2
 from tests.models.test_unet import FAMILIES
 
+CPU = torch.device("cpu")
 ALIKE = 1e-5  # relative L2: a wider product may sum in another order
 
 
@@ -39,7 +40,7 @@ def conditions(unet: UNet) -> tuple[Tensor, dict[str, Tensor]]:
 def test_a_joined_unet_computes_what_the_unet_does(family: str) -> None:
     torch.manual_seed(0)
     unet = UNet(FAMILIES[family])
-    joined = JoinedUNet(copy.deepcopy(unet))
+    joined = JoinedUNet(copy.deepcopy(unet), CPU)
     text, given = conditions(unet)
     told = [given.get(name) for name in ("pooled", "size_ids", "guidance")]
     times = torch.tensor([900.0, 500.0, 3.5])
@@ -70,7 +71,7 @@ def test_weights_are_the_models_own_and_take_no_memory_twice() -> None:
         return sum(storage.nbytes() for storage in storages.values())
 
     before = held()
-    joined = JoinedUNet(unet)
+    joined = JoinedUNet(unet, CPU)
     assert held() == before
     now = [name for name, _ in unet.named_parameters()]
     assert sorted(name for name in now if "to_qkv" not in name) == sorted(names)
@@ -105,7 +106,7 @@ def test_a_unet_of_fewer_passes_computes_the_same(family: str) -> None:
     times, x = torch.tensor([900.0, 3.5]), torch.randn(2, unet.config.in_channels, 17, 8)
     expected = unet(x, unet.time_rows(times, *told)[1], unet.context(text))
     changed = copy.deepcopy(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    joined = JoinedUNet(changed)
+    joined = JoinedUNet(changed, CPU)
     spare_passes_(changed)
     row, kv = joined.time_rows(times, *told)[1], joined.context(text)
     assert relative_l2(joined(x, row, kv), expected) < ALIKE
