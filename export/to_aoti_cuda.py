@@ -1,10 +1,10 @@
 """AOTInductor for a GPU: every part a library with its kernels and weights, loaded in seconds.
 
-torch tries out kernels for every product and convolution while it compiles (its max-autotune); what
-the inductor backend does at every first use of a shape is done once. Always the fast layout, with
-the products of a text and of a schedule joined (backends/for_gpu.py), channels-last, and each
-attention by the kernel of torch's that is fastest here. Compiled and loaded against a CUDA runtime
-without a GPU; on one it is unmeasured.
+While it compiles the UNet and the decoder torch tries out kernels for every product and convolution
+(its max-autotune): what the inductor backend does at every first use of a shape is done once.
+Always the fast layout, with products of one input joined (backends/for_gpu.py), channels-last, and
+each attention by the kernel of torch's that is fastest here. Compiled and loaded against a CUDA
+runtime without a GPU; on one it is unmeasured.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import final
 
 import torch
 from torch import nn
+from torch._inductor.async_compile import shutdown_compile_workers
 
 from fastsd.artifact import PartEntry
 from fastsd.backends.aoti import PACKAGE, gpu_machine
@@ -115,9 +116,11 @@ def nameless() -> Iterator[None]:
     """Keep the folders of torch's temporary files out of kernels, which have them for debuggers."""
     before = os.environ.get(LINES)
     os.environ[LINES] = "1"
+    shutdown_compile_workers()  # which have the environment they were begun in
     try:
         yield
     finally:
+        shutdown_compile_workers()
         if before is None:
             del os.environ[LINES]
         else:

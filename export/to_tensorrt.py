@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fastsd.artifact import PartEntry, TensorSpec, cache_folder
+from fastsd.backends.cuda_graph import gpu_name
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import ArtifactError, MissingDependency, OutOfMemory
 from fastsd.export.build import Exporter
@@ -63,11 +64,7 @@ class TensorrtExporter(Exporter):
 
     def machine(self) -> dict[str, str]:
         """TensorRT's version and the GPU it chose kernels for, as the trt backend says them."""
-        facts = {"tensorrt": str(trt.__version__), "gpu": "none"}
-        if torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties("cuda")
-            facts["gpu"] = f"{properties.name} ({properties.major}.{properties.minor})"
-        return facts
+        return {"tensorrt": str(trt.__version__), "gpu": gpu_name(torch.device("cuda"))}
 
     def versions(self) -> dict[str, str]:
         """TensorRT's too, whose package has several names."""

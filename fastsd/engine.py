@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fastsd.errors import NumericsError, OutOfMemory
+from fastsd.errors import FastsdError, NumericsError, OutOfMemory
 from fastsd.kernels.sampler_step import sampler_step_
 from fastsd.samplers import StepTable
 
@@ -38,7 +38,9 @@ Predict = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 GRAPHS = ("step", "loop", "none")
 CAPTURED_SLOTS = 4
 CAPTURED_ROWS = 128
-KEPT_FUNCTIONS = 16  # graphs of what runs once a call, some 20 MB each
+KEPT_FUNCTIONS = 16  # graphs of what runs once a call: some 20 MB each for a picture's texts
+# What a capture ends in: torch's for all that CUDA refuses, and a backend's own.
+REFUSALS = (RuntimeError, FastsdError)
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,7 @@ class Loops:
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._functions: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._lock = threading.Lock()
-        self._failure: str | None = None
+        self._failures: dict[str, str] = {}  # what is uncaptured -> why
 
     def once(self, name: Hashable, function: Function) -> Function:
         """Return `function`, which runs once a call: where steps are captured, so is it.
@@ -316,14 +318,17 @@ class Loops:
                 kept = self._functions.setdefault(key, _Captured(function))
                 self._functions.move_to_end(key)
                 while len(self._functions) > KEPT_FUNCTIONS:
-                    self._functions.popitem(last=False)
-            try:
-                return kept(inputs, self.backend.capture)
-            except RuntimeError as error:  # what torch raises for all that CUDA refuses
-                self._fail("what runs once a call is", error)
-                return function(*inputs)
+                    self._functions.popitem(last=False)[1].turn.settle()
+            return kept(inputs, self._capture_once)
 
         return call
+
+    def _capture_once(self, step: Step) -> Step | None:
+        try:
+            return self.backend.capture(step)
+        except REFUSALS as error:
+            self._fail("what runs once a call", error)
+            return None
 
     @contextmanager
     def take(self, run: Run) -> Iterator[SamplingLoop]:
@@ -341,6 +346,7 @@ class Loops:
             return
         with kept.turn(run.latents.device):
             if kept.loop is None or kept.loop.rows < run.table.rows:
+                kept.turn.settle()
                 kept.loop = None  # its memory goes before the next one's comes
                 kept.loop, kept.size_bytes = self._build(run, kept)
                 self._evict(kept, self._limit_bytes)
@@ -354,12 +360,18 @@ class Loops:
             return [f"steps run uncaptured: {'as asked' if asked else 'there is no GPU'}"]
         with self._lock:
             lines = [f"{kept.what}: {kept.size_bytes / 2**20:.0f} MiB" for kept in self._all()]
-            lines.insert(0, f"what runs once a call: {len(self._functions)} graphs")
-        return [*lines, *([] if self._failure is None else [self._failure])]
+            graphs = sum(function.captured for function in self._functions.values())
+            if graphs:
+                lines.insert(0, f"what runs once a call: {graphs} graphs")
+        failed = self._failures.items()
+        return [*lines, *(f"uncaptured: {what}; capture failed: {why}" for what, why in failed)]
 
     def clear(self) -> None:
-        """Drop every kept loop that is not in use."""
+        """Drop all that is kept."""
         with self._lock:
+            turns = [kept.turn for kept in self._kept.values()]
+            for turn in (*turns, *(function.turn for function in self._functions.values())):
+                turn.settle()
             self._kept.clear()
             self._functions.clear()
 
@@ -407,19 +419,21 @@ class Loops:
                 loop = captured()
             except torch.OutOfMemoryError:
                 self._evict(place, 0)
+                with self._lock:
+                    self._functions.clear()
                 before = self.backend.memory_bytes()
                 loop = captured()
             self.captures += 1
-        except RuntimeError as error:  # what torch raises for all that CUDA refuses
-            self._fail("steps run", error)
+        except REFUSALS as error:
+            self._fail("steps", error)
             loop = SamplingLoop(run, slots=slots, rows=rows)
         return loop, max(loop.size_bytes, self.backend.memory_bytes() - before)
 
-    def _fail(self, what: str, error: RuntimeError) -> None:
+    def _fail(self, what: str, error: Exception) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if self._failure is None:
-            log.warning("%s uncaptured, which is slower: capture failed (%s)", what, reason)
-        self._failure = f"capture failed: {reason}"
+        if what not in self._failures:
+            log.warning("uncaptured, which is slower: %s; capture failed (%s)", what, reason)
+        self._failures[what] = reason
 
     def _evict(self, newest: _Kept, limit_bytes: int) -> None:
         """Drop loops that nobody uses until all that are left take `limit_bytes` at most."""
@@ -428,6 +442,7 @@ class Loops:
                 if sum(k.size_bytes for k in self._all()) <= limit_bytes:
                     break
                 if kept is not newest and kept.turn.owner is None:
+                    kept.turn.settle()
                     del self._kept[key]
 
 
@@ -443,16 +458,21 @@ class _Turn:
     @contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
         with self._lock:
-            self.owner = threading.get_ident()
             stream = None if device.type == "cpu" else torch.accelerator.current_stream(device)
             if stream is not None and self._done is not None:
                 stream.wait_event(self._done)
+            self.owner = threading.get_ident()
             try:
                 yield
             finally:
                 if stream is not None:
                     self._done = stream.record_event()
                 self.owner = None
+
+    def settle(self) -> None:
+        """Wait until the device is done with the buffers: other streams may get their memory."""
+        if self._done is not None:
+            self._done.synchronize()
 
 
 class _Kept:
@@ -467,19 +487,30 @@ class _Kept:
 
 @final
 class _Captured:
-    """A function of tensors over buffers of its own, captured when it is first called."""
+    """A function of tensors over buffers of its own, captured when it is first called; where that
+    fails, the function as it is."""
 
     def __init__(self, function: Function) -> None:
+        self.turn = _Turn()
         self._function = function
-        self._turn = _Turn()
+        self._tried = False
         self._replay: Step | None = None
 
-    def __call__(self, inputs: tuple[Tensor, ...], capture: Callable[[Step], Step]) -> Any:
-        """Return what the function makes of the inputs."""
-        with self._turn(inputs[0].device):
-            if self._replay is None:
+    @property
+    def captured(self) -> bool:
+        return self._replay is not None
+
+    def __call__(self, inputs: tuple[Tensor, ...], capture: Callable[[Step], Step | None]) -> Any:
+        """Return what the function makes of the inputs. capture: answers None if it cannot."""
+        if self._tried and self._replay is None:
+            return self._function(*inputs)
+        with self.turn(inputs[0].device):
+            if not self._tried:
                 self._inputs = tuple(each.clone() for each in inputs)
                 self._replay = capture(self._run)
+                self._tried = True
+            if self._replay is None:
+                return self._function(*inputs)
             _copy(self._inputs, inputs)
             self._replay()
             return tree_map_only(Tensor, torch.clone, self._outputs)

@@ -486,17 +486,20 @@ class Pipeline:
         with it or without; the two are captured apart, as are sizes and batches. Everything else
         (prompt, seed, sampler, steps, the weight of guidance) may change without a new capture.
         Where the whole loop is captured, it is for num_inference_steps and for pictures as PIL's
-        only. Returns the pipeline.
+        only. Text encoders are captured for a batch of prompts and for one prompt of a batch of
+        pictures, as they are without learned words and clip_skip. Returns the pipeline.
         """
         _check_count("batch", batch)
-        self(
-            [""] * batch,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=None if guidance else 1.0,
-            seed=0,
-        )
+        for prompts in dict.fromkeys((batch, 1)):
+            self(
+                [""] * prompts,
+                num_images_per_prompt=batch // prompts,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=None if guidance else 1.0,
+                seed=0,
+            )
         return self
 
     def explain(self) -> list[str]:
@@ -645,16 +648,6 @@ class Pipeline:
         _check_choice("output_type", output_type, OUTPUT_TYPES)
         _check_choice("prompt_syntax", prompt_syntax, SYNTAXES)
         vocabulary = self._vocabulary
-        encoder = TextEncoder(
-            backend=self._backend,
-            config=self.config,
-            tokenizers=vocabulary.tokenizers,
-            learned=vocabulary.learned,
-            syntax=prompt_syntax,
-            clip_skip=0 if clip_skip is None else clip_skip,
-            one_at_a_time=batch_invariant,
-            once=self._loops_of(self._backend).once,
-        )
         if _check_count("cache_interval", cache_interval) > 1:
             self._check_cached(batch_invariant)
         for name in callback_on_step_end_tensor_inputs:
@@ -680,6 +673,16 @@ class Pipeline:
 
         memory = explained_memory_errors(f"pictures of {size[1]}x{size[0]}")
         with memory, self._adapters.in_use() as loras:
+            encoder = TextEncoder(
+                backend=self._backend,
+                config=self.config,
+                tokenizers=vocabulary.tokenizers,
+                learned=vocabulary.learned,
+                syntax=prompt_syntax,
+                clip_skip=0 if clip_skip is None else clip_skip,
+                one_at_a_time=batch_invariant,
+                once=self._loops_of(self._backend).once,
+            )
             call = Call(
                 self,
                 table,
@@ -1012,12 +1015,14 @@ class Call:
         ):
             results = self._loop.run(noise, lambda row: self._end_row(row, bar))
             *finished, latents = (each.clone() for each in (*results, self._loop.latents))
-        if output_type == "latent":
+        # To look at them waits for the device: where steps are launched ahead, decoding is too.
+        if output_type == "latent" or not self._backend.captures:
             check_finite(latents, "the latents")
+        if output_type == "latent":
             return latents
-        # Nothing has waited for the device yet: decoding is launched while the steps still run.
         pictures, total = finished if whole else finish(latents)
-        check_finite(latents, "the latents")
+        if self._backend.captures:
+            check_finite(latents, "the latents")
         check_finite(total, "the picture")
         if source is not None and self._feather is not None:
             pictures = source.keep(pictures, self._feather)

@@ -286,7 +286,9 @@ class TextEncoder:
             part = self.config.text_parts[index]
             vectors = self.learned[index] if self.learned else None
             extra = () if vectors is None else (vectors.to(self.backend.device),)
-            encode = self.once((part, self.clip_skip), partial(self._states, part))
+            # What is kept of it holds on to no loops.
+            states_of = partial(replace(self, once=_at_once)._states, part)
+            encode = self.once((part, self.clip_skip), states_of)
             states, embeds = encode(ids.to(self.backend.device), *extra)
             context = _weigh(states, weights)
             contexts.append(context.reshape(len(column), -1, context.shape[-1]))

@@ -5,7 +5,9 @@ The capture is tests/replay.py's, on the CPU; backends/graph.py does the same on
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +36,10 @@ def open_quietly(folder: Path) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def plain(sd1_folder: Path) -> Pipeline:
-    return open_quietly(sd1_folder)
+    """One that captures nothing, whatever backends are made to do."""
+    pipeline = open_quietly(sd1_folder)
+    pipeline._loops = uncaptured(pipeline)
+    return pipeline
 
 
 @pytest.fixture
@@ -270,13 +275,39 @@ def test_a_text_encoder_that_cannot_be_captured_runs_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    tried = 0
+
     def refuse(self: EagerBackend, step: Callable[[], None]) -> Callable[[], None]:
+        nonlocal tried
+        tried += 1
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(EagerBackend, "capture", refuse)
     with caplog.at_level(logging.WARNING, "fastsd"):
         np.testing.assert_array_equal(draw(captured), draw(plain))
-    assert "what runs once a call is uncaptured" in caplog.messages[0]
+        draw(captured)
+    assert "uncaptured, which is slower: what runs once a call; capture" in caplog.messages[0]
+    assert tried == 2, "a text encoder's once, and a step's"
+    (line,) = [line for line in captured.explain() if "what runs once a call" in line]
+    assert line.startswith("uncaptured: ")
+
+
+def test_nothing_keeps_a_pipeline_that_is_dropped(sd1_folder: Path, capturing: None) -> None:
+    """Graphs hold gigabytes: they go with the last reference, not when Python next looks for
+    cycles."""
+    pipeline = open_quietly(sd1_folder)
+    draw(pipeline)
+    loops, backend = weakref.ref(pipeline._loops), weakref.ref(pipeline._backend)
+    gc.collect()
+    gc.disable()
+    try:
+        pipeline.use(attention="sdpa")
+        assert loops() is None
+        draw(pipeline)
+        del pipeline
+        assert backend() is None
+    finally:
+        gc.enable()
 
 
 # --- the whole loop and the picture as one --------------------------------------------------------
@@ -403,7 +434,7 @@ def test_where_memory_runs_out_the_other_graphs_make_room(
     for side in (64, 72, 80, 64):
         ours = draw(captured, height=side, width=side)
         np.testing.assert_array_equal(ours, draw(plain, height=side, width=side))
-    assert captured._loops.captures == 4 and captured._loops._failure is None
+    assert captured._loops.captures == 4 and not captured._loops._failures
     assert [kept.loop is not None for kept in captured._loops._kept.values()] == [True, True]
 
 
@@ -423,7 +454,12 @@ def test_a_failed_capture_is_said_once_and_draws_all_the_same(
             for guidance in (1.0, 7.5):
                 ours = draw(captured, prompt, guidance_scale=guidance)
                 np.testing.assert_array_equal(ours, draw(plain, prompt, guidance_scale=guidance))
-    assert [r.getMessage().count("capture failed") for r in caplog.records] == [1]
+    told = [record.getMessage() for record in caplog.records]
+    assert all("capture failed (operation not permitted" in line for line in told)
+    assert [line.split("; ")[0].split(": ")[1] for line in told] == [
+        "what runs once a call",
+        "steps",
+    ]
     assert "not permitted" in captured.explain()[-1]
 
 

@@ -85,13 +85,20 @@ def open_artifact(
 ) -> ArtifactBackend:
     """Load an exported engine into its backend.
 
-    Raises StaleArtifact for another machine's, UntrustedArtifact for one that hides its code.
+    Raises StaleArtifact for another machine's, UntrustedArtifact for one that hides its code,
+    UsageError for a device that it does not run on.
     """
     kind = engine_class(artifact.manifest.target)
     if kind.native and not artifact.manifest.native:
         raise UntrustedArtifact(
             f"{artifact.path} says that it holds no native code, and engines of "
             f"{artifact.manifest.target} are nothing else: its manifest was not written by fastsd"
+        )
+    if kind.runs_on not in ("", device.type):
+        where = {"cpu": "CPUs", "cuda": "NVIDIA GPUs"}[kind.runs_on]
+        raise UsageError(
+            f"{artifact.path} is an engine for {where}, not for {device.type}; pass "
+            f"device={kind.runs_on!r} (--device {kind.runs_on})"
         )
     artifact.check_machine(kind.machine(device))
     return kind(artifact, config, device=device)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fastsd.artifact import Artifact
 from fastsd.backends.base import ArtifactBackend
-from fastsd.backends.cuda_graph import Graphed
+from fastsd.backends.cuda_graph import Graphed, gpu_name
 from fastsd.backends.heap import give_back_freed_memory, keep_freed_memory
 from fastsd.config import ModelConfig
-from fastsd.errors import ArtifactError, UsageError
+from fastsd.errors import ArtifactError, OutOfMemory
 from fastsd.kernels import native
 
 LIBRARY = "kernels.so"  # beside the UNet's package, where it uses kernels of ours
@@ -78,6 +78,8 @@ class CompiledBackend(ArtifactBackend):
             return self._load(part)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
+            if "out of memory" in reason:
+                raise OutOfMemory(f"not enough memory to load {part} ({reason})") from None
             raise ArtifactError(
                 f"torch {torch.__version__} cannot load {part} of {self.artifact.path}: {reason}; "
                 f"export it again with `fastsd export --to {self.artifact.manifest.target}`"
@@ -140,10 +142,9 @@ class AotiBackend(CompiledBackend):
     """Run packages that were compiled for this CPU."""
 
     name = "aoti"
+    runs_on = "cpu"
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
-        if device.type != "cpu":
-            raise UsageError(f"{artifact.path} was compiled for the CPU; pass device='cpu'")
         super().__init__(artifact, config, device=device)
         if "unet_shallow" in self.entries:
             self._parts |= {"unet_deep": self._unet_deep, "unet_shallow": self._unet_shallow}
@@ -181,10 +182,9 @@ class AotiCudaBackend(Graphed, CompiledBackend):
     """Run libraries that were compiled for this GPU. Unmeasured: no row has run them."""
 
     name = "aoti-cuda"
+    runs_on = "cuda"
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise UsageError(f"{artifact.path} was compiled for a GPU; pass device='cuda'")
         self._calling = threading.Lock()
         super().__init__(artifact, config, device=device)
 
@@ -194,7 +194,8 @@ class AotiCudaBackend(Graphed, CompiledBackend):
         return gpu_machine(device)
 
     def _load(self, part: str) -> Any:
-        library = self.artifact.path / self.entries[part].file
+        # Kernels are read when they first run: from here, wherever the process has gone.
+        library = (self.artifact.path / self.entries[part].file).resolve()
         # One at a time and with no event of its own around a run, which a graph could not hold.
         with torch.cuda.device(self.device):
             return torch._C._aoti.AOTIModelContainerRunnerCuda(  # type: ignore[call-overload]
@@ -209,11 +210,7 @@ class AotiCudaBackend(Graphed, CompiledBackend):
 
 def gpu_machine(device: torch.device) -> dict[str, str]:
     """Return what code for a GPU is bound to: `machine`, and the GPU."""
-    facts = {**machine(), "gpu": "none"}
-    if device.type == "cuda" and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(device)
-        facts["gpu"] = f"{properties.name} ({properties.major}.{properties.minor})"
-    return facts
+    return {**machine(), "gpu": gpu_name(device)}
 
 
 def machine() -> dict[str, str]:

@@ -181,7 +181,8 @@ def norm_shapes(unet: UNet, decoder: nn.Module) -> dict[NormShape, list[GroupNor
         for module in level.modules():
             if isinstance(module, Resnet):
                 add(module.norm1, rows, side)
-                add(module.norm2, rows, side, added=module.time_emb_proj is not None)
+                row = module.time_emb_proj is not None or module.shift is not None
+                add(module.norm2, rows, side, added=row)
             elif isinstance(module, Transformer):
                 add(module.norm, rows, side)
             elif isinstance(module, PixelAttention):

@@ -15,25 +15,33 @@ from fastsd.backends.base import Backend
 
 WARM_UPS = 3  # libraries choose algorithms and take workspace in the first runs
 _capturing = threading.Lock()  # torch captures one graph at a time
-_asides: dict[torch.device, torch.cuda.Stream] = {}  # a stream takes workspace that it keeps
+# A device's streams for warm-ups and for captures, and the one that last used the latter's cuBLAS
+# workspace: libraries keep one a stream, and all graphs that were captured on a stream share it.
+_streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
+_latest: dict[torch.device, torch.cuda.Stream] = {}
+_launching = threading.Lock()
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Run `step` a few times, record it, and return what replays the record.
 
     The record keeps its intermediate results in memory of its own; it is freed with what is
-    returned. Raises RuntimeError (torch's) for a step that waits for the device or reads the host.
+    returned. Replays run one after the other, on whatever streams.
+    Raises RuntimeError (torch's) for a step that waits for the device or reads the host.
     """
     with _capturing, torch.no_grad(), torch.cuda.device(device):
         current = torch.cuda.current_stream()
-        aside = _asides.get(current.device)
-        if aside is None:
-            aside = _asides[current.device] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
+        if current.device not in _streams:
+            _streams[current.device] = (torch.cuda.Stream(), torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        warm, aside = _streams[current.device]
+        warm.wait_stream(current)
+        with torch.cuda.stream(warm):
             for _ in range(WARM_UPS):
                 step()
-        current.wait_stream(aside)
+        current.wait_stream(warm)
+        with _launching, torch.cuda.stream(aside):
+            _come_after(aside)
+            _take_workspace()
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do meanwhile, such as allocating, is none of this one's.
         # A capture that fails leaves the thread on its stream: go back in any case.
@@ -50,7 +58,36 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
                     raise
         except RuntimeError as error:
             raise refused or error from None
-    return graph.replay
+
+    def replay() -> None:
+        with _launching:
+            _come_after(torch.cuda.current_stream(device))
+            graph.replay()  # on that stream
+
+    return replay
+
+
+def _come_after(stream: torch.cuda.Stream) -> None:
+    """Have `stream` wait for the one that used graphs' shared workspace before it."""
+    latest = _latest.get(stream.device)
+    if latest is not None and latest != stream:
+        stream.wait_stream(latest)
+    _latest[stream.device] = stream
+
+
+def _take_workspace() -> None:
+    """Have cuBLAS take its workspace for this thread and stream: in a capture, it would be the
+    graph's, and gone with it."""
+    one = torch.ones(8, 8, dtype=torch.float16, device="cuda")
+    torch.addmm(one[0], torch.mm(one, one), one)
+
+
+def gpu_name(device: torch.device) -> str:
+    """Name a GPU and its compute capability, as code that is bound to it does; "none" for none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "none"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} ({properties.major}.{properties.minor})"
 
 
 class Graphed(Backend):

@@ -80,8 +80,13 @@ class EagerBackend(Graphed):
             run = JoinedUNet(unet, device)
             for model in (unet, vae):  # the CPU's own convolutions measured slower channels-last
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-                if not to_compile:  # a compiler does that itself
-                    spare_passes_(model)
+            # A compiler does that itself; in fp32, convolutions may be in TF32 and products not.
+            if not to_compile and precision != "fp32":
+                spare_passes_(unet, norms_add=False)
+                spare_passes_(vae.encoder, norms_add=False)  # its norms are the library's
+                spare_passes_(
+                    vae.decoder, norms_add="triton" in dispatch.able("group_norm", device)
+                )
         self._parts: dict[str, Part] = {
             **texts,
             **{f"{name}_norm": text.final_layer_norm for name, text in texts.items()},

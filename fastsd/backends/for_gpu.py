@@ -92,12 +92,13 @@ class JoinedUNet(nn.Module):
         return [(a.by_heads(next(each)), a.by_heads(next(each))) for a in attentions]
 
 
-def spare_passes_(model: nn.Module) -> None:
+def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
     """Rewrite a channels-last UNet, or a half of a VAE, so that fewer kernels pass over its maps.
 
     torch adds a convolution's bias in a kernel of its own, which reads and writes the whole map.
-    The first one's of a resnet goes to what its norm adds anyway; the second's to the shortcut's,
-    which as a product, like every convolution of single pixels, adds it for nothing.
+    The second one's of a resnet goes to the shortcut's, which as a product, like every convolution
+    of single pixels, adds it for nothing; the first one's to what the norm after it adds: a UNet's
+    row of time, and in a VAE the bias alone, if its norms add that for nothing (norms_add).
     """
     for module in model.modules():
         if isinstance(module, Conv1x1):
@@ -111,11 +112,12 @@ def spare_passes_(model: nn.Module) -> None:
             module.conv_shortcut,
         )
         assert conv1.bias is not None and conv2.bias is not None
-        if time is None:
-            module.shift = nn.Parameter(conv1.bias[None], requires_grad=False)
-        else:
+        if time is not None:
             time.bias.add_(conv1.bias)
-        conv1.bias = None
+            conv1.bias = None
+        elif norms_add:
+            module.shift = nn.Parameter(conv1.bias[None], requires_grad=False)
+            conv1.bias = None
         if shortcut is not None:
             assert shortcut.bias is not None
             shortcut.bias.add_(conv2.bias)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastsd.artifact import Artifact
 from fastsd.backends.base import ArtifactBackend
-from fastsd.backends.cuda_graph import Graphed
+from fastsd.backends.cuda_graph import Graphed, gpu_name
 from fastsd.config import ModelConfig
-from fastsd.errors import ArtifactError, MissingDependency, OutOfMemory, UsageError
+from fastsd.errors import ArtifactError, MissingDependency, OutOfMemory
 
 try:
     import tensorrt as trt
@@ -30,10 +30,9 @@ class TrtBackend(Graphed, ArtifactBackend):
 
     name = "trt"
     native = True
+    runs_on = "cuda"
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise UsageError(f"TensorRT engines run on an NVIDIA GPU, not on {device}")
         super().__init__(artifact, config, device=device)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engines = {}
@@ -51,11 +50,7 @@ class TrtBackend(Graphed, ArtifactBackend):
     @classmethod
     def machine(cls, device: torch.device) -> dict[str, str]:
         """TensorRT's version and the GPU."""
-        facts = {"tensorrt": str(trt.__version__), "gpu": "none"}
-        if device.type == "cuda" and torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(device)
-            facts["gpu"] = f"{properties.name} ({properties.major}.{properties.minor})"
-        return facts
+        return {"tensorrt": str(trt.__version__), "gpu": gpu_name(device)}
 
     def run(self, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Enqueue one engine on torch's current stream; nothing waits for it."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsd import Pipeline
 from fastsd.artifact import Artifact, PartEntry
+from fastsd.backends import open_artifact
 from fastsd.backends.aoti import AotiCudaBackend, CompiledBackend
 from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import MissingDependency, StaleArtifact, UsageError
@@ -96,9 +97,11 @@ def test_what_cannot_be_compiled_is_refused(
         changed: dict[str, Any] = {"target": "aoti-cuda", "layout": "fast", "size": SIZE, **change}
         with pytest.raises(UsageError, match=told):
             open_exporter(checkpoint, Request(**changed))
-    artifact: Any = SimpleNamespace(path=tmp_path)
-    with pytest.raises(UsageError, match="compiled for a GPU; pass device='cuda'"):
-        AotiCudaBackend(artifact, checkpoint.config, device=CPU)
+    for target, device in (("aoti-cuda", "cpu"), ("aoti", "cuda")):
+        manifest: Any = SimpleNamespace(target=target, native=True, machine={})
+        artifact = Artifact(tmp_path, manifest, "")
+        with pytest.raises(UsageError, match=f"not for {device}; pass device="):
+            open_artifact(artifact, checkpoint.config, device=torch.device(device))
 
 
 def test_the_gpu_is_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
