@@ -179,7 +179,7 @@ def test_a_dynamic_graph_takes_any_size_and_number(sd1_folder: Path, tmp_path: P
         ({"precision": "int3"}, "onnx has no precision 'int3'; it has fp32"),
         ({"layout": "quick"}, "layout 'quick' is unknown"),
         ({"size": (60, 64)}, "size must be multiples of 8 pixels, not 64x60"),
-        ({"target": "coreml"}, "target 'coreml' is unknown; it is one of aoti, onnx"),
+        ({"target": "coreml"}, "target 'coreml' is unknown; it is one of aoti, aoti-cuda, onnx"),
     ],
 )
 def test_what_cannot_be_asked(
