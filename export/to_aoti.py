@@ -21,11 +21,12 @@ import torch
 from torch import nn
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.codegen.wrapper import codegen_reinterpret_view_helper
+from torch._inductor.exc import InductorError
 
 from fastsd.artifact import PartEntry, TensorSpec
 from fastsd.backends.aoti import INSIDE, LIBRARY, PACKAGE, machine
 from fastsd.checkpoints import Checkpoint
-from fastsd.errors import UsageError
+from fastsd.errors import ArtifactError, UsageError
 from fastsd.export.build import Exporter
 from fastsd.export.for_cpu import bf16_pays, for_cpu, in_bf16
 from fastsd.export.parts import GraphPart, Request, load_part
@@ -193,7 +194,14 @@ def compile_program(
         "aot_inductor.model_name_for_generated_files": "part",  # else a hash of this very path
         "cpp.cxx": (None, str(_compiler(scratch, flags))),
     }
-    files = torch._inductor.aot_compile(module, *program.example_inputs, options=options)
+    try:
+        files = torch._inductor.aot_compile(module, *program.example_inputs, options=options)
+    except InductorError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(
+            f"torch {torch.__version__} could not compile a part ({reason}); another version of "
+            "torch or of the C++ compiler ($CXX) may"
+        ) from error
     assert isinstance(files, list)
     return [Path(str(file)) for file in files]
 

@@ -9,6 +9,7 @@ runtime without a GPU; on one it is unmeasured.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sysconfig
@@ -22,11 +23,14 @@ from typing import final
 import torch
 from torch import nn
 from torch._inductor.async_compile import shutdown_compile_workers
+from torch.utils import cpp_extension
 
 from fastsd.artifact import PartEntry
 from fastsd.backends.aoti import PACKAGE, gpu_machine
 from fastsd.backends.base import PRECISIONS
 from fastsd.backends.choice import fastest_attention
+from fastsd.backends.cuda_graph import convolves_in_tf32
+from fastsd.backends.for_gpu import JoinedUNet
 from fastsd.backends.inductor import COMPILED, TUNED
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import MissingDependency, UsageError
@@ -38,6 +42,7 @@ from fastsd.models.layers import Attention
 from fastsd.models.unet import UNet
 
 LINES = "TRITON_DISABLE_LINE_INFO"
+HEADERS = ("cuda.h", "cuda_runtime.h", "crt/host_config.h")
 
 
 @final
@@ -63,7 +68,7 @@ class AotiCudaExporter(Exporter):
                 "aoti-cuda engines are compiled for one size and batch; drop --dynamic"
             )
         native.compiler()  # missing, it is refused now rather than after the tracing
-        self._headers = cuda_headers()
+        self._cuda = cuda_home()
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._dtype = PRECISIONS[request.precision]
 
@@ -73,7 +78,10 @@ class AotiCudaExporter(Exporter):
 
     def choices(self) -> dict[str, str]:
         """Where the kernels come from, and the time goes."""
-        return {"kernels": f"torch's, each of {' and '.join(COMPILED)} tried out on this GPU"}
+        kernels = f"torch's, those of {' and '.join(COMPILED)} tried out on this GPU"
+        if self.request.precision != "fp32" or not convolves_in_tf32():
+            return {"kernels": kernels}
+        return {"kernels": kernels, "convolutions": "in TF32, as torch does by default"}
 
     def write(self, part: str, folder: Path) -> PartEntry:
         """Compile one part into `<part>/package/`."""
@@ -85,34 +93,44 @@ class AotiCudaExporter(Exporter):
             (scratch / "libcuda.so").symlink_to(_driver())
             config = {**COMMON, **(TUNED if part in COMPILED else {})}
             # A line for every product that was tuned is no error.
-            with quiet(), nameless(), redirect_stderr(io.StringIO()), torch.no_grad():
-                files = compile_program(
-                    program, scratch, config, (f"-isystem{self._headers}", f"-L{scratch}")
-                )
+            include = self._cuda / "include"
+            flags = (f"-isystem{include}", f"-isystem{include / 'cccl'}", f"-L{scratch}")
+            with (
+                quiet(),
+                without_lines(),
+                headers_of(self._cuda),
+                redirect_stderr(io.StringIO()),
+                torch.no_grad(),
+            ):
+                files = compile_program(program, scratch, config, flags)
             code, *beside = moved(files, folder / part / PACKAGE)
+        inputs = loaded.inputs
+        del loaded, program  # traced graphs are cyclic
+        gc.collect()
         torch.cuda.empty_cache()
         return PartEntry(
             code.relative_to(folder).as_posix(),
-            loaded.inputs,
+            inputs,
             outputs,
             tuple(file.relative_to(folder).as_posix() for file in beside),
         )
 
     def _prepared(self, part: str, module: nn.Module) -> nn.Module:
         """Put a model on the GPU as it runs fastest there."""
-        module = module.to(self._device)
-        if part.startswith(("unet", "vae")):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(module, UNet):
             for layer in module.modules():
                 if isinstance(layer, Attention):
                     layer.upcast = False  # every kernel on a GPU has its scores in fp32 already
             fastest_attention(module, self._dtype, self._device, torchs=True)
+            module = JoinedUNet(module, self._device)
+        module = module.to(self._device)
+        if part.startswith(("unet", "vae")):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
 
 @contextmanager
-def nameless() -> Iterator[None]:
+def without_lines() -> Iterator[None]:
     """Keep the folders of torch's temporary files out of kernels, which have them for debuggers."""
     before = os.environ.get(LINES)
     os.environ[LINES] = "1"
@@ -127,8 +145,19 @@ def nameless() -> Iterator[None]:
             os.environ[LINES] = before
 
 
-def cuda_headers() -> Path:
-    """Return the folder of CUDA's headers: of $CUDA_HOME, of pip's packages, or the system's.
+@contextmanager
+def headers_of(home: Path) -> Iterator[None]:
+    """Have torch look for CUDA below `home`: without a toolkit of its own finding, it refuses."""
+    before = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = before or str(home)
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = before
+
+
+def cuda_home() -> Path:
+    """Return the folder with CUDA's headers: $CUDA_HOME, one of pip's packages, or the system's.
 
     Raises MissingDependency where there is none.
     """
@@ -142,11 +171,15 @@ def cuda_headers() -> Path:
         for name in (f"cu{version}", "cuda_runtime")
     ]
     for home in (*map(Path, asked), *pips, Path("/usr/local/cuda")):
-        if (home / "include" / "cuda.h").is_file():
-            return home / "include"
+        include = home / "include"
+        target = any((include / inside / "nv" / "target").is_file() for inside in ("", "cccl"))
+        if target and all((include / name).is_file() for name in HEADERS):
+            return home
     raise MissingDependency(
-        "compiling for a GPU needs CUDA's headers (cuda.h), and they are neither below $CUDA_HOME "
-        "nor in pip's packages; run pip install nvidia-cuda-runtime, or set CUDA_HOME"
+        f"compiling for a GPU needs CUDA's headers ({', '.join(HEADERS)}, nv/target), and they are "
+        "not together below $CUDA_HOME, in pip's packages or in /usr/local/cuda; run pip install "
+        "nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl in the versions of torch's CUDA, or "
+        "set CUDA_HOME to a toolkit"
     )
 
 

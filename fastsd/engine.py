@@ -13,7 +13,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fastsd.errors import FastsdError, NumericsError, OutOfMemory
+from fastsd.errors import ArtifactError, NumericsError, OutOfMemory
 from fastsd.kernels.sampler_step import sampler_step_
 from fastsd.samplers import StepTable
 
@@ -34,13 +34,13 @@ Function = Callable[..., Any]  # of tensors, to a tree of tensors
 # guidance (2 B, C, H, W), the unconditional half first. Equal ones must compute the same.
 Predict = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor]
 
-# A captured step has room for any sampler and for this many rows; more rows capture it anew.
 GRAPHS = ("step", "loop", "none")
+# A captured step has room for any sampler and for this many rows; more rows capture it anew.
 CAPTURED_SLOTS = 4
 CAPTURED_ROWS = 128
 KEPT_FUNCTIONS = 16  # graphs of what runs once a call: some 20 MB each for a picture's texts
-# What a capture ends in: torch's for all that CUDA refuses, and a backend's own.
-REFUSALS = (RuntimeError, FastsdError)
+# What a capture may end in: torch's for all that CUDA refuses, and what engines raise.
+REFUSALS = (RuntimeError, ArtifactError, OutOfMemory)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class SamplingLoop:
         self._known = run.known and Known(*map(torch.zeros_like, run.known.tensors))
         self._finish, self._kernel = run.finish, run.kernel
         self._finished: tuple[Tensor, ...] = ()
-        self._replay: Step = self._step
+        self._replay: Step | None = None  # not the method: that would be a cycle
         self._replay_all: Step | None = None
         self._noises: Tensor | None = None  # of every row, where the whole loop is one graph
 
@@ -169,7 +169,7 @@ class SamplingLoop:
         assert run.structure == self._structure and run.table.rows <= self.rows
         self._table = run.table
         self._guided, self._rescaled = run.guided, run.rescale > 0
-        self._now, self._step_now = self._denoiser, self._replay
+        self._now, self._as_captured = self._denoiser, True
         self._sources.zero_()
         self._sources[0] = run.latents
         self._row.zero_()
@@ -189,7 +189,7 @@ class SamplingLoop:
         if (guidance is not None) == self._guided and _alike(denoiser, self._now):
             self._take(denoiser, guidance)
             return
-        self._now, self._step_now = denoiser, self._step
+        self._now, self._as_captured = denoiser, False
         self._guided = guidance is not None
         self._guidance.fill_(1.0 if guidance is None else guidance)
 
@@ -221,7 +221,8 @@ class SamplingLoop:
             for row in range(self._table.rows):
                 if self._table.draws[row]:
                     self._sources[-1] = noise()
-                self._step_now()
+                step = self._replay if self._as_captured else None
+                (step or self._step)()
                 if not on_row(row):
                     break
             self._end()
@@ -318,7 +319,8 @@ class Loops:
                 kept = self._functions.setdefault(key, _Captured(function))
                 self._functions.move_to_end(key)
                 while len(self._functions) > KEPT_FUNCTIONS:
-                    self._functions.popitem(last=False)[1].turn.settle()
+                    _, oldest = self._functions.popitem(last=False)
+                    oldest.turn.settle()
             return kept(inputs, self._capture_once)
 
         return call
@@ -348,6 +350,8 @@ class Loops:
             if kept.loop is None or kept.loop.rows < run.table.rows:
                 kept.turn.settle()
                 kept.loop = None  # its memory goes before the next one's comes
+                if self._limit_bytes == 0:
+                    self._evict(kept, 0)
                 kept.loop, kept.size_bytes = self._build(run, kept)
                 self._evict(kept, self._limit_bytes)
             kept.loop.load(run)
@@ -365,15 +369,6 @@ class Loops:
                 lines.insert(0, f"what runs once a call: {graphs} graphs")
         failed = self._failures.items()
         return [*lines, *(f"uncaptured: {what}; capture failed: {why}" for what, why in failed)]
-
-    def clear(self) -> None:
-        """Drop all that is kept."""
-        with self._lock:
-            turns = [kept.turn for kept in self._kept.values()]
-            for turn in (*turns, *(function.turn for function in self._functions.values())):
-                turn.settle()
-            self._kept.clear()
-            self._functions.clear()
 
     @property
     def _keeps(self) -> bool:
@@ -413,19 +408,18 @@ class Loops:
             loop.capture(self.backend.capture, whole=self._is_whole(run))
             return loop
 
-        before = self.backend.memory_bytes()
+        before, loop = self.backend.memory_bytes(), None
         try:
-            try:
+            with suppress(torch.OutOfMemoryError):
                 loop = captured()
-            except torch.OutOfMemoryError:
-                self._evict(place, 0)
-                with self._lock:
-                    self._functions.clear()
+            if loop is None:  # out of the handler: the error held what there was
+                self._make_room(place)
                 before = self.backend.memory_bytes()
                 loop = captured()
             self.captures += 1
         except REFUSALS as error:
             self._fail("steps", error)
+        if loop is None:
             loop = SamplingLoop(run, slots=slots, rows=rows)
         return loop, max(loop.size_bytes, self.backend.memory_bytes() - before)
 
@@ -434,6 +428,14 @@ class Loops:
         if what not in self._failures:
             log.warning("uncaptured, which is slower: %s; capture failed (%s)", what, reason)
         self._failures[what] = reason
+
+    def _make_room(self, newest: _Kept) -> None:
+        """Drop all that nobody uses."""
+        self._evict(newest, 0)
+        with self._lock:
+            for function in self._functions.values():
+                function.turn.settle()
+            self._functions.clear()
 
     def _evict(self, newest: _Kept, limit_bytes: int) -> None:
         """Drop loops that nobody uses until all that are left take `limit_bytes` at most."""

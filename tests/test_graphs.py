@@ -1,6 +1,6 @@
 """Captured steps: replays draw the pictures that uncaptured steps draw, and nothing captures anew.
 
-The capture is tests/replay.py's, on the CPU; backends/graph.py does the same on a GPU.
+The capture is tests/replay.py's, on the CPU; backends/cuda_graph.py does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -292,10 +292,14 @@ def test_a_text_encoder_that_cannot_be_captured_runs_as_it_is(
     assert line.startswith("uncaptured: ")
 
 
-def test_nothing_keeps_a_pipeline_that_is_dropped(sd1_folder: Path, capturing: None) -> None:
+@pytest.mark.parametrize("graph", ["step", "loop", "none"])
+def test_nothing_keeps_a_pipeline_that_is_dropped(
+    sd1_folder: Path, capturing: None, graph: str
+) -> None:
     """Graphs hold gigabytes: they go with the last reference, not when Python next looks for
     cycles."""
-    pipeline = open_quietly(sd1_folder)
+    pipeline = Pipeline.from_pretrained(sd1_folder, graph=graph)
+    pipeline.set_progress_bar_config(disable=True)
     draw(pipeline)
     loops, backend = weakref.ref(pipeline._loops), weakref.ref(pipeline._backend)
     gc.collect()

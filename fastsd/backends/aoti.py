@@ -78,12 +78,14 @@ class CompiledBackend(ArtifactBackend):
             return self._load(part)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
-            if "out of memory" in reason:
-                raise OutOfMemory(f"not enough memory to load {part} ({reason})") from None
             raise ArtifactError(
                 f"torch {torch.__version__} cannot load {part} of {self.artifact.path}: {reason}; "
                 f"export it again with `fastsd export --to {self.artifact.manifest.target}`"
             ) from None
+
+    def close(self) -> None:
+        """Let go of the code and its weights."""
+        self._opened.clear()
 
     def _size(self, part: str) -> int:
         """How large the files of a part are, in bytes."""
@@ -198,6 +200,13 @@ class AotiCudaBackend(Graphed, CompiledBackend):
         library = (self.artifact.path / self.entries[part].file).resolve()
         # One at a time and with no event of its own around a run, which a graph could not hold.
         with torch.cuda.device(self.device):
+            torch.cuda.empty_cache()  # the weights are taken from CUDA itself
+            free, _ = torch.cuda.mem_get_info()
+            if free < self._size(part):
+                raise OutOfMemory(
+                    f"not enough GPU memory for {part} of {self.artifact.path}: its weights take "
+                    f"{self._size(part) / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+                )
             return torch._C._aoti.AOTIModelContainerRunnerCuda(  # type: ignore[call-overload]
                 str(library), 1, str(self.device), str(library.parent), True
             )

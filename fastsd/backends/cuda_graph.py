@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -16,7 +17,7 @@ from fastsd.backends.base import Backend
 WARM_UPS = 3  # libraries choose algorithms and take workspace in the first runs
 _capturing = threading.Lock()  # torch captures one graph at a time
 # A device's streams for warm-ups and for captures, and the one that last used the latter's cuBLAS
-# workspace: libraries keep one a stream, and all graphs that were captured on a stream share it.
+# workspace: there is one a thread and stream, and all graphs that were captured there share it.
 _streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
 _latest: dict[torch.device, torch.cuda.Stream] = {}
 _launching = threading.Lock()
@@ -39,17 +40,20 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
             for _ in range(WARM_UPS):
                 step()
         current.wait_stream(warm)
-        with _launching, torch.cuda.stream(aside):
-            _come_after(aside)
-            _take_workspace()
+        with _launching:
+            with torch.cuda.stream(aside):
+                _come_after(aside)
+                _take_workspace()
+            _come_after(current)  # aside captures from here on: nobody may wait for it
         graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
         # thread_local: what other threads do meanwhile, such as allocating, is none of this one's.
         # A capture that fails leaves the thread on its stream: go back in any case.
         refused = None
         try:
             with (
                 torch.cuda.stream(current),
-                torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool, aside, "thread_local"),
             ):
                 try:
                     step()
@@ -57,7 +61,11 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
                     refused = error
                     raise
         except RuntimeError as error:
-            raise refused or error from None
+            _end(current.device, pool)
+            try:
+                raise refused or error from None
+            finally:
+                refused = None  # it holds this frame
 
     def replay() -> None:
         with _launching:
@@ -65,6 +73,13 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
             graph.replay()  # on that stream
 
     return replay
+
+
+def _end(device: torch.device, pool: tuple[int, int]) -> None:
+    """Take the allocator out of a capture that failed: torch 2.11 leaves it there for good."""
+    for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):  # later ones have done it
+            end(device.index, pool)
 
 
 def _come_after(stream: torch.cuda.Stream) -> None:
@@ -76,10 +91,18 @@ def _come_after(stream: torch.cuda.Stream) -> None:
 
 
 def _take_workspace() -> None:
-    """Have cuBLAS take its workspace for this thread and stream: in a capture, it would be the
-    graph's, and gone with it."""
+    """Have cuBLAS take its workspace for this thread and stream, which all graphs there use.
+
+    Taken in a capture, it would keep that graph's memory for as long as the process lives.
+    """
     one = torch.ones(8, 8, dtype=torch.float16, device="cuda")
     torch.addmm(one[0], torch.mm(one, one), one)
+
+
+def convolves_in_tf32() -> bool:
+    """Whether fp32 convolutions are in TF32, as torch has them by default."""
+    found: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return found == "tf32"
 
 
 def gpu_name(device: torch.device) -> str:

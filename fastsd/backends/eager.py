@@ -11,7 +11,7 @@ from torch import nn
 
 from fastsd.backends.base import Part, Shapes, dtype_of
 from fastsd.backends.choice import fastest_attention, fastest_norms
-from fastsd.backends.cuda_graph import Graphed
+from fastsd.backends.cuda_graph import Graphed, convolves_in_tf32
 from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
 from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
@@ -104,10 +104,10 @@ class EagerBackend(Graphed):
             for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
                 self._parts[part] = visiting(modules[name], self._parts[part], device)
             self._choices[name] = [f"{name}: in the host's memory, on the GPU while it runs"]
-        if device.type == "cuda" and precision == "fp32" and torch.backends.cudnn.allow_tf32:
+        if device.type == "cuda" and precision == "fp32" and convolves_in_tf32():
             self._choices["convolutions"] = [
                 "convolutions: in TF32, as torch does by default; exact with "
-                "torch.backends.cudnn.allow_tf32 = False"
+                "torch.backends.cudnn.allow_tf32 = False before the model is loaded"
             ]
         for layer in unet.modules() if device.type in ("cpu", "cuda") else ():
             if isinstance(layer, Attention):

@@ -71,7 +71,7 @@ class InductorBackend(Graphed):
 
     def explain(self) -> list[str]:
         """Say what runs, and what compiling took."""
-        lines = super().explain()
+        lines = [*super().explain(), *self._eager.explain()[1:]]
         for name, part in self._compiled.items():
             for shape, seconds in part.seconds.items():
                 lines.append(f"{name}: compiled for {shape} in {seconds:.1f} s")

@@ -83,6 +83,11 @@ class TrtBackend(Graphed, ArtifactBackend):
             del self._capturing.contexts
         return partial(_replay, replay, contexts)
 
+    def close(self) -> None:
+        """Let go of the engines and their contexts."""
+        self._contexts.clear()
+        self._engines.clear()
+
 
 def _replay(replay: Callable[[], None], contexts: dict[str, list[Any]]) -> None:
     """Replay; the contexts live as long as what can."""

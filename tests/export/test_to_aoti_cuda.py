@@ -22,7 +22,7 @@ from fastsd.errors import MissingDependency, StaleArtifact, UsageError
 from fastsd.export.build import open_exporter
 from fastsd.export.parts import Request, load_part, part_names
 from fastsd.export.to_aoti import trace
-from fastsd.export.to_aoti_cuda import cuda_headers
+from fastsd.export.to_aoti_cuda import HEADERS, cuda_home
 from fastsd.quality import psnr
 
 CPU = torch.device("cpu")
@@ -118,12 +118,13 @@ def test_the_gpu_is_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_cudas_headers_are_found_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda.h").touch()
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert cuda_headers() == tmp_path / "include"
-    monkeypatch.delenv("CUDA_HOME")
-    monkeypatch.setattr(Path, "is_file", lambda self: False)
-    with pytest.raises(MissingDependency, match="pip install nvidia-cuda-runtime"):
-        cuda_headers()
+    real = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda self: tmp_path in self.parents and real(self))
+    for name in (*HEADERS, "cccl/nv/target"):
+        with pytest.raises(MissingDependency, match="pip install nvidia-cuda-runtime"):
+            cuda_home()
+        (tmp_path / "include" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "include" / name).touch()
+    assert cuda_home() == tmp_path

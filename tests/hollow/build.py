@@ -23,7 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TORCH = "torch==2.11.0"
-PACKAGES = (TORCH, "triton==3.6.0", *(f"nvidia-cuda-{name}<13.1" for name in ("runtime", "crt")))
+HEADERS = tuple(f"nvidia-cuda-{name}>=13.0,<13.1" for name in ("runtime", "crt", "cccl"))
+PACKAGES = (TORCH, "triton==3.6.0", *HEADERS)
 SOURCES = {
     "libcudart.so.13": "cudart.c",
     "libcuda.so.1": "cuda.c",

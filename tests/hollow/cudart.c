@@ -16,7 +16,7 @@
 #define PAGE(n) (((n) ? (n) : 1) + 4095 & ~(size_t)4095)
 
 struct CUstream_st { int priority, capturing; unsigned long long id; };
-struct CUevent_st { double ms; int recorded; };
+struct CUevent_st { double ms; int recorded; cudaStream_t captured; };
 
 static unsigned long long launched, captures;
 static __thread cudaError_t last;
@@ -27,6 +27,7 @@ static __thread int mode = cudaStreamCaptureModeGlobal;
 unsigned long long hollow_launches(void) { return launched; }
 
 static cudaError_t refuse(cudaError_t error, const char *what) {
+    if (capturing) capturing->capturing = -1; /* invalid from here on */
     fprintf(stderr, "hollow CUDA: %s\n", what);
     return last = error;
 }
@@ -214,7 +215,9 @@ const char *cudaGetErrorName(cudaError_t error) { return "hollowError"; }
 const char *cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorMemoryAllocation ? "out of memory"
         : error == cudaErrorStreamCaptureUnsupported
-        ? "operation not permitted when stream is capturing" : "an error of the hollow runtime";
+        ? "operation not permitted when stream is capturing"
+        : error == cudaErrorStreamCaptureInvalidated
+        ? "operation failed due to a previous error during capture" : "an error of the hollow runtime";
 }
 cudaError_t cudaGetLastError(void) { cudaError_t error = last; last = OK; return error; }
 cudaError_t cudaPeekAtLastError(void) { return last; }
@@ -259,8 +262,11 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
     if (!stream->capturing) return refuse(cudaErrorStreamCaptureUnsupported, "nothing is captured");
+    int valid = stream->capturing > 0;
     stream->capturing = 0;
     capturing = 0;
+    *out = 0;
+    if (!valid) return last = cudaErrorStreamCaptureInvalidated;
     *out = calloc(1, 8);
     return OK;
 }
@@ -305,10 +311,16 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     event->ms = now.tv_sec * 1e3 + now.tv_nsec * 1e-6;
     event->recorded = 1;
+    event->captured = stream && stream->capturing ? stream : 0;
     return OK;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
     return cudaEventRecord(event, stream);
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+    if (event->captured && event->captured->capturing && event->captured != stream)
+        return refuse(cudaErrorStreamCaptureIsolation, "a stream waits for another's capture");
+    return OK;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) { return waits("an event is asked in a capture"); }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waits("a capture waits for an event"); }
