@@ -484,7 +484,8 @@ class Pipeline:
 
         batch: pictures at once. height, width: pixels; None takes the model's own size. guidance:
         with it or without; the two are captured apart, as are sizes and batches. Everything else
-        (prompt, seed, sampler, steps, the weight of guidance) may change without a new capture.
+        (prompt of one chunk, seed, sampler, steps, the weight of guidance) may change without a new
+        capture.
         Where the whole loop is captured, it is for num_inference_steps and for pictures as PIL's
         only. Text encoders are captured for a batch of prompts and for one prompt of a batch of
         pictures, as they are without learned words and clip_skip. Returns the pipeline.
