@@ -26,7 +26,7 @@ from torch._inductor.exc import InductorError
 from fastsd.artifact import PartEntry, TensorSpec
 from fastsd.backends.aoti import INSIDE, LIBRARY, PACKAGE, machine
 from fastsd.checkpoints import Checkpoint
-from fastsd.errors import ArtifactError, UsageError
+from fastsd.errors import ArtifactError, MissingDependency, UsageError
 from fastsd.export.build import Exporter
 from fastsd.export.for_cpu import bf16_pays, for_cpu, in_bf16
 from fastsd.export.parts import GraphPart, Request, load_part
@@ -39,10 +39,11 @@ COMMON = {
     "aot_inductor.precompile_headers": False,
     "size_asserts": False,
 }
+NEWEST = "enable_line_tables"  # the setting that came last
 CONFIG = {
     **COMMON,
     # The same bytes every time: no folder of a header, no address of a function of torch's.
-    "aot_inductor.enable_line_tables": False,
+    f"aot_inductor.{NEWEST}": False,
     # Weights in a file of their own, which an engine finds wherever it was moved to.
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "binary_blob",
@@ -77,6 +78,11 @@ class AotiExporter(Exporter):
             raise UsageError(
                 "int8 products overflow on this CPU, which has no VNNI; "
                 "export with --precision fp32"
+            )
+        if not hasattr(torch._inductor.config.aot_inductor, NEWEST):
+            raise MissingDependency(
+                "exporting to aoti needs torch 2.13 or newer, which loads folders as packages; "
+                f"this is {torch.__version__}: run pip install 'torch>=2.13'"
             )
         native.compiler()  # missing, it is refused now rather than after the tracing
         self._obstacle = native.obstacle()  # to our own kernels

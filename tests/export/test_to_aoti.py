@@ -28,6 +28,7 @@ from fastsd.errors import (
     MissingDependency,
     UsageError,
 )
+from fastsd.export import to_aoti
 from fastsd.export.build import export, open_exporter
 from fastsd.export.for_cpu import bf16_pays, for_cpu
 from fastsd.export.parts import GraphPart, Request
@@ -214,6 +215,10 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, monkeypatch: Any) ->
             open_exporter(checkpoint, replace(request, precision="int8"))
         choices = open_exporter(checkpoint, request).choices()
         assert "without fastsd's: they" in choices["kernels"]
+    with monkeypatch.context() as older:
+        older.setattr(to_aoti, "NEWEST", "a setting of a later torch")
+        with pytest.raises(MissingDependency, match="needs torch 2.13 or newer"):
+            open_exporter(checkpoint, request)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(MissingDependency, match="C\\+\\+ compiler"):
