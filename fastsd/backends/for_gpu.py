@@ -58,20 +58,14 @@ class JoinedUNet(nn.Module):
                 own = block.attn1
                 own.to_qkv = Joined([own.to_q, own.to_k, own.to_v], device)
         self._attentions = (unet.cross_attentions(),)  # hidden: they are the UNet's
-        self.time = Joined(unet.time_projections(), device)
+        unet.to_rows = Joined(unet.time_projections(), device)
         layers = [layer for each in unet.cross_attentions() for layer in (each.to_k, each.to_v)]
-        self.text = Joined(layers, device)
+        self.context = Joined(layers, device)  # a text (B, N, C) -> kv
         self.unet = unet.to(device)
 
     def time_rows(self, *given: Any, **named: Any) -> Tensor:
         """Embed a whole schedule, as `UNet.time_rows` does."""
-        rows: Tensor = self.time(self.unet.embedded_time(*given, **named))
-        return rows
-
-    def context(self, encoder_hidden_states: Tensor) -> Tensor:
-        """Project a text (B, N, C) to the keys and values of all layers side by side, (B, N, E)."""
-        kv: Tensor = self.text(encoder_hidden_states)
-        return kv
+        return self.unet.time_rows(*given, **named)
 
     def forward(self, x: Tensor, row: Tensor, kv: Tensor) -> Tensor:
         """Predict, as `UNet.forward` does."""
@@ -87,7 +81,7 @@ class JoinedUNet(nn.Module):
 
     def _pairs(self, kv: Tensor) -> list[KV]:
         """Split into every layer's keys and values; all are views."""
-        each = iter(torch.split(kv, self.text.widths, dim=-1))
+        each = iter(torch.split(kv, self.context.widths, dim=-1))
         (attentions,) = self._attentions
         return [(a.by_heads(next(each)), a.by_heads(next(each))) for a in attentions]
 

@@ -51,7 +51,10 @@ class EmbeddingMLP(nn.Module):
 
 @final
 class UNet(nn.Module):
-    """eps, v or x0 = unet(x, t, text) over latents (Rombach et al. 2022; Podell et al. 2023)."""
+    """eps, v or x0 = unet(x, t, text) over latents (Rombach et al. 2022; Podell et al. 2023).
+
+    to_rows: makes what all `time_projections` do, side by side, where those are one product.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -103,6 +106,8 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNorm(config.norm_groups, first, eps=config.eps, silu=True)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+        self.to_rows: nn.Module | None
+        self.register_module("to_rows", None)
         self._row_widths = [projection.out_features for projection in self.time_projections()]
 
     @property
@@ -123,23 +128,10 @@ class UNet(nn.Module):
         guidance: (B,), the guidance weight minus one, for distilled UNets (Luo et al. 2023).
         Returns (S, B, E), or (S, 1, E) if nothing but the timesteps is given; E in forward order.
         """
-        return self._project(self.embedded_time(timesteps, pooled, size_ids, guidance))
-
-    def embedded_time(
-        self,
-        timesteps: Tensor,
-        pooled: Tensor | None = None,
-        size_ids: Tensor | None = None,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """Embed a schedule as `time_rows` does; return what every resnet projects, (S, B or 1, T).
-
-        The resnets' projections, in forward order, are `time_projections`.
-        """
         embedded = None
         if guidance is not None:
             embedded = sinusoid(1000 * guidance, self.config.guidance_width, shift=1.0)
-        return self._embed(timesteps[:, None], pooled, size_ids, embedded)
+        return self._rows(timesteps[:, None], pooled, size_ids, embedded)
 
     def time_projections(self) -> list[nn.Linear]:
         """List what every resnet projects the embedded time by, in forward order."""
@@ -219,17 +211,17 @@ class UNet(nn.Module):
         timestep_cond: (B, guidance_width), embedded already. Returns (B, C_out, H, W).
         """
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        row = self._project(self._embed(t, text_embeds, time_ids, timestep_cond))
+        row = self._rows(t, text_embeds, time_ids, timestep_cond)
         return self.forward(sample, row, self.context(encoder_hidden_states))
 
-    def _embed(
+    def _rows(
         self,
         t: Tensor,
         pooled: Tensor | None,
         size_ids: Tensor | None,
         guidance: Tensor | None,
     ) -> Tensor:
-        """Embed t (…,) and conditions (B, ·) that broadcast with it."""
+        """Embed t (…,) and conditions (B, ·) that broadcast with it; project for every resnet."""
         takes_pooled = self.add_embedding is not None
         if {pooled is not None, size_ids is not None} != {takes_pooled}:
             raise UsageError(
@@ -248,10 +240,10 @@ class UNet(nn.Module):
         if self.add_embedding is not None and pooled is not None and size_ids is not None:
             sizes = self._waves(size_ids, self.config.size_width).flatten(-2)
             e = e + self.add_embedding(torch.cat([pooled.to(self.dtype), sizes], dim=-1))
-        return F.silu(e)
-
-    def _project(self, e: Tensor) -> Tensor:
-        """Project an embedded time for every resnet."""
+        e = F.silu(e)
+        if self.to_rows is not None:
+            rows: Tensor = self.to_rows(e)
+            return rows
         return torch.cat([projection(e) for projection in self.time_projections()], dim=-1)
 
     def _waves(self, numbers: Tensor, width: int) -> Tensor:
