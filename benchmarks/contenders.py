@@ -19,11 +19,11 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from fastsd.backends import BACKENDS, ENGINES
+from fastsd.backends import BACKENDS, ENGINES, RUNS_ON
 from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.export import EXPORTERS
-from fastsd.export.parts import ON_GPUS, QUANTISED
+from fastsd.export.parts import QUANTISED
 from fastsd.files import read_json
 
 ASK = "ask for it by --contenders"
@@ -284,7 +284,7 @@ def _engine(target: str, precision: str) -> Contender:
         kept=f"fastsd-{target}-{precision}",
         code=_INT8_CODE if precision in QUANTISED else _OWN_CODE,
         copies=2.2 if precision == "fp32" else 1.2,
-        only_on="cuda" if target in ON_GPUS else None,
+        only_on=RUNS_ON.get(target),
     )
 
 

@@ -33,7 +33,6 @@ LAYOUTS = ("standard", "fast")
 SHALLOW = ("aoti",)  # targets whose steps may reuse what the deeper layers made (unet_shallow)
 ONCE = ("aoti", "aoti-cuda")  # targets whose UNet takes each picture once, guided or not
 JOINED = ("aoti-cuda",)  # targets whose UNet takes keys and values as one tensor
-ON_GPUS = ("tensorrt", "aoti-cuda")  # targets whose engines run on a GPU only
 QUANTISED = ("int8", "fp8")  # precisions that need a QuantSpec
 
 Told = UNet | JoinedUNet  # what does a UNet's work, by the same methods

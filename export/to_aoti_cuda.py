@@ -1,4 +1,4 @@
-"""AOTInductor for a GPU: every part a library with its kernels and weights, loaded in seconds.
+"""AOTInductor for a GPU: every part a library with its kernels and weights.
 
 While it compiles the UNet and the decoder torch tries out kernels for every product and convolution
 (its max-autotune): what the inductor backend does at every first use of a shape is done once.
@@ -92,14 +92,13 @@ class AotiCudaExporter(Exporter):
             scratch = Path(name)
             (scratch / "libcuda.so").symlink_to(_driver())
             config = {**COMMON, **(TUNED if part in COMPILED else {})}
-            # A line for every product that was tuned is no error.
             include = self._cuda / "include"
             flags = (f"-isystem{include}", f"-isystem{include / 'cccl'}", f"-L{scratch}")
             with (
                 quiet(),
                 without_lines(),
                 headers_of(self._cuda),
-                redirect_stderr(io.StringIO()),
+                redirect_stderr(io.StringIO()),  # a line for every product that was tuned
                 torch.no_grad(),
             ):
                 files = compile_program(program, scratch, config, flags)

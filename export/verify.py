@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastsd.artifact import Artifact
-from fastsd.backends import ArtifactBackend, open_artifact
+from fastsd.backends import RUNS_ON, ArtifactBackend, open_artifact
 from fastsd.checkpoints import Checkpoint, open_description
 from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
 from fastsd.export.calibration import JUDGED_STEPS, PROMPTS, draw_settings
-from fastsd.export.parts import ON_GPUS, QUANTISED, Request, load_part
+from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
 
@@ -57,7 +57,7 @@ def measure(
     the more is seen of what rounding changed. Those made for few steps are drawn as they were made.
     Raises NumericsError if a picture is not finite, and what opening the backend raises.
     """
-    device = "cuda" if artifact.manifest.target in ON_GPUS else "cpu"
+    device = RUNS_ON.get(artifact.manifest.target, "cpu")
     backend = open_artifact(artifact, checkpoint.config, device=torch.device(device))
     errors = {}
     for part in artifact.manifest.parts:

@@ -36,7 +36,7 @@ _CONVERTED = "diffusers' converter: identical tensors"
 _CLOSE = "diffusers' pictures, > 80 dB"
 _TASKS = "tests/test_tasks.py::"
 _ENGINES = "tests/export/test_tasks_on_engines.py::"
-_ALL = ("onnx", "openvino", "aoti")  # TensorRT's need a GPU to run
+_ALL = ("onnx", "openvino", "aoti")  # TensorRT's and aoti-cuda's need a GPU to run
 
 ROWS = (
     Row("family", "Stable Diffusion 1.x", "eps; PNDM and others", _PICTURES, _PIPELINE, _ALL),

@@ -20,6 +20,7 @@ __all__ = [
     "BACKENDS",
     "ENGINES",
     "PRECISIONS",
+    "RUNS_ON",
     "ArtifactBackend",
     "Backend",
     "engine_class",
@@ -45,6 +46,8 @@ ENGINES = {
     "aoti": "aoti",
     "aoti-cuda": "aoti-cuda",
 }
+# The only kind of device that engines of a target run on; those of others run on any.
+RUNS_ON = {"aoti": "cpu", "aoti-cuda": "cuda", "tensorrt": "cuda"}
 
 
 def open_backend(
@@ -94,11 +97,12 @@ def open_artifact(
             f"{artifact.path} says that it holds no native code, and engines of "
             f"{artifact.manifest.target} are nothing else: its manifest was not written by fastsd"
         )
-    if kind.runs_on not in ("", device.type):
-        where = {"cpu": "CPUs", "cuda": "NVIDIA GPUs"}[kind.runs_on]
+    wanted = RUNS_ON.get(artifact.manifest.target, device.type)
+    if wanted != device.type:
+        where = {"cpu": "CPUs", "cuda": "NVIDIA GPUs"}[wanted]
         raise UsageError(
             f"{artifact.path} is an engine for {where}, not for {device.type}; pass "
-            f"device={kind.runs_on!r} (--device {kind.runs_on})"
+            f"device={wanted!r} (--device {wanted})"
         )
     artifact.check_machine(kind.machine(device))
     return kind(artifact, config, device=device)

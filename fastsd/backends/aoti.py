@@ -1,4 +1,4 @@
-"""What AOTInductor compiled: native code with its weights, loaded in seconds and with no compiler.
+"""What AOTInductor compiled: native code with its weights, loaded with no compiler.
 
 It runs on what it was compiled on: `machine` says that in words, and an artifact of another is
 refused before any of its code runs. For a CPU a part is a package; for a GPU, a library beside its
@@ -95,13 +95,6 @@ class CompiledBackend(ArtifactBackend):
     def _unet_fast(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> Tensor:
         return self._predict("unet", x, row, kv)["out_sample"]
 
-    def _unet_deep(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        out = self._predict("unet", x, row, kv)
-        return out["out_sample"], out["deep"]
-
-    def _unet_shallow(self, x: Tensor, row: Tensor, kv: dict[str, Tensor], deep: Tensor) -> Tensor:
-        return self._predict("unet_shallow", x, row, {**kv, "deep": deep})["out_sample"]
-
     def _predict(
         self, part: str, x: Tensor, row: Tensor, given: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -144,7 +137,6 @@ class AotiBackend(CompiledBackend):
     """Run packages that were compiled for this CPU."""
 
     name = "aoti"
-    runs_on = "cpu"
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
         super().__init__(artifact, config, device=device)
@@ -155,6 +147,13 @@ class AotiBackend(CompiledBackend):
     def machine(cls, device: torch.device) -> dict[str, str]:
         """Return what the code is bound to: torch, the system, the CPU's instruction sets."""
         return machine()
+
+    def _unet_deep(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        out = self._predict("unet", x, row, kv)
+        return out["out_sample"], out["deep"]
+
+    def _unet_shallow(self, x: Tensor, row: Tensor, kv: dict[str, Tensor], deep: Tensor) -> Tensor:
+        return self._predict("unet_shallow", x, row, {**kv, "deep": deep})["out_sample"]
 
     def _prepare(self) -> None:
         keep_freed_memory()
@@ -184,7 +183,6 @@ class AotiCudaBackend(Graphed, CompiledBackend):
     """Run libraries that were compiled for this GPU. Unmeasured: no row has run them."""
 
     name = "aoti-cuda"
-    runs_on = "cuda"
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
         self._calling = threading.Lock()

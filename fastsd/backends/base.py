@@ -123,12 +123,10 @@ class ArtifactBackend(Backend):
     names other tools expect) the UNet takes everything every step: its row is then
     [timestep | pooled | size ids | embedded guidance], its kv the text itself.
     Graphs of a fixed batch take any number of pictures, so many at a time, the last ones padded.
-    native: its files are machine code, which only trusted artifacts may bring. runs_on: the only
-    kind of device that its files are for, "cpu" or "cuda"; "" for any.
+    native: its files are machine code, which only trusted artifacts may bring.
     """
 
     native = False
-    runs_on = ""
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
         self.artifact = artifact

@@ -30,7 +30,6 @@ class TrtBackend(Graphed, ArtifactBackend):
 
     name = "trt"
     native = True
-    runs_on = "cuda"
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
         super().__init__(artifact, config, device=device)
