@@ -282,11 +282,8 @@ def _unet_fast(
     unet, sizes, name = config.unet, _Sizes(request, config), _name(dtype)
     zeros = partial(torch.zeros, device=next(module.parameters()).device)
     with torch.no_grad():
-        kv = _kv(
-            module.context(
-                zeros(1, config.text_encoders[0].max_tokens, unet.context_width, dtype=dtype)
-            )
-        )
+        text = zeros(1, config.text_encoders[0].max_tokens, unet.context_width, dtype=dtype)
+        kv = dict(zip(_kv_names(module), _flat(module.context(text)), strict=True))
         width = module.time_rows(
             zeros(1),
             zeros(1, unet.pooled_width) if unet.pooled_width else None,
@@ -328,13 +325,17 @@ def _unet_fast(
     return GraphPart(part, _Call(module, predict), tuple(inputs), outputs, _examples(inputs))
 
 
-def _kv(context: Any) -> dict[str, Tensor]:
+def _kv_names(module: Told) -> tuple[str, ...]:
     """Name what a UNet makes of a text: keys and values layer by layer, or of all as one."""
-    if isinstance(context, Tensor):
-        return {"kv": context}
-    return {
-        f"{name}.{i}": t for i, (k, v) in enumerate(context) for name, t in (("k", k), ("v", v))
-    }
+    if isinstance(module, JoinedUNet):
+        return ("kv",)
+    layers = range(len(module.cross_attentions()))
+    return tuple(f"{letter}.{i}" for i in layers for letter in "kv")
+
+
+def _flat(context: Any) -> tuple[Tensor, ...]:
+    """List the tensors that `_kv_names` names."""
+    return (context,) if isinstance(context, Tensor) else tuple(t for kv in context for t in kv)
 
 
 def _paired(flat: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -377,12 +378,11 @@ def _unet_context(
     )
 
     def project(context: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_kv(module.context(context)).values())
+        return _flat(module.context(context))
 
-    with torch.no_grad():
-        (example,) = (t.to(next(module.parameters()).device) for t in _examples([spec]))
-        names = tuple(_kv(module.context(example)))
-    return GraphPart("unet_context", _Call(module, project), (spec,), names, _examples([spec]))
+    return GraphPart(
+        "unet_context", _Call(module, project), (spec,), _kv_names(module), _examples([spec])
+    )
 
 
 def _vae_decoder(

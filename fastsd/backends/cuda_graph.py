@@ -20,7 +20,7 @@ _capturing = threading.Lock()  # torch captures one graph at a time
 # workspace: there is one a thread and stream, and all graphs that were captured there share it.
 _streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
 _latest: dict[torch.device, torch.cuda.Stream] = {}
-_launching = threading.Lock()
+_launching = threading.Lock()  # guards _latest
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
