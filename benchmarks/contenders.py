@@ -242,6 +242,7 @@ def own_contenders() -> list[Contender]:
     ] + [
         *engines,
         _cached(_engine("aoti", "int8")),
+        _setting("int8-weights", {"weights": "int8"}, precision="fp32", only_on=None),
         *(_setting(name, options) for name, options in GPU_SETTINGS.items()),
     ]
 
@@ -251,6 +252,8 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "graph-none": {"graph": "none"},
     "graph-loop": {"graph": "loop"},
     "low-memory": {"low_memory": True},
+    "int8-weights": {"weights": "int8"},
+    "low-memory-int8": {"low_memory": True, "weights": "int8"},
     "attention-sdpa": {"use": {"attention": "sdpa"}},
     "attention-flash": {"use": {"attention": "flash"}},
     "attention-efficient": {"use": {"attention": "efficient"}},
@@ -263,14 +266,16 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _setting(name: str, options: Mapping[str, Any]) -> Contender:
+def _setting(
+    name: str, options: Mapping[str, Any], *, precision: str = "fp16", only_on: str | None = "cuda"
+) -> Contender:
     return Contender(
-        f"fastsd-{name}/fp16",
+        f"fastsd-{name}/{precision}",
         f"{_DRAWING}:open_fastsd",
-        {"backend": "eager", "precision": "fp16", **options},
-        precision="fp16",
-        copies=0.5,
-        only_on="cuda",
+        {"backend": "eager", "precision": precision, **options},
+        precision=precision,
+        copies=0.5 if precision == "fp16" else 1.0,
+        only_on=only_on,
     )
 
 

@@ -102,7 +102,8 @@ STAGES = (
         )
         for model, steps in (("sd15", "20"), ("sdxl", "10"))
         for name, what, seconds, *names in (
-            ("graphs", "graphs and low memory", 220, "graph-*/fp16", "low-memory/fp16"),
+            ("graphs", "graphs, captured less or more", 180, "graph-*/fp16"),
+            ("memory", "settings that save memory", 220, "int8-weights/fp16", "low-memory*/fp16"),
             ("kernels", "our kernels and the library's", 280, "*-library/fp16", "*-triton/fp16"),
             ("cudnn", "convolutions as cuDNN's search has them", 140, "cudnn-*/fp16"),
             ("attention", "one attention against the measured ones", 280, "attention-*/fp16"),

@@ -1,10 +1,9 @@
 """LoRAs over a backend's live weights: put on in place, mixed, and taken off to the last bit.
 
-The weights that an adapter touches are kept once as they were, on their device, and every change is
-computed from those: W = W0 + sum of weight_i * scale_i * up_i @ down_i, in fp32, rounded once. So
-the result does not depend on what was on before, and none on is W0 itself. Buffers stay where they
-are: whatever holds them, a captured graph too, sees the new numbers. Knows no file and no name of
-a foreign layout.
+The weights that an adapter touches are kept once as they were, and every change is computed from
+those: W = W0 + sum of weight_i * scale_i * up_i @ down_i, in fp32, rounded once. So the result does
+not depend on what was on before, and none on is W0 itself. Buffers stay where they are: whatever
+holds them, a captured graph too, sees the new numbers. Knows no file and no foreign layout's names.
 """
 
 from __future__ import annotations
@@ -75,13 +74,17 @@ class SharedLock:
 
 
 class Adapters:
-    """The LoRAs of one pipeline, by name: which are loaded, which are on and how strongly."""
+    """The LoRAs of one pipeline, by name: which are loaded, which are on and how strongly.
 
-    def __init__(self) -> None:
+    on_host: keep the weights as they were in the host's memory, not on their device.
+    """
+
+    def __init__(self, *, on_host: bool = False) -> None:
         self.lock = SharedLock()
         self.loaded: dict[str, LoRA] = {}
         self.active: dict[str, float] = {}
         self._originals: dict[Target, Tensor] = {}
+        self._on_host = on_host
 
     @contextmanager
     def in_use(self) -> Iterator[dict[str, float]]:
@@ -146,7 +149,8 @@ class Adapters:
         live = {part: backend.weights(part) for part in {part for part, _ in targets}}
         for part, name in targets:
             if (part, name) not in self._originals:
-                self._originals[part, name] = live[part][name].detach().clone()
+                copy = live[part][name].clone()
+                self._originals[part, name] = copy.to("cpu") if self._on_host else copy
         done = False
         try:
             for target in targets:

@@ -34,6 +34,8 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     "model": (str, None),
     "backend": (str, None),
     "precision": (str, None),
+    "weights": (str, None),
+    "low_memory": (bool, None),
     "steps": (int, "num_inference_steps"),
     "guidance_scale": (_NUMBER, "guidance_scale"),
     "eta": (_NUMBER, "eta"),
@@ -57,7 +59,10 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     "embeddings": (dict, None),
 }
 # What is given to from_pretrained.
-LOADING = ("backend", "floor", "precision", "device", "prediction", "preset", "vae", "tokenizer")
+LOADING = (
+    *("backend", "floor", "precision", "weights", "low_memory", "device"),
+    *("prediction", "preset", "vae", "tokenizer"),
+)
 # What it says besides, for people and other tools.
 REMARKS = {"versions", "sampler_title", "schedule_type", "not_recorded"}
 
@@ -331,6 +336,20 @@ def generate(
     precision: Annotated[
         str | None, typer.Option(help="fp32 (exact), fp16 or bf16. [default: fp32]")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="int8: keep the UNet's weights so, half of fp16's memory, for a near picture and "
+            "some of the speed. [default: in the precision]"
+        ),
+    ] = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="On a GPU: text encoders and VAE wait in the host's memory; decode in tiles.",
+        ),
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")
     ] = None,
@@ -382,6 +401,8 @@ def generate(
         "backend": backend,
         "floor": floor,
         "precision": precision,
+        "weights": weights,
+        "low_memory": low_memory or None,
         "device": device,
         "prediction": prediction,
         "tokenizer": tokenizer,

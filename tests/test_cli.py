@@ -96,6 +96,20 @@ def pixels(path: str | Path) -> bytes:
         return image.tobytes()
 
 
+def test_settings_that_save_memory_are_recorded(run: Run, sd1_folder: Path) -> None:
+    options = ("--model", sd1_folder, "--device", "cpu", *QUICK)
+    assert run("generate", "a cat", "-o", "plain.png", *options).code == 0
+    saving = ("--weights", "int8", "--low-memory")
+    assert run("generate", "a cat", "-o", "a.png", *options, *saving).code == 0
+    recorded = read_metadata("a.png")
+    assert recorded["weights"] == "int8" and recorded["low_memory"] is True
+    again = ("generate", "--again", "a.png", "-o", "b.png", "--model", sd1_folder)
+    assert run(*again, "--device", "cpu").code == 0
+    assert pixels("a.png") == pixels("b.png") != pixels("plain.png")
+    result = run("generate", "a cat", *options, "--weights", "int4")
+    assert result.code == 2 and "'int4' is unknown; pass 'int8'" in result.stderr
+
+
 @pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
 def test_again_draws_the_same_bits(family: str, run: Run, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(family)

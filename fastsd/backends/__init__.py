@@ -57,10 +57,12 @@ def open_backend(
     precision: str,
     device: torch.device,
     on_host: Sequence[str] = (),
+    weights: str | None = None,
 ) -> Backend:
     """Load `checkpoint` into the backend called `name`.
 
-    on_host: parts of the checkpoint that move to the device only while they run.
+    on_host: parts of the checkpoint that move to the device only while they run. weights: what the
+    UNet's are kept in, "int8"; None: in the precision.
     """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is unknown; it is one of {', '.join(BACKENDS)}")
@@ -70,7 +72,9 @@ def open_backend(
             f"backend {name!r} runs exported engines: make one with "
             f"`fastsd export MODEL -o DIR --to {target}`, then give DIR as the model"
         )
-    backend: Backend = _load(name)(checkpoint, precision=precision, device=device, on_host=on_host)
+    backend: Backend = _load(name)(
+        checkpoint, precision=precision, device=device, on_host=on_host, weights=weights
+    )
     return backend
 
 

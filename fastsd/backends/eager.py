@@ -20,12 +20,14 @@ from fastsd.models.clip import CLIPText
 from fastsd.models.layers import Attention, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, scale_activations_
+from fastsd.quant.weights import Int8Weight, keep_in_int8_
 
 if TYPE_CHECKING:
     from fastsd.checkpoints import Checkpoint
 
 
 _PARTS_OF = {"vae": ("vae_decoder", "vae_encoder")}
+KEPT = ("int8",)  # what a UNet's weights can be kept in, beside the precision
 FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
 
 
@@ -34,6 +36,7 @@ class EagerBackend(Graphed):
     """Run every part with torch, kernel by kernel.
 
     on_host: modules whose weights stay in the host's memory and visit the GPU while they run.
+    weights: "int8" keeps the UNet's in int8, and widens each layer's whenever it runs.
     to_compile: parts will be: norms are left to the compiler, and attention is one of torch's.
     """
 
@@ -47,6 +50,7 @@ class EagerBackend(Graphed):
         precision: str,
         device: torch.device,
         on_host: Sequence[str] = (),
+        weights: str | None = None,
         to_compile: bool = False,
     ) -> None:
         self.precision = precision
@@ -75,6 +79,14 @@ class EagerBackend(Graphed):
             for name, module in modules.items()
             if name.startswith("text_")
         }
+        if weights is not None:
+            if weights not in KEPT:
+                raise UsageError(
+                    f"weights={weights!r} is unknown; pass {' or '.join(map(repr, KEPT))}, or "
+                    "leave it out: they are kept in the precision"
+                )
+            keep_in_int8_(unet, device)
+            self._choices["weights"] = ["unet's weights: kept in int8, widened as a layer runs"]
         run: UNet | JoinedUNet = unet
         if device.type == "cuda":
             run = JoinedUNet(unet, device)
@@ -142,11 +154,16 @@ class EagerBackend(Graphed):
             ) from None
 
     def weights(self, part: str) -> Mapping[str, torch.Tensor]:
-        """Return the modules' own parameters: what is written to them is used at once."""
+        """Return the modules' own parameters: what is written to them is used at once.
+
+        Those that are kept in int8 are `Int8Weight`s: no tensors, but taken for such by torch.
+        """
         if part not in self.modules:
             raise UsageError(f"the model has no {part}; it has {', '.join(self.modules)}")
-        named = self.modules[part].named_parameters()
-        return {name: weight for name, weight in named if name in self._names[part]}
+        module, names = self.modules[part], self._names[part]
+        kept = {n: m for n, m in module.named_modules() if isinstance(m, Int8Weight)}
+        named = {**dict(module.named_parameters()), **cast(dict[str, torch.Tensor], kept)}
+        return {name: weight for name, weight in named.items() if name in names}
 
 
 def visiting(module: nn.Module, part: Part, device: torch.device) -> Part:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastsd.models.layers import KV, Conv1x1, Resnet, TransformerBlock
 from fastsd.models.unet import UNet
+from fastsd.quant.weights import Int8Weight
 
 
 @final
@@ -24,6 +25,9 @@ class Joined(nn.Module):
     Their weights become views of its own, on `device`: they take no memory twice, and what is
     written to them in place is seen.
     """
+
+    weight: Tensor  # or an Int8Weight, which stands for one
+    bias: Tensor | None
 
     def __init__(self, layers: Sequence[nn.Linear], device: torch.device) -> None:
         super().__init__()
@@ -35,11 +39,24 @@ class Joined(nn.Module):
         """(…, C) -> (…, sum of the widths), in the layers' order."""
         return F.linear(x, self.weight, self.bias)
 
-    def _share(self, layers: Sequence[nn.Linear], name: str, device: torch.device) -> nn.Parameter:
-        whole = torch.cat([getattr(layer, name).detach() for layer in layers]).to(device)
-        for layer, rows in zip(layers, torch.split(whole, self.widths), strict=True):
-            setattr(layer, name, nn.Parameter(rows, requires_grad=False))
-        return nn.Parameter(whole, requires_grad=False)
+    def _share(self, layers: Sequence[nn.Linear], name: str, device: torch.device) -> Any:
+        own = [getattr(layer, name) for layer in layers]
+        whole: Tensor | Int8Weight
+        parts: Sequence[nn.Module | Tensor]
+        if isinstance(own[0], Int8Weight):
+            whole = Int8Weight.cat(own).to(device)
+            parts = whole.split(self.widths)
+        else:
+            whole = torch.cat([each.detach() for each in own]).to(device)
+            parts = [_fixed(part) for part in torch.split(whole, self.widths)]
+            whole = _fixed(whole)
+        for layer, part in zip(layers, parts, strict=True):
+            setattr(layer, name, part)
+        return whole
+
+
+def _fixed(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
 
 
 @final

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fastsd.backends.base import Part, Shapes
 from fastsd.backends.cuda_graph import Graphed
 from fastsd.backends.eager import EagerBackend
+from fastsd.errors import UsageError
 
 if TYPE_CHECKING:
     from fastsd.checkpoints import Checkpoint
@@ -45,7 +46,13 @@ class InductorBackend(Graphed):
         precision: str,
         device: torch.device,
         on_host: Sequence[str] = (),
+        weights: str | None = None,
     ) -> None:
+        if weights is not None:
+            raise UsageError(
+                f"weights={weights!r} is the eager backend's: compiled code has its own; leave "
+                "weights out, or pass backend='eager'"
+            )
         # The compiled decoder keeps its weights where they are.
         texts = [name for name in on_host if name != "vae"]
         self._eager = EagerBackend(

@@ -120,7 +120,7 @@ class Conv1x1(nn.Conv2d):
         if not self.as_product:
             return super().forward(x)
         pixels = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return F.linear(pixels, torch.flatten(self.weight, 1), self.bias).permute(0, 3, 1, 2)
 
 
 @final

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from fastsd import Pipeline
+from fastsd.backends.eager import EagerBackend
 from fastsd.checkpoints import open_checkpoint
 from fastsd.export.build import export
 from fastsd.export.parts import Request
@@ -66,6 +67,33 @@ def test_low_memory_draws_the_same_picture(sd1_folder: Path) -> None:
     for seed in (0, 1):
         ours, expected = draw(low, seed=seed), draw(plain, seed=seed)
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_what_loras_replace_waits_in_the_hosts_memory(weights: str | None) -> None:
+    options: dict[str, Any] = {"precision": "fp16", "weights": weights}
+    low, plain = (open_on_gpu("builtin", low_memory=low, **options) for low in (True, False))
+    before = draw(low)
+    for pipe in (low, plain):
+        pipe.load_lora_weights("builtin-lcm")
+    places = {each.device.type for each in low._adapters._originals.values()}
+    assert places == {"cpu"}
+    np.testing.assert_array_equal(np.asarray(draw(low)), np.asarray(draw(plain)))
+    low.unload_lora_weights()
+    np.testing.assert_array_equal(np.asarray(draw(low)), np.asarray(before))
+
+
+def test_weights_in_int8_take_less_memory_for_a_near_picture(sdxl_folder: Path) -> None:
+    def held(pipe: Pipeline) -> int:
+        unet = cast(EagerBackend, pipe._backend).modules["unet"]
+        return sum(each.numel() * each.element_size() for each in unet.state_dict().values())
+
+    small = open_on_gpu(sdxl_folder, precision="fp16", weights="int8", low_memory=True).prepare()
+    plain, captures = open_on_gpu(sdxl_folder, precision="fp16"), small._loops.captures
+    assert held(small) < 0.6 * held(plain)
+    for seed in (0, 1):
+        assert psnr(draw(small, seed=seed), draw(plain, seed=seed)) >= 25
+    assert small._loops.captures == captures
 
 
 @pytest.mark.parametrize(
