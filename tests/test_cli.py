@@ -107,7 +107,7 @@ def test_settings_that_save_memory_are_recorded(run: Run, sd1_folder: Path) -> N
     assert run(*again, "--device", "cpu").code == 0
     assert pixels("a.png") == pixels("b.png") != pixels("plain.png")
     result = run("generate", "a cat", *options, "--weights", "int4")
-    assert result.code == 2 and "'int4' is unknown; pass 'int8'" in result.stderr
+    assert result.code == 2 and "'int4' is unknown; pass 'int8'" in result.err
 
 
 @pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
