@@ -3,7 +3,8 @@
 The weights that an adapter touches are kept once as they were, and every change is computed from
 those: W = W0 + sum of weight_i * scale_i * up_i @ down_i, in fp32, rounded once. So the result does
 not depend on what was on before, and none on is W0 itself. Buffers stay where they are: whatever
-holds them, a captured graph too, sees the new numbers. Knows no file and no foreign layout's names.
+holds them, a captured graph too, sees the new numbers. Of weights that are kept in int8, W0 in that
+sum is the checkpoint's. Knows no file and no foreign layout's names.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Adapters:
         self.loaded: dict[str, LoRA] = {}
         self.active: dict[str, float] = {}
         self._originals: dict[Target, Tensor] = {}
+        self._unrounded: dict[Target, Tensor] = {}  # of originals that are kept coarser than W0
         self._on_host = on_host
 
     @contextmanager
@@ -114,7 +116,7 @@ class Adapters:
             active = {name: weight for name, weight in self.active.items() if name in kept}
             self._apply(active, kept, backend)
             if not kept:
-                self._originals.clear()
+                self._forget()
 
     def by_part(self) -> dict[str, list[str]]:
         """Return part -> the loaded adapters that change it."""
@@ -131,7 +133,7 @@ class Adapters:
             new: list[Backend] = []
             yield new
             if new:
-                self._originals.clear()
+                self._forget()
                 self._apply(self.active, self.loaded, new[0])
 
     def _known(self, names: Mapping[str, float] | list[str]) -> None:
@@ -141,16 +143,23 @@ class Adapters:
                     f"no adapter {name!r} is loaded; there are {', '.join(self.loaded) or 'none'}"
                 )
 
+    def _forget(self) -> None:
+        self._originals.clear()
+        self._unrounded.clear()
+
     def _apply(self, active: dict[str, float], loaded: dict[str, LoRA], backend: Backend) -> None:
         """Give every touched weight its new value; if that fails, all get their old ones back."""
         before = [self.loaded[name] for name in self.active]
         after = [loaded[name] for name in active]
         targets = dict.fromkeys(t for lora in (*before, *after) for t in lora.deltas)
         live = {part: backend.weights(part) for part in {part for part, _ in targets}}
-        for part, name in targets:
-            if (part, name) not in self._originals:
-                copy = live[part][name].clone()
-                self._originals[part, name] = copy.to("cpu") if self._on_host else copy
+        new = [target for target in targets if target not in self._originals]
+        unrounded = {part: backend.unrounded(part) for part in {part for part, _ in new}}
+        for part, name in new:
+            copy = live[part][name].clone()
+            self._originals[part, name] = copy.to("cpu") if self._on_host else copy
+            if name in unrounded[part]:
+                self._unrounded[part, name] = unrounded[part][name]
         done = False
         try:
             for target in targets:
@@ -173,6 +182,6 @@ class Adapters:
             if strength and target in loaded[name].deltas
         ]
         if deltas:
-            merge_(weight, original, deltas)
+            merge_(weight, self._unrounded.get(target, original), deltas)
         else:
             weight.copy_(original)

@@ -340,16 +340,17 @@ def generate(
         str | None,
         typer.Option(
             help="int8: keep the UNet's weights so, half of fp16's memory, for a near picture and "
-            "some of the speed. [default: in the precision]"
+            "some of the speed; full: in the precision. [default: full]"
         ),
     ] = None,
     low_memory: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--low-memory",
-            help="On a GPU: text encoders and VAE wait in the host's memory; decode in tiles.",
+            "--low-memory/--no-low-memory",
+            help="Decode in tiles (a near picture); on a GPU, text encoders, VAE and what LoRAs "
+            "replace wait in the host's memory. [default: no]",
         ),
-    ] = False,
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")
     ] = None,
@@ -402,7 +403,7 @@ def generate(
         "floor": floor,
         "precision": precision,
         "weights": weights,
-        "low_memory": low_memory or None,
+        "low_memory": low_memory,
         "device": device,
         "prediction": prediction,
         "tokenizer": tokenizer,
@@ -419,6 +420,8 @@ def generate(
         settings["prompt_syntax"] = "weighted"
         settings["mask_feather"] = DEFAULT_FEATHER if mask or outpaint else None
     settings |= {name: value for name, value in given.items() if value is not None}
+    if settings.get("weights") == "full":  # what None is to Python
+        del settings["weights"]
     if not settings.get("prompts"):
         raise UsageError('a prompt is missing; give one, e.g. fastsd generate "a red apple"')
     if settings.get("sampler") is not None:

@@ -241,8 +241,9 @@ class Pipeline:
         low_memory: on a GPU, keep in the host's memory the text encoders and the VAE while they do
         not run, and the weights that LoRAs replace; keep one captured step at a time; decode in
         tiles of 512 pixels, which is near the same picture only.
-        weights: "int8" keeps the UNet's weights in int8 and widens a layer's whenever it runs: half
-        of fp16's memory, a quarter of fp32's, for the time that takes and a near picture.
+        weights: "int8" keeps the UNet's weights in int8, but the first and last layer's, and widens
+        a layer's whenever it runs: half of fp16's memory, a quarter of fp32's, for the time that
+        takes and a near picture.
         Raises CheckpointError for a model that cannot be read, ArtifactError for an engine that
         cannot be used, UsageError for a wrong argument.
         """
@@ -254,6 +255,11 @@ class Pipeline:
         artifact = None
         if floor is not None and backend != "auto":
             raise UsageError("floor chooses among what was tuned; pass backend='auto' with it")
+        if weights is not None and backend == "auto":
+            raise UsageError(
+                f"backend='auto' chooses among what was tuned, and weights={weights!r} was not; "
+                "pass backend='eager', or leave weights out"
+            )
         if is_artifact(model):
             changes = {
                 "prediction": prediction,
@@ -356,13 +362,17 @@ class Pipeline:
         for what, given, fixed in (
             ("backend", backend, ENGINES.get(manifest.target)),
             ("precision", precision, manifest.precision),
-            ("weights", self._weights, manifest.precision),
         ):
             if given not in (None, fixed):
                 raise UsageError(
                     f"{what} {given!r} was asked for, and the engine {self.artifact.path} has "
                     f"{fixed!r}; leave {what} out, or export again"
                 )
+        if self._weights is not None:
+            raise UsageError(
+                f"weights={self._weights!r} is for a model's own weights, and the engine "
+                f"{self.artifact.path} was built with its own; leave weights out"
+            )
         return open_artifact(self.artifact, self.config, device=device)
 
     def load_preview_vae(self, path: str | Path) -> None:

@@ -97,7 +97,7 @@ def pixels(path: str | Path) -> bytes:
 
 
 def test_settings_that_save_memory_are_recorded(run: Run, sd1_folder: Path) -> None:
-    options = ("--model", sd1_folder, "--device", "cpu", *QUICK)
+    options = ("--model", sd1_folder, "--device", "cpu", "--seed", 3, *QUICK)
     assert run("generate", "a cat", "-o", "plain.png", *options).code == 0
     saving = ("--weights", "int8", "--low-memory")
     assert run("generate", "a cat", "-o", "a.png", *options, *saving).code == 0
@@ -106,6 +106,8 @@ def test_settings_that_save_memory_are_recorded(run: Run, sd1_folder: Path) -> N
     again = ("generate", "--again", "a.png", "-o", "b.png", "--model", sd1_folder)
     assert run(*again, "--device", "cpu").code == 0
     assert pixels("a.png") == pixels("b.png") != pixels("plain.png")
+    assert run(*again, "--device", "cpu", "--weights", "full", "--no-low-memory").code == 0
+    assert pixels("b.png") == pixels("plain.png"), "what was recorded can be undone"
     result = run("generate", "a cat", *options, "--weights", "int4")
     assert result.code == 2 and "'int4' is unknown; pass 'int8'" in result.err
 

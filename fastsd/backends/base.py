@@ -91,6 +91,13 @@ class Backend(ABC):
             "MODEL --lora FILE:WEIGHT`"
         )
 
+    def unrounded(self, part: str) -> Mapping[str, torch.Tensor]:
+        """Return as the checkpoint has them those of `weights` that are kept coarser, on the host.
+
+        What changes such a weight starts from these: steps of a coarse one swallow small changes.
+        """
+        return {}
+
     def use(self, op: str, implementation: str) -> None:
         """Compute an op of fastsd.kernels otherwise from now on. Not while a call runs."""
         raise UsageError(

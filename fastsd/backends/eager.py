@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 _PARTS_OF = {"vae": ("vae_decoder", "vae_encoder")}
-KEPT = ("int8",)  # what a UNet's weights can be kept in, beside the precision
+WEIGHT_FORMATS = ("int8",)  # what a UNet's weights can be kept in, beside the precision
 FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
 
 
@@ -56,6 +56,12 @@ class EagerBackend(Graphed):
         self.precision = precision
         self.device = device
         self.dtype = dtype_of(precision, self.precisions, self.name)
+        if weights not in (None, *WEIGHT_FORMATS):
+            raise UsageError(
+                f"weights={weights!r} is unknown; pass {' or '.join(map(repr, WEIGHT_FORMATS))}, "
+                "or leave it out: they are kept in the precision"
+            )
+        self._checkpoint = checkpoint
         if device.type == "cpu":
             keep_freed_memory()
         host = torch.device("cpu")
@@ -80,11 +86,6 @@ class EagerBackend(Graphed):
             if name.startswith("text_")
         }
         if weights is not None:
-            if weights not in KEPT:
-                raise UsageError(
-                    f"weights={weights!r} is unknown; pass {' or '.join(map(repr, KEPT))}, or "
-                    "leave it out: they are kept in the precision"
-                )
             keep_in_int8_(unet, device)
             self._choices["weights"] = ["unet's weights: kept in int8, widened as a layer runs"]
         run: UNet | JoinedUNet = unet
@@ -161,9 +162,23 @@ class EagerBackend(Graphed):
         if part not in self.modules:
             raise UsageError(f"the model has no {part}; it has {', '.join(self.modules)}")
         module, names = self.modules[part], self._names[part]
-        kept = {n: m for n, m in module.named_modules() if isinstance(m, Int8Weight)}
-        named = {**dict(module.named_parameters()), **cast(dict[str, torch.Tensor], kept)}
+        named = {
+            **dict(module.named_parameters()),
+            **cast(dict[str, torch.Tensor], _in_int8(module)),  # torch takes them for tensors
+        }
         return {name: weight for name, weight in named.items() if name in names}
+
+    def unrounded(self, part: str) -> Mapping[str, torch.Tensor]:
+        """Return as the checkpoint has them the weights that are kept in int8, on the host."""
+        names = _in_int8(self.modules[part]).keys() & self._names[part]
+        if not names:
+            return {}
+        again = self._checkpoint.load(part, self.dtype)  # mapped from its files, as far as it can
+        return {name: weight for name, weight in again.named_parameters() if name in names}
+
+
+def _in_int8(module: nn.Module) -> dict[str, Int8Weight]:
+    return {n: m for n, m in module.named_modules() if isinstance(m, Int8Weight)}
 
 
 def visiting(module: nn.Module, part: Part, device: torch.device) -> Part:

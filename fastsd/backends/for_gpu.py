@@ -7,7 +7,7 @@ much as its bytes. Weights stay the model's own, so that adapters change them in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fastsd.models.layers import KV, Conv1x1, Resnet, TransformerBlock
 from fastsd.models.unet import UNet
 from fastsd.quant.weights import Int8Weight
+
+AT_ONCE = 2**25  # weights that are widened from int8 for one product
 
 
 @final
@@ -37,7 +39,12 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) -> (…, sum of the widths), in the layers' order."""
-        return F.linear(x, self.weight, self.bias)
+        weight = self.weight
+        if isinstance(weight, Int8Weight) and self.bias is None:
+            # SDXL's keys and values, widened at once, would take 0.6 GiB.
+            parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
+            return torch.cat([F.linear(x, cast(Tensor, part)) for part in parts], dim=-1)
+        return F.linear(x, weight, self.bias)
 
     def _share(self, layers: Sequence[nn.Linear], name: str, device: torch.device) -> Any:
         own = [getattr(layer, name) for layer in layers]

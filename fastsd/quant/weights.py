@@ -10,7 +10,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from fastsd.quant.apply import layers
 from fastsd.quant.linear import quantise_weight
@@ -22,7 +21,8 @@ class Int8Weight(nn.Module):
     """A layer's weights W (C_out, …) as int8 around zero, and one fp32 scale an output channel.
 
     It stands where the layer had W: torch's functions take it for a tensor of `dtype`, by torch's
-    protocol for what is like one, and it is widened for each anew, in one pass.
+    protocol for what is like one, and it is widened for each anew, in one pass. It is written by
+    `copy_` alone, and cast never: the scale would be rounded.
     """
 
     q: Tensor
@@ -67,9 +67,9 @@ class Int8Weight(nn.Module):
         out = torch.empty_like(self.q, dtype=self.dtype)
         return torch.mul(self.q, self.scale, out=out)  # rounded once, from fp32
 
-    def split(self, rows: Sequence[int]) -> list[Int8Weight]:
+    def split(self, rows: int | list[int]) -> list[Int8Weight]:
         """Cut into so many output channels each: views, so that writing to one writes here."""
-        q, scale = (torch.split(stored, list(rows)) for stored in _stored(self))
+        q, scale = (torch.split(stored, rows) for stored in _stored(self))
         return [Int8Weight(v, s, self.dtype) for v, s in zip(q, scale, strict=True)]
 
     def clone(self) -> Int8Weight:
@@ -91,8 +91,10 @@ class Int8Weight(nn.Module):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        widened = tree_map_only(cls, lambda weight: weight(), (args, kwargs or {}))
-        return function(*widened[0], **widened[1])
+        # Not by torch's pytree, which takes longer than a small product.
+        given = [each() if isinstance(each, cls) else each for each in args]
+        named = {n: each() if isinstance(each, cls) else each for n, each in (kwargs or {}).items()}
+        return function(*given, **named)
 
 
 def _stored(weight: Int8Weight) -> tuple[Tensor, Tensor]:

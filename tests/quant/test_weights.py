@@ -195,10 +195,26 @@ def test_a_lora_is_put_on_and_comes_off_to_the_last_bit(exact: Pipeline, small: 
     ]
     assert len(changed) > 20
     assert psnr(*pictures) > 30
+    for strength in (1.0, 0.2):
+        small.set_adapters("default_0", strength)
+        assert 0.9 < lora_kept(small, weights) < 1.1, "steps of int8 must not swallow it"
     for pipe in (exact, small):
         pipe.unload_lora_weights()
     assert all(same(weight, before[name]) for name, weight in weights.items())
     assert where == {n: w.q.data_ptr() for n, w in weights.items() if isinstance(w, Int8Weight)}
+
+
+def lora_kept(pipe: Pipeline, weights: dict[str, Any]) -> float:
+    """Project what a LoRA changed in the weights on what it was to change: 1 if all of it."""
+    ((name, strength),) = pipe._adapters.active.items()
+    exact = {n: w.float() for n, w in pipe.checkpoint.load("unet").named_parameters()}
+    along = size = 0.0
+    for (part, target), delta in pipe._adapters.loaded[name].deltas.items():
+        if part == "unet" and isinstance(weights[target], Int8Weight):
+            asked = delta.scale * strength * (delta.up @ delta.down).double()
+            got = (weights[target]() - exact[target]).flatten(1).double()
+            along, size = along + float((asked * got).sum()), size + float(asked.square().sum())
+    return along / size
 
 
 def same(a: Any, b: Any) -> bool:
@@ -212,6 +228,8 @@ def test_other_names_and_other_backends_are_refused(sd1_folder: Path) -> None:
         Pipeline.from_pretrained(sd1_folder, weights="int4")
     with pytest.raises(UsageError, match="eager backend's"):
         Pipeline.from_pretrained(sd1_folder, weights="int8", backend="inductor", device="cpu")
+    with pytest.raises(UsageError, match="backend='auto' chooses among what was tuned"):
+        Pipeline.from_pretrained(sd1_folder, weights="int8", backend="auto", device="cpu")
 
 
 def test_another_precision_keeps_them_in_int8(sd1_folder: Path) -> None:
