@@ -164,7 +164,7 @@ class EagerBackend(Graphed):
         module, names = self.modules[part], self._names[part]
         named = {
             **dict(module.named_parameters()),
-            **cast(dict[str, torch.Tensor], _in_int8(module)),  # torch takes them for tensors
+            **cast(dict[str, torch.Tensor], _in_int8(module)),
         }
         return {name: weight for name, weight in named.items() if name in names}
 

@@ -39,12 +39,13 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) -> (…, sum of the widths), in the layers' order."""
-        weight = self.weight
-        if isinstance(weight, Int8Weight) and self.bias is None:
-            # SDXL's keys and values, widened at once, would take 0.6 GiB.
-            parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
-            return torch.cat([F.linear(x, cast(Tensor, part)) for part in parts], dim=-1)
-        return F.linear(x, weight, self.bias)
+        weight, rows = self.weight, max(1, AT_ONCE // self.weight.shape[1])
+        if not isinstance(weight, Int8Weight) or weight.shape[0] <= rows:
+            return F.linear(x, weight, self.bias)
+        # SDXL's keys and values, widened at once, would take 0.6 GiB.
+        parts = [F.linear(x, cast(Tensor, part)) for part in weight.split(rows)]
+        out = torch.cat(parts, dim=-1)
+        return out if self.bias is None else out + self.bias
 
     def _share(self, layers: Sequence[nn.Linear], name: str, device: torch.device) -> Any:
         own = [getattr(layer, name) for layer in layers]

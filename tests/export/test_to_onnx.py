@@ -143,6 +143,8 @@ def test_a_static_engine_refuses_another_size(sd1_onnx: Path) -> None:
         Pipeline.from_pretrained(sd1_onnx, precision="fp16")
     with pytest.raises(UsageError, match="has 'ort'; leave backend out"):
         Pipeline.from_pretrained(sd1_onnx, backend="eager")
+    with pytest.raises(UsageError, match="was built with its own; leave weights out"):
+        Pipeline.from_pretrained(sd1_onnx, weights="int8")
 
 
 def test_fractional_timesteps_are_kept(sd1_onnx: Path, sd1_folder: Path) -> None:

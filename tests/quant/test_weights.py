@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastsd.backends import for_gpu
 from fastsd.backends.eager import EagerBackend
-from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
+from fastsd.backends.for_gpu import Joined, JoinedUNet, spare_passes_
 from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.models.layers import Conv1x1
@@ -107,6 +108,27 @@ def test_edges_norms_and_biases_keep_their_precision() -> None:
     assert left.keys() | inside.keys() == before.keys() and not left.keys() & inside.keys()
     assert {before[name].ndim for name in inside} == {2, 4}
     assert {n for n, w in left.items() if w.ndim > 1} == {"conv_in.weight", "conv_out.weight"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_large_products_are_widened_in_turns(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.ModuleList(nn.Linear(16, width, bias=bias) for width in (24, 8, 40))
+    keep_in_int8_(layers, CPU)
+    x, joined = torch.randn(3, 16), Joined([*layers], CPU)
+    widened: list[torch.Size] = []
+
+    def forward(self: Int8Weight) -> Tensor:
+        widened.append(self.shape)
+        return own(self)
+
+    own = Int8Weight.forward
+    monkeypatch.setattr(Int8Weight, "forward", forward)
+    expected = joined(x)
+    assert widened == [(72, 16)], "one product, where it is small"
+    monkeypatch.setattr(for_gpu, "AT_ONCE", 16 * 20)
+    torch.testing.assert_close(joined(x), expected)
+    assert widened[1:] == [(20, 16)] * 3 + [(12, 16)]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
