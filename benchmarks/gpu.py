@@ -128,6 +128,7 @@ STAGES = (
             ("compiled", "against diffusers compiled for the most speed", "diffusers-compile/fp16"),
             ("inductor", "torch.compile's code in our graph", "fastsd/inductor/fp16"),
             ("aoti", "that code compiled ahead of time", "fastsd/aoti-cuda/fp16"),
+            ("fp8", "with its linear layers in fp8", "fastsd/aoti-cuda/fp8"),
         )
     ),
     _bench(

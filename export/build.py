@@ -36,8 +36,9 @@ from fastsd.checkpoints import Checkpoint, save_description
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
 from fastsd.export import EXPORTERS, verify
-from fastsd.export.parts import QUANTISED, Request, part_names, source_digest
+from fastsd.export.parts import Request, part_names, source_digest
 from fastsd.files import read_json, write_json
+from fastsd.quant.calibrate import INT8
 from fastsd.quant.spec import QuantSpec
 from fastsd.tokenizers import CLIPTokenizer
 
@@ -54,7 +55,7 @@ class Exporter(ABC):
     layouts: tuple[str, ...] = ("standard", "fast")
     native: bool = False
     packages: tuple[str, ...] = ("torch",)
-    spec: QuantSpec | None = None  # what runs in int8 or fp8; set before the first part is written
+    spec: QuantSpec | None = None  # what is rounded, and how; set before the first part is written
 
     def __init__(self, checkpoint: Checkpoint, request: Request) -> None:
         """Refuse, before any work, what the target cannot do or lacks a package for."""
@@ -68,6 +69,7 @@ class Exporter(ABC):
                 )
         self.checkpoint = checkpoint
         self.request = request
+        self.form = INT8 if request.precision == "int8" else None  # what layers are rounded to
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -139,7 +141,7 @@ def export(
             tell(f"{what}: {choice}")
         exporter.begin(draft.folder)
         _require_backend(request)
-        exporter.spec = _spec(draft.folder, checkpoint, name, request, tell)
+        exporter.spec = _spec(draft.folder, exporter, name, tell)
         parts: dict[str, PartEntry] = {}
         for part in exporter.parts:
             entry = draft.finished(part)
@@ -238,26 +240,29 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _spec(
-    folder: Path,
-    checkpoint: Checkpoint,
-    name: str,
-    request: Request,
-    tell: Callable[[str], None],
+    folder: Path, exporter: Exporter, name: str, tell: Callable[[str], None]
 ) -> QuantSpec | None:
     """Return what runs quantised, from an interrupted export or by calibrating; None for floats.
 
     It stays in the artifact, with what every layer costs.
     """
-    if request.precision not in QUANTISED:
+    if exporter.form is None:
         return None
     file = folder / CALIBRATION
     if not file.exists():
-        from fastsd.export.calibration import calibrate_checkpoint, default_prompts
+        from fastsd.export.calibration import (
+            calibrate_checkpoint,
+            default_prompts,
+            exact_device,
+        )
 
+        request = exporter.request
         calibration = calibrate_checkpoint(
-            checkpoint,
+            exporter.checkpoint,
             request.prompts or default_prompts(name),
             size=request.size,
+            form=exporter.form,
+            device=exact_device(exporter.checkpoint, request.target),
             floor=request.floor,
             tell=tell,
         )

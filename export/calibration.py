@@ -1,4 +1,4 @@
-"""Choose what runs in int8, on real denoising trajectories.
+"""Choose what is rounded, to int8 or fp8, on real denoising trajectories.
 
 The exact pipeline draws pictures of a prompt set while the UNet and the VAE's decoder are watched
 (fastsd.quant.calibrate). A floor for the pictures' quality is held by keeping the layers that cost
@@ -18,14 +18,18 @@ from PIL import Image
 from torch import nn
 
 from fastsd import Pipeline
+from fastsd.backends import RUNS_ON
 from fastsd.backends.eager import EagerBackend
-from fastsd.checkpoints import Checkpoint
+from fastsd.checkpoints import Checkpoint, describe
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
+from fastsd.models.layers import Attention
 from fastsd.quality import builtin_atlas, first_by_digest, psnr, tasks
-from fastsd.quant.apply import products, swapped
+from fastsd.quant.apply import layers, products
 from fastsd.quant.calibrate import (
+    INT8,
     Chosen,
+    Form,
     Recorder,
     calibrate,
     relative_error,
@@ -54,7 +58,9 @@ JUDGED_STEPS = 20  # of pictures that say how near an engine is
 # whose values may be cut where none as large was watched: 0.03 is to hold.
 BOUNDS = {"unet": 0.06, "vae.decoder": 0.02}
 SMALL = 256
-SMALLEST_SHARE = 0.5  # of the work in int8; with less of it the engine is not worth its name
+# Of a UNet's work in layers that its form takes; with less of it rounded an engine is not worth
+# its name.
+SMALLEST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ class Calibration:
     """What was chosen and what it costs.
 
     errors: relative L2 at each part's output with the whole spec. table: for each layer its share
-    of its part's products, and the relative L2 if it alone is int8. share: of each part's products
-    that run in int8.
+    of its part's products, and the relative L2 if it alone is rounded. share: of each part's
+    products that are.
     """
 
     spec: QuantSpec
@@ -107,11 +113,25 @@ def draw_settings(config: ModelConfig, size: tuple[int, int], steps: int) -> dic
     return found
 
 
+def exact_device(checkpoint: Checkpoint, target: str) -> str:
+    """Return where the exact model draws for an engine of `target`: "cuda" or "cpu".
+
+    On a GPU if the engine is for one, where the model fits twice: it needs about as much for what
+    it computes. On a CPU the pictures of a large one would take hours.
+    """
+    if RUNS_ON.get(target) != "cuda" or not torch.cuda.is_available():
+        return "cpu"
+    weights = 4 * sum(part["parameters"] for part in describe(checkpoint)["parts"].values())
+    free, _ = torch.cuda.mem_get_info()
+    return "cuda" if free >= 2 * weights else "cpu"
+
+
 class Calibrator:
     """Watches a model draw, and quantises it.
 
-    steps: of each trajectory, unless the model is made for few. calls: how many of the model's own
-    calls the choices are measured on.
+    form: what its layers are rounded to. device: what draws, in fp32. steps: of each trajectory,
+    unless the model is made for few. calls: how many of the model's own calls the choices are
+    measured on.
     """
 
     def __init__(
@@ -120,22 +140,27 @@ class Calibrator:
         prompts: Sequence[str],
         *,
         size: tuple[int, int],
+        form: Form = INT8,
+        device: str = "cpu",
         steps: int = 20,
         calls: int = 4,
         batch: int = 4,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.pipeline = Pipeline(checkpoint, name="calibration", device="cpu")
+        self.pipeline = Pipeline(checkpoint, name="calibration", device=device, graph="none")
         self.pipeline.set_progress_bar_config(disable=True)
         backend = self.pipeline._backend
         assert isinstance(backend, EagerBackend)
-        vae = backend.modules["vae"]
-        decoder = vae.decoder
+        unet, decoder = backend.modules["unet"], backend.modules["vae"].decoder
         assert isinstance(decoder, nn.Module)
+        for layer in unet.modules():
+            if isinstance(layer, Attention):
+                layer.to_qkv = None  # a GPU's, in which the three would not be seen
         watched = (
-            Recorder("unet", backend.modules["unet"], kept_calls=calls),
-            Recorder("vae.decoder", decoder, kept_calls=max(1, calls // 2)),
+            Recorder("unet", unet, form, called=backend.part("unet"), kept_calls=calls),  # type: ignore[arg-type]
+            Recorder("vae.decoder", decoder, form, kept_calls=max(1, calls // 2)),
         )
+        self._form = form
         # A tiny decoder's layers play no role that the rule knows: it stays as it is.
         self._recorders = [recorder for recorder in watched if recorder.chosen]
         self._settings = draw_settings(checkpoint.config, size, steps)
@@ -171,13 +196,13 @@ class Calibrator:
         return spec
 
     def _bounded(
-        self, spec: QuantSpec, recorder: Recorder, layers: Mapping[str, Chosen]
+        self, spec: QuantSpec, recorder: Recorder, chosen: Mapping[str, Chosen]
     ) -> QuantSpec:
         part, bound = recorder.part, BOUNDS[recorder.part]
-        worst = sorted(layers, key=lambda name: -layers[name].error)
+        worst = sorted(chosen, key=lambda name: -chosen[name].error)
         for kept in _growing(worst):
             held = spec.keep(
-                {f"{part}.{n}": f"its own error is {layers[n].error:.4f}" for n in kept}
+                {f"{part}.{n}": f"its own error is {chosen[n].error:.4f}" for n in kept}
             )
             error = self._error(recorder, held)
             self._tell(
@@ -202,7 +227,7 @@ class Calibrator:
         key = (recorder.part, frozenset(spec.only(recorder.part).items()))
         if key not in self._errors:
             exact = recorder.exact
-            with swapped(recorder.module, spec.only(recorder.part)):
+            with recorder.rounded(spec.only(recorder.part)):
                 self._errors[key] = relative_error(recorder.outputs(), exact)
         return self._errors[key]
 
@@ -211,16 +236,15 @@ class Calibrator:
         """Each layer's share of its part's products, by part and name."""
         shares = {}
         for recorder in self._recorders:
-            counts = products(recorder.module, lambda r=recorder: r.module(*r.calls[0]))  # type: ignore[misc]
+            counts = products(recorder.module, lambda r=recorder: r.run(r.calls[0]))  # type: ignore[misc]
             total = sum(counts.values())
             shares[recorder.part] = {name: count / total for name, count in counts.items()}
         return shares
 
     def share(self, spec: QuantSpec) -> dict[str, float]:
-        """Return the share of each part's products that run in int8."""
+        """Return the share of each part's products that are rounded."""
         return {
-            part: sum(layers[name] for name in spec.only(part))
-            for part, layers in self.work.items()
+            part: sum(work[name] for name in spec.only(part)) for part, work in self.work.items()
         }
 
     def table(self, spec: QuantSpec) -> dict[str, dict[str, float]]:
@@ -238,7 +262,7 @@ class Calibrator:
         return dict(sorted(rows.items(), key=lambda row: -row[1]["error"]))
 
     def judge(self, spec: QuantSpec, prompts: Sequence[str]) -> list[float]:
-        """Return the PSNR in dB of each prompt's picture, int8 against exact, same seeds.
+        """Return the PSNR in dB of each prompt's picture, rounded against exact, same seeds.
 
         Drawn in JUDGED_STEPS, as the engine's own will be.
         """
@@ -247,19 +271,25 @@ class Calibrator:
             self._exact[texts] = self.draw(texts, 0, self._judged)
         with ExitStack() as stack:
             for recorder in self._recorders:
-                stack.enter_context(swapped(recorder.module, spec.only(recorder.part)))
+                stack.enter_context(recorder.rounded(spec.only(recorder.part)))
             rounded = self.draw(texts, 0, self._judged)
         return [psnr(a, b) for a, b in zip(rounded, self._exact[texts], strict=True)]
 
     def hold(self, spec: QuantSpec, floor: float, prompts: Sequence[str]) -> QuantSpec:
         """Keep the layers that cost most until the worst picture reaches `floor` dB.
 
-        Raises UsageError, naming the costliest layers, if less than half of the products would be
-        left in int8.
+        Raises UsageError, naming the costliest layers, if less than half of the products that its
+        form takes would be left in it.
         """
         reached = self._worst(spec, prompts, 0)
         if reached >= floor:
             return spec
+        unet = layers(self._recorders[0].module)
+        least = SMALLEST_SHARE * sum(
+            share
+            for name, share in self.work["unet"].items()
+            if self._form.takes(f"unet.{name}", unet[name])
+        )
         table = self.table(spec)
         # What a layer costs (errors add up in squares) for what it saves.
         order = sorted(
@@ -268,7 +298,7 @@ class Calibrator:
         tried = 0
         for kept in _growing(order):
             held = spec.keep({n: f"costs {table[n]['error']:.4f}" for n in kept})
-            if self.share(held)["unet"] < SMALLEST_SHARE:
+            if self.share(held)["unet"] < least:
                 break
             if not kept:
                 continue
@@ -277,8 +307,8 @@ class Calibrator:
                 return held
         worst = ", ".join(f"{n} ({table[n]['error']:.4f})" for n in list(table)[:5])
         raise UsageError(
-            f"int8 reaches {reached:.1f} dB, not {floor:g}, with {tried} layers kept in full "
-            f"precision; the costliest: {worst}. Ask for a lower --floor, or fp32"
+            f"{self._form.name} reaches {reached:.1f} dB, not {floor:g}, with {tried} layers kept "
+            f"in full precision; the costliest: {worst}. Ask for a lower --floor, or fp32"
         )
 
     def _worst(self, spec: QuantSpec, prompts: Sequence[str], kept: int) -> float:
@@ -305,12 +335,15 @@ def calibrate_checkpoint(
     prompts: Sequence[str],
     *,
     size: tuple[int, int],
+    form: Form = INT8,
+    device: str = "cpu",
     floor: float | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
-    """Choose a checkpoint's int8 layers and roundings.
+    """Choose a checkpoint's layers to round, and how.
 
-    size: height, width in pixels. floor: in dB, held on the prompts' pictures. A picture beyond
+    size: height, width in pixels. form: what they are rounded to. device: what draws, in fp32.
+    floor: in dB, held on the prompts' pictures. A picture beyond
     SMALL pixels a side takes a minute on a CPU and more: such models are watched at few steps, one
     picture at a time, a floor is held on two pictures, and the table of single layers, a forward
     pass each, is measured for a floor only. Steps are what can be spared: on the built-in model 8
@@ -320,13 +353,16 @@ def calibrate_checkpoint(
     small = max(size) <= SMALL
     settings = {} if small else {"steps": 4, "batch": 1}
     with_table = small or floor is not None
-    calibrator = Calibrator(checkpoint, prompts, size=size, tell=tell, **settings)
+    calibrator = Calibrator(
+        checkpoint, prompts, size=size, form=form, device=device, tell=tell, **settings
+    )
     spec = calibrator.choose()
     if floor is not None:
         spec = calibrator.hold(spec, floor, prompts if small else prompts[:2])
     errors, share = calibrator.errors(spec), calibrator.share(spec)
     for part in errors:
         tell(
-            f"{part}: {share[part]:.1%} of its products in int8, relative error {errors[part]:.4f}"
+            f"{part}: {share[part]:.1%} of its products in {form.name}, relative error "
+            f"{errors[part]:.4f}"
         )
     return Calibration(spec, errors, share, calibrator.table(spec) if with_table else {})

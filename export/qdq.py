@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from fastsd.models.vae import VAE
 from fastsd.quant.apply import quantised
-from fastsd.quant.spec import QuantSpec, Rounding
+from fastsd.quant.calibrate import fp8
+from fastsd.quant.spec import E4M3, QuantSpec, Rounding
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Format:
 
 UINT8 = Format(torch.uint8, torch.int8, 127)
 INT8 = Format(torch.int8, torch.int8, 127)
-FP8 = Format(torch.float8_e4m3fn, torch.float8_e4m3fn, 448)
+FP8 = Format(torch.float8_e4m3fn, torch.float8_e4m3fn, E4M3)
 _ENDS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 
@@ -104,7 +105,9 @@ class _Rounded(nn.Module):
         if format_.input == torch.uint8:
             self.scale, self.zero_point = rounding.affine()
         else:
-            self.scale, self.zero_point = rounding.symmetric(format_.largest), 0
+            fp8 = format_.input.is_floating_point
+            self.scale = rounding.fp8() if fp8 else rounding.symmetric(format_.largest)
+            self.zero_point = 0
         self.input = str(format_.input).removeprefix("torch.")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,6 +126,8 @@ class _Rounded(nn.Module):
             return biased
         return nn.functional.conv2d(x, weight, self.bias, conv.stride, conv.padding)
 
+
+FP8_FORM = fp8(lambda layer, rounding: _Rounded(layer, rounding, FP8, torch.float32))
 
 op: Any = opset21  # its types are those of scripted functions, not of values traced here
 

@@ -3,8 +3,9 @@
 While it compiles the UNet and the decoder torch tries out kernels for every product and convolution
 (its max-autotune): what the inductor backend does at every first use of a shape is done once.
 Always the fast layout, with products of one input joined (backends/for_gpu.py), channels-last, and
-each attention by the kernel of torch's that is fastest here. Compiled and loaded against a CUDA
-runtime without a GPU; on one it is unmeasured.
+each attention by the kernel of torch's that is fastest here. In fp8 are the UNet's linear layers,
+whose inputs are rounded in the kernels before them; the rest is fp16. Compiled and loaded against a
+CUDA runtime without a GPU; on one it is unmeasured.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import gc
 import io
 import os
+import re
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +31,8 @@ from fastsd.artifact import PartEntry
 from fastsd.backends.aoti import PACKAGE, gpu_machine
 from fastsd.backends.base import PRECISIONS
 from fastsd.backends.choice import fastest_attention
-from fastsd.backends.cuda_graph import convolves_in_tf32
-from fastsd.backends.for_gpu import JoinedUNet
+from fastsd.backends.cuda_graph import convolves_in_tf32, gpu_name
+from fastsd.backends.for_gpu import Joined, JoinedUNet
 from fastsd.backends.inductor import COMPILED, TUNED
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import MissingDependency, UsageError
@@ -40,17 +42,21 @@ from fastsd.export.to_aoti import COMMON, compile_program, moved, quiet, trace
 from fastsd.kernels import native
 from fastsd.models.layers import Attention
 from fastsd.models.unet import UNet
+from fastsd.quant.calibrate import fp8
+from fastsd.quant.linear import FP8_WIDTHS, Fp8Linear
+from fastsd.quant.spec import Rounding
 
 LINES = "TRITON_DISABLE_LINE_INFO"
+FP8_SINCE = (8, 9)  # compute capability
 HEADERS = ("cuda.h", "cuda_runtime.h", "crt/host_config.h")
 
 
 @final
 class AotiCudaExporter(Exporter):
-    """Libraries for this GPU, in half precision or fp32."""
+    """Libraries for this GPU, in fp8, half precision or fp32."""
 
     target = "aoti-cuda"
-    precisions = ("fp16", "bf16", "fp32")
+    precisions = ("fp16", "bf16", "fp32", "fp8")
     layouts = ("fast",)
     native = True
     packages = ("torch", "triton")
@@ -70,7 +76,14 @@ class AotiCudaExporter(Exporter):
         native.compiler()  # missing, it is refused now rather than after the tracing
         self._cuda = cuda_home()
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._dtype = PRECISIONS[request.precision]
+        self._dtype = PRECISIONS.get(request.precision, torch.float16)
+        if request.precision == "fp8":
+            self.form = FORM
+            if torch.cuda.get_device_capability(self._device) < FP8_SINCE:
+                raise UsageError(
+                    f"this GPU, {gpu_name(self._device)}, has no fp8 products, which come with "
+                    f"{'.'.join(map(str, FP8_SINCE))}; export with --precision fp16"
+                )
 
     def machine(self) -> dict[str, str]:
         """What the code is bound to."""
@@ -79,9 +92,11 @@ class AotiCudaExporter(Exporter):
     def choices(self) -> dict[str, str]:
         """Where the kernels come from, and the time goes."""
         kernels = f"torch's, those of {' and '.join(COMPILED)} tried out on this GPU"
-        if self.request.precision != "fp32" or not convolves_in_tf32():
-            return {"kernels": kernels}
-        return {"kernels": kernels, "convolutions": "in TF32, as torch does by default"}
+        if self.request.precision == "fp8":
+            return {"kernels": kernels, "fp8": "the UNet's linear layers; the rest in fp16"}
+        if self.request.precision == "fp32" and convolves_in_tf32():
+            return {"kernels": kernels, "convolutions": "in TF32, as torch does by default"}
+        return {"kernels": kernels}
 
     def write(self, part: str, folder: Path) -> PartEntry:
         """Compile one part into `<part>/package/`."""
@@ -121,11 +136,35 @@ class AotiCudaExporter(Exporter):
                 if isinstance(layer, Attention):
                     layer.upcast = False  # every kernel on a GPU has its scores in fp32 already
             fastest_attention(module, self._dtype, self._device, torchs=True)
-            module = JoinedUNet(module, self._device)
+            joined = JoinedUNet(module, self._device)
+            if part == "unet" and self.spec is not None:
+                put_in_fp8_(module, self.spec.only("unet"))
+            module = joined
         module = module.to(self._device)
         if part.startswith(("unet", "vae")):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
+
+
+def put_in_fp8_(unet: UNet, roundings: Mapping[str, Rounding]) -> None:
+    """Put the linear layers named in `roundings` in fp8, those that are joined as one."""
+    joined = {re.sub(r"attn1\.to_[qkv]$", "attn1.to_qkv", n): r for n, r in roundings.items()}
+    for name, rounding in joined.items():
+        unet.set_submodule(name, _in_fp8(unet.get_submodule(name), rounding))
+
+
+def _in_fp8(layer: nn.Module, rounding: Rounding) -> nn.Module:
+    assert isinstance(layer, (nn.Linear, Joined))
+    return Fp8Linear(layer.weight, layer.bias, rounding)
+
+
+def _takes_fp8(name: str, layer: nn.Module) -> bool:
+    """Whether a layer of a model has an fp8 product in torch."""
+    fits = isinstance(layer, nn.Linear) and not any(w % FP8_WIDTHS for w in layer.weight.shape)
+    return fits and name.startswith("unet.")
+
+
+FORM = fp8(_in_fp8, _takes_fp8)
 
 
 @contextmanager

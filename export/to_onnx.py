@@ -30,12 +30,14 @@ class OnnxExporter(Exporter):
 
     def __init__(self, checkpoint: Checkpoint, request: Request) -> None:
         try:
-            from fastsd.export import graph  # noqa: F401
+            from fastsd.export import qdq
         except ImportError as error:
             raise MissingDependency(
                 f"exporting to ONNX needs {error.name}; run pip install 'fastsd[export]'"
             ) from error
         super().__init__(checkpoint, request)
+        if request.precision == "fp8":
+            self.form = qdq.FP8_FORM
 
     def write(self, part: str, folder: Path) -> PartEntry:
         """Trace one part and write its graph."""

@@ -58,6 +58,8 @@ class TensorrtExporter(Exporter):
 
     def __init__(self, checkpoint: Checkpoint, request: Request) -> None:
         super().__init__(checkpoint, request)
+        if request.precision == "fp8":
+            self.form = qdq.FP8_FORM
         self._log = trt.Logger(trt.Logger.ERROR)
         # Timings of kernels that earlier builds took: of this machine, so not in the artifact.
         self._timings = cache_folder() / f"tensorrt-{trt.__version__}-timings"

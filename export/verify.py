@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastsd.artifact import Artifact
 from fastsd.backends import RUNS_ON, ArtifactBackend, open_artifact
+from fastsd.backends.cuda_graph import exact_convolutions
 from fastsd.checkpoints import Checkpoint, open_description
 from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
-from fastsd.export.calibration import JUDGED_STEPS, PROMPTS, draw_settings
+from fastsd.export.calibration import JUDGED_STEPS, PROMPTS, draw_settings, exact_device
 from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
@@ -78,8 +79,10 @@ def part_error(
 ) -> float:
     """Return |engine - eager| / |eager| of a part's first output, eager in fp32."""
     exact = load_part(checkpoint, part, request, torch.float32)
-    expected = exact.module(*exact.example)
-    first: Tensor = expected if isinstance(expected, Tensor) else expected[0]
+    where = exact_device(checkpoint, request.target)
+    with exact_convolutions():
+        expected = exact.module.to(where)(*(tensor.to(where) for tensor in exact.example))
+    first: Tensor = (expected if isinstance(expected, Tensor) else expected[0]).cpu()
     inputs = {
         spec.name: tensor.to(backend.device, getattr(torch, spec.dtype))
         for spec, tensor in zip(backend.entries[part].inputs, exact.example, strict=True)
@@ -100,7 +103,8 @@ def _compare(
     described = open_description(artifact.path)
     engine = Pipeline(described, name="engine", device=device, artifact=artifact)
     # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
-    exact = Pipeline(checkpoint, name="exact", device="cpu", sampler=engine.sampler)
+    where = exact_device(checkpoint, artifact.manifest.target)
+    exact = Pipeline(checkpoint, name="exact", device=where, sampler=engine.sampler)
     height, width = request.size
     settings = draw_settings(checkpoint.config, request.size, JUDGED_STEPS)
     distances, likeness, drawn = [], [], {}
@@ -109,7 +113,9 @@ def _compare(
         seeds = list(range(start, start + len(texts)))
         output = engine(texts, seed=seeds, **settings)
         drawn = output.metadata[0]
-        for a, b in zip(output.images, exact(texts, seed=seeds, **settings).images, strict=True):
+        with exact_convolutions():
+            expected = exact(texts, seed=seeds, **settings).images
+        for a, b in zip(output.images, expected, strict=True):
             distances.append(min(psnr(a, b), 100.0))  # equal pictures: JSON has no infinity
             likeness.append(ssim(a, b))
             tell(f"picture {len(distances)} of {len(prompts)}: {distances[-1]:.1f} dB")

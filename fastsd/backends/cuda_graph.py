@@ -7,8 +7,9 @@ Knows nothing of what a step does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -103,6 +104,18 @@ def convolves_in_tf32() -> bool:
     """Whether fp32 convolutions are in TF32, as torch has them by default."""
     found: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return found == "tf32"
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Compute fp32 convolutions in fp32 on GPUs too."""
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
 
 def gpu_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Put int8 layers in the place of a module's own, and count what share of the work they do."""
+"""Put rounded layers in the place of a module's own, and count what share of the work they do."""
 
 from __future__ import annotations
 
@@ -57,12 +57,19 @@ def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 @contextmanager
-def swapped(module: nn.Module, roundings: Mapping[str, Rounding]) -> Iterator[None]:
-    """Run `module` itself with the layers named in `roundings` in int8; its own come back after."""
+def swapped(
+    module: nn.Module,
+    roundings: Mapping[str, Rounding],
+    make: Callable[[nn.Linear | nn.Conv2d, Rounding], nn.Module] = int8_layer,
+) -> Iterator[None]:
+    """Run `module` itself with the layers named in `roundings` in int8; its own come back after.
+
+    make: as `quantised` has it.
+    """
     own = layers(module)
     try:
         for name, rounding in roundings.items():
-            _replace(module, name, int8_layer(own[name], rounding))
+            _replace(module, name, make(own[name], rounding))
         yield
     finally:
         for name in roundings:

@@ -1,4 +1,4 @@
-"""Find how a model's layers are best rounded, on real inputs, and what each costs in int8.
+"""Find how a model's layers are best rounded, on real inputs, and what each costs when it is.
 
 `Recorder` watches while the caller draws pictures. `calibrate` then runs the model over some of its
 own calls, and takes for every layer the rounding whose output is nearest to the exact one;
@@ -8,7 +8,7 @@ own calls, and takes for every layer the rounding whose output is nearest to the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,13 +19,42 @@ from torch import Tensor, nn
 from fastsd.errors import UsageError
 from fastsd.quant.apply import layers, swapped
 from fastsd.quant.linear import int8_layer, powers
-from fastsd.quant.spec import QuantSpec, Rounding, chosen_for_int8, shares_input
+from fastsd.quant.spec import QuantSpec, Rounding, chosen_to_round, shares_input
 
 _POSITIONS = 64  # of an input whose channels are kept, a call
 _BLOCKS = 16  # calls whose positions are kept: all of SDXL's, of forty, would be 8 GB
 _CUTS = [0.2 + 0.02 * i for i in range(41)]  # shares of the full range that "mse" tries
 METHODS = ("minmax", "percentile", "mse")
 MIGRATIONS = (0.0, 0.5, 0.75)  # how much of the channels' spread moves into the weights
+
+
+@dataclass(frozen=True)
+class Form:
+    """What layers are rounded to, as calibration has to know it.
+
+    name: the precision's. layer: returns a layer as it computes then, from fp32 to fp32.
+    methods, migrations: the ways of METHODS and MIGRATIONS that are tried. takes: whether a layer,
+    by its full name, can have this form; that it plays a role that may is asked besides.
+    """
+
+    name: str
+    layer: Callable[[nn.Linear | nn.Conv2d, Rounding], nn.Module]
+    methods: Sequence[str] = METHODS
+    migrations: Sequence[float] = MIGRATIONS
+    takes: Callable[[str, nn.Module], bool] = lambda name, layer: True
+
+
+INT8 = Form("int8", int8_layer)
+
+
+def fp8(
+    layer: Callable[[nn.Linear | nn.Conv2d, Rounding], nn.Module],
+    takes: Callable[[str, nn.Module], bool] = lambda name, layer: True,
+) -> Form:
+    """Return the form of layers that `layer` puts in fp8. Its numbers are as fine at any size: a
+    range that is cut, or evened between channels, wins nothing.
+    """
+    return Form("fp8", layer, ("minmax",), (0.0,), takes)
 
 
 class Values:
@@ -112,16 +141,31 @@ def _rounding_error(x: Tensor, rounding: Rounding) -> float:
 class Recorder:
     """Watches one module: the inputs of its layers, and a few of its own calls, whole.
 
-    kept_calls: how many calls are kept, spread over all that come (reservoir sampling).
+    form: what its layers are to be rounded to. called: what is called in the module's place, and
+    runs its layers; by default itself. kept_calls: how many calls are kept, spread over all that
+    come (reservoir sampling).
     """
 
-    def __init__(self, part: str, module: nn.Module, *, kept_calls: int = 16) -> None:
+    def __init__(
+        self,
+        part: str,
+        module: nn.Module,
+        form: Form = INT8,
+        *,
+        called: nn.Module | None = None,
+        kept_calls: int = 16,
+    ) -> None:
         self.part = part
         self.module = module
+        self.form = form
         self.values: dict[str, Values] = {}
         self.calls: list[tuple[Any, ...]] = []
-        full = {f"{part}.{name}": name for name in layers(module)}
-        self.chosen = [full[name] for name in chosen_for_int8(full)]  # the rule's, of the module's
+        self._called = called or module
+        found = layers(module)
+        full = {f"{part}.{name}": name for name in found}
+        self.chosen = [  # the rule's, of the module's
+            full[name] for name in chosen_to_round(full) if form.takes(name, found[full[name]])
+        ]
         self._kept, self._seen = kept_calls, 0
         self._generator = torch.Generator().manual_seed(0)
 
@@ -132,7 +176,7 @@ class Recorder:
         def on_layer(values: Values) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda _, args: values.add(args[0], self._generator)
 
-        hooks = [self.module.register_forward_pre_hook(self._on_call)]
+        hooks = [self._called.register_forward_pre_hook(self._on_call)]
         inputs: dict[str, Values] = {}
         for name in self.chosen:
             read = shares_input(name)
@@ -162,7 +206,16 @@ class Recorder:
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
         """Run the module, as it stands, over the recorded calls."""
-        return [self.module(*call) for call in self.calls]
+        return [self.run(call) for call in self.calls]
+
+    def run(self, call: tuple[Any, ...]) -> Tensor:
+        """Run the module over one of them."""
+        out: Tensor = self._called(*call)
+        return out
+
+    def rounded(self, roundings: Mapping[str, Rounding]) -> AbstractContextManager[None]:
+        """Run the module meanwhile with the layers named in `roundings` in its form."""
+        return swapped(self.module, roundings, self.form.layer)
 
 
 def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -186,7 +239,7 @@ def calibrate(
 ) -> dict[str, Chosen]:
     """Choose the rounding of every layer that was recorded, by its name inside the module.
 
-    Tried are all METHODS of cutting the range and MIGRATIONS of the channels' spread; taken is the
+    Tried are its form's ways of cutting the range and of moving the channels' spread; taken is the
     one with the least squared error at the layer's own output over `calls` of the recorded calls.
     tell: called after each. Raises UsageError if nothing was recorded.
     """
@@ -197,7 +250,9 @@ def calibrate(
     for name in recorder.values:
         groups.setdefault(shares_input(name), []).append(name)
     candidates = {
-        group: _candidates(recorder.values[names[0]], [found[name].weight for name in names])
+        group: _candidates(
+            recorder.form, recorder.values[names[0]], [found[name].weight for name in names]
+        )
         for group, names in groups.items()
     }
     errors = {group: [0.0] * len(tried) for group, tried in candidates.items()}
@@ -209,8 +264,8 @@ def calibrate(
         def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             sizes[group] += float(out.square().sum())
             for i, rounding in enumerate(candidates[group]):
-                form = int8_layer(found[name], rounding)  # made anew: nine of all would fill memory
-                errors[group][i] += float((form(args[0]) - out).square().sum())
+                layer = recorder.form.layer(found[name], rounding)  # made anew: all fill memory
+                errors[group][i] += float((layer(args[0]) - out).square().sum())
 
         return hook
 
@@ -218,7 +273,7 @@ def calibrate(
     try:
         judged = recorder.calls[:calls]
         for i, call in enumerate(judged):
-            recorder.module(*call)
+            recorder.run(call)
             tell(f"{recorder.part}: roundings tried on {i + 1} of {len(judged)} calls")
     finally:
         for handle in hooks:
@@ -232,12 +287,12 @@ def calibrate(
     return chosen
 
 
-def _candidates(values: Values, weights: Sequence[Tensor]) -> list[Rounding]:
+def _candidates(form: Form, values: Values, weights: Sequence[Tensor]) -> list[Rounding]:
     """Every way tried, without repeating equal ones."""
     tried = [
         values.rounding(method, exponents)
-        for exponents in (values.exponents(weights, migration) for migration in MIGRATIONS)
-        for method in METHODS
+        for exponents in (values.exponents(weights, migration) for migration in form.migrations)
+        for method in form.methods
     ]
     return list(dict.fromkeys(tried))
 
@@ -246,13 +301,13 @@ def _candidates(values: Values, weights: Sequence[Tensor]) -> list[Rounding]:
 def sensitivity(
     recorder: Recorder, roundings: Mapping[str, Rounding], *, calls: int = 4
 ) -> dict[str, float]:
-    """Return, for each layer, the relative L2 at the module's output if it alone is int8."""
+    """Return, for each layer, the relative L2 at the module's output if it alone is rounded."""
     few = recorder.calls[:calls]
-    expected = [recorder.module(*call) for call in few]
+    expected = [recorder.run(call) for call in few]
     table = {}
     for name, rounding in roundings.items():
-        with swapped(recorder.module, {name: rounding}):
-            table[name] = relative_error([recorder.module(*call) for call in few], expected)
+        with recorder.rounded({name: rounding}):
+            table[name] = relative_error([recorder.run(call) for call in few], expected)
     return table
 
 

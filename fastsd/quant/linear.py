@@ -1,10 +1,13 @@
-"""Linear layers and convolutions in int8, written as the graph that compilers recognise.
+"""Linear layers and convolutions in int8 and fp8, written as the graphs that compilers recognise.
 
-    y = dq(W 2^e) * dq(q(x 2^-e)) + b,   q(x) = clamp(round(x / scale) + zero point, 0, 255)
+    y = dq(W 2^e) * dq(q(x 2^-e)) + b
 
-Eager torch runs this anywhere, in floating point, exactly as rounded; oneDNN (through Inductor) and
-the ONNX runtimes fold quantise, product and dequantise into one int8 product. Weights are int8
-around zero, one scale an output channel (Jacob et al. 2018).
+int8: q(x) = clamp(round(x / scale) + zero point, 0, 255). Eager torch runs this anywhere, in
+floating point, exactly as rounded; oneDNN (through Inductor) and the ONNX runtimes fold quantise,
+product and dequantise into one int8 product. Weights are int8 around zero, one scale an output
+channel (Jacob et al. 2018).
+fp8: q(x) = clamp(x / scale, -448, 448) in e4m3 (Micikevicius et al. 2022), one scale for all
+weights, in one product of torch's own, which GPUs have from Ada and Hopper on.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from fastsd.errors import UsageError
-from fastsd.quant.spec import Rounding
+from fastsd.quant.spec import E4M3, Rounding
 
 _ops = torch.ops.quantized_decomposed
+FP8_WIDTHS = 16  # that fp8 products are made for: multiples of it
 
 
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,6 +41,19 @@ def powers(exponents: tuple[int, ...]) -> Tensor:
     return torch.ldexp(torch.ones(len(exponents)), torch.tensor(exponents))
 
 
+def _grown(weight: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
+    """Return a layer's weights W 2^e, and 2^-e shaped as they are; None without exponents."""
+    if not rounding.exponents:
+        return weight, None
+    if len(rounding.exponents) != weight.shape[1]:
+        raise UsageError(
+            f"a rounding has {len(rounding.exponents)} exponents for a layer of "
+            f"{weight.shape[1]} channels; calibrate on this model"
+        )
+    grow = powers(rounding.exponents).to(weight.device).view(-1, *(1,) * (weight.ndim - 2))
+    return weight * grow, 1 / grow
+
+
 class _Int8(nn.Module, ABC):
     """What the two layers share: int8 weights, the input's rounding.
 
@@ -50,17 +67,7 @@ class _Int8(nn.Module, ABC):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> None:
         super().__init__()
-        weight = layer.weight
-        shrink = None
-        if rounding.exponents:
-            if len(rounding.exponents) != weight.shape[1]:
-                raise UsageError(
-                    f"a rounding has {len(rounding.exponents)} exponents for a layer of "
-                    f"{weight.shape[1]} channels; calibrate on this model"
-                )
-            trailing = (1,) * (weight.ndim - 2)
-            grow = powers(rounding.exponents).to(weight.device).view(-1, *trailing)
-            weight, shrink = weight * grow, 1 / grow
+        weight, shrink = _grown(layer.weight, rounding)
         rounded, scale = quantise_weight(weight)
         self.register_buffer("weight", rounded)
         self.register_buffer("weight_scale", scale)
@@ -133,6 +140,47 @@ def int8_layer(layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> Int8Linear |
             "a grouped, dilated or circular convolution has no int8 form; keep it as it is"
         )
     return Int8Conv2d(layer, rounding)
+
+
+@final
+class Fp8Linear(nn.Module):
+    """A linear layer in fp8.
+
+    weight: (C_out, C_in), both multiples of FP8_WIDTHS. bias: (C_out,), or None.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    scale: Tensor
+    multiplier: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> None:
+        super().__init__()
+        grown, shrink = _grown(weight.detach().float(), rounding)
+        scale = torch.tensor(rounding.fp8(), device=weight.device)
+        # One for all channels: fp8's numbers are as fine where they are small.
+        weight_scale = grown.abs().amax().clamp_min(1e-12) / E4M3
+        self.register_buffer("weight", (grown / weight_scale).to(torch.float8_e4m3fn))
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("scale", scale)
+        self.register_buffer("multiplier", scale.reciprocal() * (1 if shrink is None else shrink))
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C_in) -> (…, C_out), in x's dtype."""
+        fused = x.dtype != torch.float32  # or GPUs add no bias
+        q = (x.flatten(0, -2).float() * self.multiplier).clamp(-E4M3, E4M3)
+        out: Tensor = torch._scaled_mm(
+            q.to(torch.float8_e4m3fn),
+            self.weight.t(),
+            self.scale,
+            self.weight_scale,
+            bias=self.bias if fused else None,
+            out_dtype=x.dtype,
+            use_fast_accum=True,  # else half as fast on Hopper, for sums finer than the rounding
+        )
+        out = out.view(*x.shape[:-1], -1)
+        return out if fused or self.bias is None else out + self.bias
 
 
 @final

@@ -42,13 +42,15 @@ ROLES: Mapping[str, re.Pattern[str]] = MappingProxyType(
 # read the sum that runs through the whole network, with no norm before them: a few channels are far
 # larger than the rest, and eight bits over all of them lose the rest. On the built-in model they
 # alone cost more than all other layers together.
-INT8_ROLES = frozenset(ROLES) - {"edge", "time", "text", "shortcut", "sampler"}
+ROUNDED_ROLES = frozenset(ROLES) - {"edge", "time", "text", "shortcut", "sampler"}
 # Nor do the convolutions through which the UNet's last level takes in what was saved on the way
 # down: no later level evens out what they round, and guidance multiplies it. They cost the built-in
 # model's pictures 4 dB, for 7 % of its products.
 _UP_LEVEL = re.compile(r"unet\.up_blocks\.(\d+)\.resnets\.\d+\.conv1")
 
 FORMAT = 3
+E4M3 = 448.0  # fp8's largest number
+_HEADROOM = 4  # of fp8's ranges: it has 15 binades, and none of them is finer than another
 
 
 def role(name: str) -> str | None:
@@ -56,9 +58,9 @@ def role(name: str) -> str | None:
     return next((key for key, pattern in ROLES.items() if pattern.search(name)), None)
 
 
-def chosen_for_int8(names: Iterable[str]) -> list[str]:
-    """Return those of a model's layers, by full name, that the rule runs in int8."""
-    chosen = [name for name in names if role(name) in INT8_ROLES]
+def chosen_to_round(names: Iterable[str]) -> list[str]:
+    """Return those of a model's layers, by full name, that the rule rounds."""
+    chosen = [name for name in names if role(name) in ROUNDED_ROLES]
     level = {name: int(found[1]) for name in chosen if (found := _UP_LEVEL.fullmatch(name))}
     last = max(level.values(), default=None)
     return [name for name in chosen if level.get(name, -1) != last]
@@ -104,10 +106,14 @@ class Rounding:
         """Return the scale of a format around zero: x = scale * q, |q| <= largest."""
         return max(-self.low, self.high) / largest
 
+    def fp8(self) -> float:
+        """Return the scale of e4m3, x = scale * q: what is larger than was watched fits as well."""
+        return self.symmetric(E4M3 / _HEADROOM)
+
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """The layers that run in int8 and their inputs' roundings; those that could and do not, why.
+    """The layers that are rounded, with their inputs' roundings, and why others are not.
 
     layers, kept: by full name, e.g. "unet.mid_block.resnets.0.conv1".
     """

@@ -13,7 +13,7 @@ from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.export.build import export
 from fastsd.export.parts import Request
 from fastsd.quant.apply import layers
-from fastsd.quant.spec import QuantSpec, Rounding, chosen_for_int8
+from fastsd.quant.spec import QuantSpec, Rounding, chosen_to_round
 
 SIZE = (64, 96)  # height, width: unlike each other, and not what the checkpoints were made for
 
@@ -36,7 +36,7 @@ def flat_spec(checkpoint: Checkpoint) -> QuantSpec:
     """A spec of every layer that may be int8, all inputs within the same range: no calibration."""
     parts = {"unet": checkpoint.load("unet"), "vae.decoder": checkpoint.load("vae").decoder}
     names = [f"{part}.{name}" for part, module in parts.items() for name in layers(module)]  # type: ignore[arg-type]
-    return QuantSpec({name: Rounding.of(-5, 6) for name in chosen_for_int8(names)})
+    return QuantSpec({name: Rounding.of(-5, 6) for name in chosen_to_round(names)})
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, Decoder, PixelAttention
 from fastsd.quant.apply import layers, quantised
 from fastsd.quant.linear import Bf16Layer
-from fastsd.quant.spec import INT8_ROLES, Rounding, role
+from fastsd.quant.spec import ROUNDED_ROLES, Rounding, role
 from tests.models.oracles import relative_l2, shake_
 from tests.quant.test_quant import UNET
 
@@ -113,7 +113,7 @@ def test_a_decoder_in_bf16_keeps_its_maps_in_bf16() -> None:
     shake_(vae)
     z = torch.randn(1, 4, 6, 5)
     exact = vae.decode(z)
-    names = [n for n in layers(vae) if n.startswith("decoder") and role(n) in INT8_ROLES]
+    names = [n for n in layers(vae) if n.startswith("decoder") and role(n) in ROUNDED_ROLES]
     roundings = {name: Rounding(-6.0, 6.0) for name in names}
     rounded = quantised(vae, roundings).decode(z)
     rewritten = for_cpu(copy.deepcopy(vae), roundings, bf16=True, own_kernels=True)

@@ -9,21 +9,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, final
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsd import Pipeline
 from fastsd.artifact import Artifact, PartEntry
 from fastsd.backends import open_artifact
 from fastsd.backends.aoti import AotiCudaBackend, CompiledBackend
+from fastsd.backends.for_gpu import JoinedUNet
 from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import MissingDependency, StaleArtifact, UsageError
 from fastsd.export.build import open_exporter
+from fastsd.export.calibration import calibrate_checkpoint, default_prompts
 from fastsd.export.parts import Request, load_part, part_names
 from fastsd.export.to_aoti import trace
-from fastsd.export.to_aoti_cuda import HEADERS, cuda_home
-from fastsd.quality import psnr
+from fastsd.export.to_aoti_cuda import FORM, HEADERS, cuda_home, put_in_fp8_
+from fastsd.models.unet import UNet
+from fastsd.quality import Task, builtin_atlas, psnr, task_score, tasks
+from fastsd.quant.apply import layers
+from fastsd.quant.spec import QuantSpec, role
 
 CPU = torch.device("cpu")
 SIZE = (128, 128)
@@ -31,15 +37,29 @@ SIZE = (128, 128)
 
 @final
 class Uncompiled(CompiledBackend):
-    """Runs on a CPU the very graphs that a GPU's engine is compiled from."""
+    """Runs on a CPU the very graphs that a GPU's engine is compiled from, but in fp32.
+
+    spec: of what is in fp8.
+    """
 
     name = "uncompiled"
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, **request: Any) -> None:
-        given = Request(target="aoti-cuda", size=SIZE, layout="fast", **request)
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, spec: QuantSpec | None = None, **request: Any
+    ) -> None:
+        given = Request(**{"target": "aoti-cuda", "size": SIZE, "layout": "fast", **request})
         self._traced, entries = {}, {}
+
+        def prepared(part: str, module: nn.Module) -> nn.Module:
+            if part != "unet" or spec is None:
+                return module
+            assert isinstance(module, UNet)
+            joined = JoinedUNet(module, CPU)
+            put_in_fp8_(module, spec.only("unet"))
+            return joined
+
         for part in part_names(checkpoint, given):
-            loaded = load_part(checkpoint, part, given, torch.float32)
+            loaded = load_part(checkpoint, part, given, torch.float32, prepared)
             self._traced[part], outputs = trace(loaded)
             entries[part] = PartEntry(f"{part}/package/code.so", loaded.inputs, outputs)
         manifest: Any = SimpleNamespace(
@@ -80,6 +100,59 @@ def test_its_graphs_draw_the_exact_pictures(
             assert psnr(ours, theirs) > 60
 
 
+@torch.no_grad()
+def test_its_linear_layers_run_in_fp8(sd1_folder: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(sd1_folder)
+    told: list[str] = []
+    found = calibrate_checkpoint(
+        checkpoint, ("a cat", "a dog"), size=SIZE, form=FORM, tell=told.append
+    )
+    assert set(found.errors) == {"unet"} and 1e-4 < found.errors["unet"] < 0.06
+    unet = checkpoint.load("unet")
+    linear = {f"unet.{n}" for n, layer in layers(unet).items() if isinstance(layer, nn.Linear)}
+    assert found.spec.layers.keys() < linear
+    assert {role(name) for name in linear - found.spec.layers.keys()} == {"time", "text"}
+    assert any("of its products in fp8" in line for line in told)
+    exact, engine = (Pipeline(checkpoint, name="test") for _ in range(2))
+    backend = Uncompiled(checkpoint, tmp_path, found.spec)
+    graph = backend._traced["unet"].graph
+    products = [node for node in graph.nodes if node.target == torch.ops.aten._scaled_mm.default]
+    thirds = sum("attn1.to_" in n and "to_out" not in n for n in found.spec.layers)
+    assert len(products) == len(found.spec.layers) - thirds * 2 // 3, "q, k and v are one product"
+    engine._backend = backend
+    settings: dict[str, Any] = dict(height=SIZE[0], width=SIZE[1], num_inference_steps=3, seed=0)
+    ours, theirs = (pipe("a red apple", **settings).images[0] for pipe in (engine, exact))
+    assert 25 < psnr(ours, theirs) < 60
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_builtin_model_keeps_its_pictures_in_fp8(tmp_path: Path) -> None:
+    """What issues of quality a GPU's engine has, a CPU shows: sums of fp8 products are fp32's."""
+    checkpoint = open_checkpoint("builtin")
+    side = checkpoint.config.default_size
+    spec = calibrate_checkpoint(
+        checkpoint, default_prompts("builtin"), size=(side, side), form=FORM
+    ).spec
+    atlas = builtin_atlas()
+    english = tasks(atlas)["english"]
+    judged = Task(english.names[:64], english.expected[:64])
+    exact, engine = (Pipeline(checkpoint, name="test") for _ in range(2))
+    engine._backend = Uncompiled(checkpoint, tmp_path, spec, size=(side, side), batch=4)
+    drawn: list[list[Any]] = [[], []]
+    for pictures, pipe in zip(drawn, (engine, exact), strict=True):
+        pipe.set_progress_bar_config(disable=True)
+        for seed in range(0, 64, 4):
+            names = list(judged.names[seed : seed + 4])
+            pictures += pipe(names, seed=seed, num_inference_steps=20, guidance_scale=7.5).images
+    distances = [psnr(ours, theirs) for ours, theirs in zip(*drawn, strict=True)]
+    found = f"median {np.median(distances):.2f} dB, worst {min(distances):.2f} dB"
+    assert np.median(distances) >= 28 and min(distances) >= 20, found
+    scores = [task_score(atlas, judged, pictures).top1 for pictures in drawn]
+    assert abs(scores[0] - scores[1]) <= 0.02, scores
+    print(f"fp8: {found}; {scores[0]:.1%} named right, exact {scores[1]:.1%}")
+
+
 def test_what_cannot_be_compiled_is_refused(
     sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +164,7 @@ def test_what_cannot_be_compiled_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for change, told in (
         ({"dynamic": True}, "drop --dynamic"),
-        ({"precision": "int8"}, "it has fp16, bf16, fp32"),
+        ({"precision": "int8"}, "it has fp16, bf16, fp32, fp8"),
         ({"layout": "standard"}, "it has fast"),
     ):
         changed: dict[str, Any] = {"target": "aoti-cuda", "layout": "fast", "size": SIZE, **change}

@@ -1,4 +1,4 @@
-"""int8 against the formula, against torch's own rounding, and on small models end to end."""
+"""int8 and fp8 against the formulas and torch's own rounding, and on small models end to end."""
 
 from __future__ import annotations
 
@@ -12,34 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsd.backends.for_gpu import JoinedUNet
 from fastsd.config import UNetConfig
 from fastsd.errors import UsageError
+from fastsd.models.layers import Attention
 from fastsd.models.unet import UNet
 from fastsd.quant.apply import layers, products, quantised, swapped
 from fastsd.quant.calibrate import (
+    INT8,
     METHODS,
     Chosen,
+    Form,
     Recorder,
     Values,
     calibrate,
+    fp8,
     relative_error,
     sensitivity,
     spec_of,
 )
 from fastsd.quant.linear import (
     Bf16Layer,
+    Fp8Linear,
     Int8Conv2d,
     Int8Linear,
     int8_layer,
+    powers,
     quantise_weight,
 )
 from fastsd.quant.spec import (
     FORMAT,
-    INT8_ROLES,
     ROLES,
+    ROUNDED_ROLES,
     QuantSpec,
     Rounding,
-    chosen_for_int8,
+    chosen_to_round,
     role,
     shares_input,
 )
@@ -72,8 +79,8 @@ def a_call(unet: UNet, seed: int) -> tuple[Tensor, Tensor, list[tuple[Tensor, Te
     return torch.randn(2, 4, 8, 8, generator=generator), row, kv
 
 
-def recorded(unet: UNet) -> Recorder:
-    recorder = Recorder("unet", unet)
+def recorded(unet: UNet, form: Form = INT8) -> Recorder:
+    recorder = Recorder("unet", unet, form)
     with torch.no_grad(), recorder.watching():
         for seed in range(3):
             unet(*a_call(unet, seed))
@@ -93,9 +100,9 @@ def test_every_layer_has_one_role(family: str) -> None:
     assert set(ROLES) - set(roles.values()) == {"pixel attention"}, "all roles but the VAE's"
     assert roles["conv_in"] == "edge" and roles["mid_block.resnets.0.conv1"] == "resnet"
     assert roles["mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"] == "attention out"
-    assert INT8_ROLES < set(ROLES)
+    assert ROUNDED_ROLES < set(ROLES)
     names = [f"unet.{name}" for name in roles]
-    left = {n for n in names if role(n) in INT8_ROLES} - set(chosen_for_int8(names))
+    left = {n for n in names if role(n) in ROUNDED_ROLES} - set(chosen_to_round(names))
     assert left == {f"unet.up_blocks.1.resnets.{i}.conv1" for i in range(3)}, "the last level's"
 
 
@@ -184,6 +191,67 @@ def test_a_bf16_layer_is_near_its_own_and_takes_and_gives_fp32() -> None:
         assert 1e-4 < relative_error([out], [layer(x)]) < 5e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_fp8_linear_is_the_product_of_what_is_rounded(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 48, bias=bias).to(dtype)
+    x = torch.randn(2, 5, 32, dtype=dtype)
+    x[0, 0, 0], x[0, 0, 1] = 11.0, 1000.0  # more than was watched, and more than there is room for
+    exponents = tuple(i % 4 - 3 for i in range(32))
+    for rounding in (Rounding(-3.0, 2.0), Rounding(-3.0, 2.0, exponents)):
+        grow = powers(rounding.exponents) if rounding.exponents else torch.ones(32)
+        scale = rounding.fp8()
+        assert 448 * scale == pytest.approx(4 * 3.0)
+        q = (x.float() / grow / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        weight = layer.weight.float() * grow
+        w_scale = weight.abs().max() / 448
+        w = (weight / w_scale).to(torch.float8_e4m3fn).float() * w_scale
+        expected = F.linear(q, w, layer.bias.float() if bias else None)
+        got = Fp8Linear(layer.weight, layer.bias, rounding)(x)
+        assert got.dtype == dtype and got.shape == (2, 5, 48)
+        assert relative_error([got.float()], [expected]) < 5e-3
+        exact = copy.deepcopy(layer).float()(x.float().clamp(-12, 12))
+        assert rounding.exponents or 0.01 < relative_error([got.float()], [exact]) < 0.06
+
+
+def test_calibrating_fp8_cuts_and_evens_nothing() -> None:
+    unet = small_unet()
+    form = fp8(
+        lambda layer, rounding: Fp8Linear(layer.weight, layer.bias, rounding),
+        lambda name, layer: isinstance(layer, nn.Linear),
+    )
+    recorder = recorded(unet, form)
+    found = calibrate(recorder, calls=2)
+    linear = {name for name in recorder.values if isinstance(layers(unet)[name], nn.Linear)}
+    assert set(found) == linear == set(recorder.values) and len(linear) > 10
+    for name, layer in found.items():
+        assert layer.rounding == recorder.values[name].rounding("minmax")
+        assert 0.01 < layer.error < 0.06, "three bits"
+    table = sensitivity(recorder, {name: layer.rounding for name, layer in found.items()})
+    assert all(0 < error < 0.05 for error in table.values())
+
+
+def test_what_calls_a_model_in_its_place_is_watched_alike() -> None:
+    """As on GPUs, where keys and values are one tensor."""
+    plain = recorded(small_unet())
+    unet = small_unet()
+    joined = JoinedUNet(unet, torch.device("cpu"))
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            layer.to_qkv = None
+    recorder = Recorder("unet", unet, called=joined)
+    with recorder.watching():
+        for seed in range(3):
+            x, row, kv = a_call(unet, seed)
+            together = torch.cat([t.transpose(1, 2).flatten(2) for pair in kv for t in pair], -1)
+            joined(x, row, together)
+    assert recorder.values.keys() == plain.values.keys() and len(recorder.calls) == 3
+    for name, values in recorder.values.items():
+        assert values.rounding("minmax") == plain.values[name].rounding("minmax")
+    assert relative_error(recorder.outputs(), plain.outputs()) < 1e-6
+
+
 def test_a_grouped_convolution_is_refused() -> None:
     with pytest.raises(UsageError, match="grouped"):
         int8_layer(nn.Conv2d(4, 4, 3, groups=2), Rounding(-1, 1))
@@ -221,7 +289,7 @@ def test_calibration_takes_for_each_layer_the_least_error_at_its_output() -> Non
     assert all(1e-4 < layer.error < 0.05 for layer in found.values())
     chosen = {name: layer.rounding for name, layer in found.items()}
     assert set(chosen) == set(recorder.values)
-    assert {role(f"unet.{name}") for name in chosen} <= INT8_ROLES
+    assert {role(f"unet.{name}") for name in chosen} <= ROUNDED_ROLES
     expected = recorder.outputs()
     with swapped(unet, chosen):
         measured = relative_error(recorder.outputs(), expected)
