@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fastsd.models.vae import VAE
 from fastsd.quant.apply import quantised
 from fastsd.quant.calibrate import fp8
+from fastsd.quant.linear import grown
 from fastsd.quant.spec import E4M3, QuantSpec, Rounding
 
 
@@ -81,14 +82,9 @@ class _Rounded(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        weight = layer.weight.detach().float()
+        weight, shrink = grown(layer.weight.detach().float(), rounding)
         self.shrink: Tensor | None
-        if rounding.exponents:
-            powers = torch.ldexp(torch.ones(weight.shape[1]), torch.tensor(rounding.exponents))
-            weight = weight * powers.view(-1, *[1] * (weight.ndim - 2))
-            self.register_buffer("shrink", (1 / powers).to(dtype))
-        else:
-            self.shrink = None
+        self.register_buffer("shrink", None if shrink is None else shrink.to(dtype))
         # Scales are rounded to the graph's dtype first, and never to 0: what is stored is exact.
         scale = weight.flatten(1).abs().amax(1) / format_.largest
         scale = scale.to(dtype).clamp_min(torch.finfo(dtype).smallest_normal)
@@ -113,8 +109,7 @@ class _Rounded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, C_in) -> (…, C_out), or (B, C_in, H, W) -> (B, C_out, H', W')."""
         if self.shrink is not None:
-            tall = self.convolution is not None
-            x = x * (self.shrink.view(-1, 1, 1) if tall else self.shrink)
+            x = x * self.shrink
         x = torch.ops.fastsd.round_input(x, self.scale, self.zero_point, self.input)
         conv = self.convolution
         weight = torch.ops.fastsd.full_weight(

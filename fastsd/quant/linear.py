@@ -41,7 +41,7 @@ def powers(exponents: tuple[int, ...]) -> Tensor:
     return torch.ldexp(torch.ones(len(exponents)), torch.tensor(exponents))
 
 
-def _grown(weight: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
+def grown(weight: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
     """Return a layer's weights W 2^e, and 2^-e shaped as they are; None without exponents."""
     if not rounding.exponents:
         return weight, None
@@ -67,7 +67,7 @@ class _Int8(nn.Module, ABC):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> None:
         super().__init__()
-        weight, shrink = _grown(layer.weight, rounding)
+        weight, shrink = grown(layer.weight, rounding)
         rounded, scale = quantise_weight(weight)
         self.register_buffer("weight", rounded)
         self.register_buffer("weight_scale", scale)
@@ -156,11 +156,11 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> None:
         super().__init__()
-        grown, shrink = _grown(weight.detach().float(), rounding)
+        weight, shrink = grown(weight.detach().float(), rounding)
         scale = torch.tensor(rounding.fp8(), device=weight.device)
         # One for all channels: fp8's numbers are as fine where they are small.
-        weight_scale = grown.abs().amax().clamp_min(1e-12) / E4M3
-        self.register_buffer("weight", (grown / weight_scale).to(torch.float8_e4m3fn))
+        weight_scale = weight.abs().amax().clamp_min(1e-12) / E4M3
+        self.register_buffer("weight", (weight / weight_scale).to(torch.float8_e4m3fn))
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("scale", scale)
         self.register_buffer("multiplier", scale.reciprocal() * (1 if shrink is None else shrink))
