@@ -5,6 +5,7 @@ Knows the contract of an exporter and no target's library.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -32,6 +33,7 @@ from fastsd.artifact import (
     list_files,
 )
 from fastsd.backends import engine_class
+from fastsd.backends.heap import give_back_freed_memory
 from fastsd.checkpoints import Checkpoint, save_description
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
@@ -142,6 +144,7 @@ def export(
         exporter.begin(draft.folder)
         _require_backend(request)
         exporter.spec = _spec(draft.folder, exporter, name, tell)
+        _let_go()
         parts: dict[str, PartEntry] = {}
         for part in exporter.parts:
             entry = draft.finished(part)
@@ -150,6 +153,7 @@ def export(
             else:
                 start = time.perf_counter()
                 entry = exporter.write(part, draft.folder)
+                _let_go()
                 draft.finish(part, entry)
                 size = sum(
                     (draft.folder / file).stat().st_size for file in (entry.file, *entry.weights)
@@ -177,6 +181,14 @@ def export(
         )
         receipt = _measure(Artifact(draft.folder, manifest, ""), checkpoint, request, prompts, tell)
         return draft.publish(replace(manifest, receipt=receipt))
+
+
+def _let_go() -> None:
+    """Free the last model: pipelines and traced graphs are cyclic, and a large one fits but once."""
+    gc.collect()
+    give_back_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def own_engine(checkpoint: Checkpoint, name: str, request: Request) -> Path:

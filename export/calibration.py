@@ -20,6 +20,7 @@ from torch import nn
 from fastsd import Pipeline
 from fastsd.backends import RUNS_ON
 from fastsd.backends.eager import EagerBackend
+from fastsd.backends.heap import give_back_freed_memory
 from fastsd.checkpoints import Checkpoint, describe
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
@@ -189,7 +190,11 @@ class Calibrator:
         What is left out first are the layers whose own outputs suffer most. Raises UsageError where
         half of a part's layers are out and it is still beyond its bound.
         """
-        chosen = {r.part: calibrate(r, calls=self._calls, tell=self._tell) for r in self._recorders}
+        chosen = {}
+        for recorder in self._recorders:
+            give_back_freed_memory()  # the pictures' activations; of SDXL 2 GB, and again
+            chosen[recorder.part] = calibrate(recorder, calls=self._calls, tell=self._tell)
+        give_back_freed_memory()
         spec = spec_of(chosen)
         for recorder in self._recorders:
             spec = self._bounded(spec, recorder, chosen[recorder.part])

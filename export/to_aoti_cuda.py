@@ -10,7 +10,6 @@ CUDA runtime without a GPU; on one it is unmeasured.
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import re
@@ -118,13 +117,9 @@ class AotiCudaExporter(Exporter):
             ):
                 files = compile_program(program, scratch, config, flags)
             code, *beside = moved(files, folder / part / PACKAGE)
-        inputs = loaded.inputs
-        del loaded, program  # traced graphs are cyclic
-        gc.collect()
-        torch.cuda.empty_cache()
         return PartEntry(
             code.relative_to(folder).as_posix(),
-            inputs,
+            loaded.inputs,
             outputs,
             tuple(file.relative_to(folder).as_posix() for file in beside),
         )
