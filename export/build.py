@@ -184,7 +184,7 @@ def export(
 
 
 def _let_go() -> None:
-    """Free the last model: pipelines and traced graphs are cyclic, and a large one fits but once."""
+    """Free the last model: pipelines and traced graphs are cyclic, and a large one fits once."""
     gc.collect()
     give_back_freed_memory()
     if torch.cuda.is_available():
