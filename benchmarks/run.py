@@ -39,7 +39,7 @@ from fastsd.benchmarks.contenders import (
 )
 from fastsd.benchmarks.limits import Work, limit
 from fastsd.benchmarks.timing import FEWEST_PAIRS, Latency, paired_ratio
-from fastsd.checkpoints import describe, open_checkpoint
+from fastsd.checkpoints import open_checkpoint, parameters
 from fastsd.errors import FastsdError, UsageError
 from fastsd.samplers import build_table
 
@@ -253,8 +253,7 @@ def plan_rounds(needs: Mapping[str, int], reference: str, available: int) -> Pla
 
 def memory_need(contender: Contender, scene: Scene) -> int:
     """Estimate what a contender holds while it draws, bytes."""
-    parts = describe(open_checkpoint(scene.model))["parts"].values()
-    weights = 4 * sum(part["parameters"] for part in parts)
+    weights = 4 * parameters(open_checkpoint(scene.model))
     activations = BYTES_A_PIXEL * scene.size**2 * scene.batch
     return int(contender.copies * weights) + activations + LIBRARIES_BYTES
 

@@ -34,7 +34,7 @@ from fastsd.artifact import (
 )
 from fastsd.backends import engine_class
 from fastsd.backends.heap import give_back_freed_memory
-from fastsd.checkpoints import Checkpoint, save_description
+from fastsd.checkpoints import Checkpoint, parameters, save_description
 from fastsd.config import ModelConfig
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UsageError
 from fastsd.export import EXPORTERS, verify
@@ -43,6 +43,8 @@ from fastsd.files import read_json, write_json
 from fastsd.quant.calibrate import INT8
 from fastsd.quant.spec import QuantSpec
 from fastsd.tokenizers import CLIPTokenizer
+
+LARGE = 2**28  # a model's weights, beyond which a second one beside it is felt
 
 
 class Exporter(ABC):
@@ -144,16 +146,17 @@ def export(
         exporter.begin(draft.folder)
         _require_backend(request)
         exporter.spec = _spec(draft.folder, exporter, name, tell)
-        _let_go()
+        large = parameters(checkpoint) > LARGE
         parts: dict[str, PartEntry] = {}
         for part in exporter.parts:
             entry = draft.finished(part)
             if entry is not None:
                 tell(f"{part}: finished by an interrupted export, kept")
             else:
+                if large:
+                    _let_go()
                 start = time.perf_counter()
                 entry = exporter.write(part, draft.folder)
-                _let_go()
                 draft.finish(part, entry)
                 size = sum(
                     (draft.folder / file).stat().st_size for file in (entry.file, *entry.weights)

@@ -101,8 +101,8 @@ class _Rounded(nn.Module):
         if format_.input == torch.uint8:
             self.scale, self.zero_point = rounding.affine()
         else:
-            fp8 = format_.input.is_floating_point
-            self.scale = rounding.fp8() if fp8 else rounding.symmetric(format_.largest)
+            floats = format_.input.is_floating_point
+            self.scale = rounding.fp8() if floats else rounding.symmetric(format_.largest)
             self.zero_point = 0
         self.input = str(format_.input).removeprefix("torch.")
 

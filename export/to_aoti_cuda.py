@@ -3,16 +3,15 @@
 While it compiles the UNet and the decoder torch tries out kernels for every product and convolution
 (its max-autotune): what the inductor backend does at every first use of a shape is done once.
 Always the fast layout, with products of one input joined (backends/for_gpu.py), channels-last, and
-each attention by the kernel of torch's that is fastest here. In fp8 are the UNet's linear layers,
-whose inputs are rounded in the kernels before them; the rest is fp16. Compiled and loaded against a
-CUDA runtime without a GPU; on one it is unmeasured.
+each attention by the kernel of torch's that is fastest here. With precision fp8 the UNet's linear
+layers are, whose inputs are rounded in the kernels before them, all but attention's outputs; the
+rest is fp16. Compiled and loaded against a CUDA runtime without a GPU; on one it is unmeasured.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -43,7 +42,7 @@ from fastsd.models.layers import Attention
 from fastsd.models.unet import UNet
 from fastsd.quant.calibrate import fp8
 from fastsd.quant.linear import FP8_WIDTHS, Fp8Linear
-from fastsd.quant.spec import Rounding
+from fastsd.quant.spec import Rounding, shares_input
 
 LINES = "TRITON_DISABLE_LINE_INFO"
 FP8_SINCE = (8, 9)  # compute capability
@@ -92,7 +91,7 @@ class AotiCudaExporter(Exporter):
         """Where the kernels come from, and the time goes."""
         kernels = f"torch's, those of {' and '.join(COMPILED)} tried out on this GPU"
         if self.request.precision == "fp8":
-            return {"kernels": kernels, "fp8": "the UNet's linear layers; the rest in fp16"}
+            return {"kernels": kernels, "fp8": "linear layers of the UNet; the rest in fp16"}
         if self.request.precision == "fp32" and convolves_in_tf32():
             return {"kernels": kernels, "convolutions": "in TF32, as torch does by default"}
         return {"kernels": kernels}
@@ -143,9 +142,15 @@ class AotiCudaExporter(Exporter):
 
 def put_in_fp8_(unet: UNet, roundings: Mapping[str, Rounding]) -> None:
     """Put the linear layers named in `roundings` in fp8, those that are joined as one."""
-    joined = {re.sub(r"attn1\.to_[qkv]$", "attn1.to_qkv", n): r for n, r in roundings.items()}
-    for name, rounding in joined.items():
-        unet.set_submodule(name, _in_fp8(unet.get_submodule(name), rounding))
+    for name, rounding in roundings.items():
+        read = shares_input(name)
+        if read == name:
+            unet.set_submodule(name, _in_fp8(unet.get_submodule(name), rounding))
+            continue
+        assert {roundings.get(f"{read}.to_{letter}") for letter in "qkv"} == {rounding}
+        if name.endswith("to_q"):
+            joined = f"{read}.to_qkv"
+            unet.set_submodule(joined, _in_fp8(unet.get_submodule(joined), rounding))
 
 
 def _in_fp8(layer: nn.Module, rounding: Rounding) -> nn.Module:

@@ -6,11 +6,12 @@ Runs the engine in its own backend beside eager fp32, on the same inputs, prompt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsd.artifact import Artifact
 from fastsd.backends import RUNS_ON, ArtifactBackend, open_artifact
@@ -18,7 +19,13 @@ from fastsd.backends.cuda_graph import exact_convolutions
 from fastsd.checkpoints import Checkpoint, open_description
 from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
-from fastsd.export.calibration import JUDGED_STEPS, PROMPTS, draw_settings, exact_device
+from fastsd.export.calibration import (
+    JUDGED_STEPS,
+    PROMPTS,
+    draw_settings,
+    exact_device,
+    exact_pipeline,
+)
 from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
@@ -78,10 +85,11 @@ def part_error(
     backend: ArtifactBackend, checkpoint: Checkpoint, part: str, request: Request
 ) -> float:
     """Return |engine - eager| / |eager| of a part's first output, eager in fp32."""
-    exact = load_part(checkpoint, part, request, torch.float32)
     where = exact_device(checkpoint, request.target)
+    moved = partial(_moved, where)
+    exact = load_part(checkpoint, part, request, torch.float32, moved)
     with exact_convolutions():
-        expected = exact.module.to(where)(*(tensor.to(where) for tensor in exact.example))
+        expected = exact.module(*(tensor.to(where) for tensor in exact.example))
     first: Tensor = (expected if isinstance(expected, Tensor) else expected[0]).cpu()
     inputs = {
         spec.name: tensor.to(backend.device, getattr(torch, spec.dtype))
@@ -90,6 +98,10 @@ def part_error(
     given = backend.run(part, inputs)[exact.outputs[0]].float().cpu()
     error = float((given - first).norm() / first.norm())
     return float(f"{error:.3g}")
+
+
+def _moved(device: str, part: str, module: nn.Module) -> nn.Module:
+    return module.to(device)
 
 
 def _compare(
@@ -104,7 +116,7 @@ def _compare(
     engine = Pipeline(described, name="engine", device=device, artifact=artifact)
     # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
     where = exact_device(checkpoint, artifact.manifest.target)
-    exact = Pipeline(checkpoint, name="exact", device=where, sampler=engine.sampler)
+    exact = exact_pipeline(checkpoint, where, name="exact", sampler=engine.sampler)
     height, width = request.size
     settings = draw_settings(checkpoint.config, request.size, JUDGED_STEPS)
     distances, likeness, drawn = [], [], {}

@@ -108,7 +108,10 @@ def convolves_in_tf32() -> bool:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Compute fp32 convolutions in fp32 on GPUs too."""
+    """Compute fp32 convolutions in fp32 on GPUs too, in all threads.
+
+    Meanwhile torch refuses to be asked for `torch.backends.cudnn.allow_tf32`, its older name.
+    """
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = conv.fp32_precision
     conv.fp32_precision = "ieee"

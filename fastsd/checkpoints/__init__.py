@@ -6,6 +6,7 @@ from fastsd.checkpoints.checkpoint import (
     describe,
     open_checkpoint,
     open_description,
+    parameters,
 )
 from fastsd.checkpoints.convert import convert
 from fastsd.checkpoints.embeddings import Embedding, read_embedding
@@ -21,6 +22,7 @@ __all__ = [
     "open_checkpoint",
     "open_description",
     "open_lora",
+    "parameters",
     "read_embedding",
     "save_description",
     "save_folder",

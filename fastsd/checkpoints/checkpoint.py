@@ -344,6 +344,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def parameters(checkpoint: Checkpoint) -> int:
+    """Count the weights of all parts, from their files' headers."""
+    return sum(part["parameters"] for part in describe(checkpoint)["parts"].values())
+
+
 def _describe_part(files: PartFiles) -> dict[str, Any]:
     tensors = [
         info

@@ -31,7 +31,7 @@ def quantised(
     roundings: Mapping[str, Rounding],
     make: Callable[[nn.Linear | nn.Conv2d, Rounding], nn.Module] = int8_layer,
 ) -> M:
-    """Return a copy of `module` whose layers named in `roundings` are int8. The rest is shared.
+    """Return a copy of `module` whose layers named in `roundings` are rounded. The rest is shared.
 
     make: returns the layer to put in one's place, if it is to be another than our int8 one.
     Raises UsageError for a name that is no linear layer or plain convolution of the module.
@@ -62,7 +62,7 @@ def swapped(
     roundings: Mapping[str, Rounding],
     make: Callable[[nn.Linear | nn.Conv2d, Rounding], nn.Module] = int8_layer,
 ) -> Iterator[None]:
-    """Run `module` itself with the layers named in `roundings` in int8; its own come back after.
+    """Run `module` itself with the layers named in `roundings` rounded; its own come back after.
 
     make: as `quantised` has it.
     """

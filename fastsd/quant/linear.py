@@ -177,7 +177,7 @@ class Fp8Linear(nn.Module):
             self.weight_scale,
             bias=self.bias if fused else None,
             out_dtype=x.dtype,
-            use_fast_accum=True,  # else half as fast on Hopper, for sums finer than the rounding
+            use_fast_accum=True,  # Hopper's sums of 14 bits, which err less than the rounding
         )
         out = out.view(*x.shape[:-1], -1)
         return out if fused or self.bias is None else out + self.bias

@@ -1,8 +1,8 @@
 """What is quantised, as plain frozen values: the layers, by role, and how each one's input rounds.
 
 A rounding serves every number format: uint8 with a zero point (oneDNN, ONNX Runtime), int8 around
-zero (TensorRT), fp8. Weights need no entry: they are int8 around zero, one scale an output channel,
-and follow from the weights and the exponents alone. Knows no torch.
+zero (TensorRT), fp8. Weights need no entry: how they are rounded follows from themselves and the
+exponents alone. Knows no torch.
 """
 
 from __future__ import annotations

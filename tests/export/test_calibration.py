@@ -29,8 +29,10 @@ def test_what_cannot_hold_its_bound_or_its_floor_is_refused(
 ) -> None:
     calibrator = watched(open_checkpoint(sd1_folder))
     spec = calibrator.choose()
-    assert calibrator.errors(spec)["unet"] <= calibration.BOUNDS["unet"]
-    with pytest.raises(UsageError, match=r"not 200, with \d+ layers kept.*--floor, or fp32"):
+    assert calibrator.errors(spec)["unet"] <= calibration.BOUNDS["int8"]["unet"]
+    with pytest.raises(
+        UsageError, match=r"not 200, with \d+ layers kept.*--floor, or fp16 or fp32"
+    ):
         calibrator.hold(spec, 200.0, PROMPTS)
     assert 20 < (worst := min(calibrator.judge(spec, PROMPTS))) < 100
     alone = dict(calibrator._alone)
@@ -49,9 +51,9 @@ def test_what_cannot_hold_its_bound_or_its_floor_is_refused(
     assert right < left
     inputs = {shares_input(name) for name in left - right}
     assert not [name for name in right if shares_input(name) in inputs], "one product, two types"
-    monkeypatch.setitem(calibration.BOUNDS, "unet", 1e-9)
+    monkeypatch.setitem(calibration.BOUNDS["int8"], "unet", 1e-9)
     with pytest.raises(
-        UsageError, match="leaves unet at .* and 1e-09 is asked; .*Export in a floating"
+        UsageError, match="leaves unet at .* and 1e-09 is asked; .*Export in fp16 or fp32"
     ):
         calibrator.choose()
 
@@ -110,4 +112,6 @@ def test_models_of_every_kind_are_calibrated(kind: str, sd1_folder: Path, tmp_pa
     found = calibrate_checkpoint(checkpoint, PROMPTS, size=SIZE)
     parts = {"unet"} if kind == "tiny vae" else {"unet", "vae.decoder"}
     assert set(found.errors) == set(found.share) == parts
-    assert all(1e-4 < error <= calibration.BOUNDS[part] for part, error in found.errors.items())
+    assert all(
+        1e-4 < error <= calibration.BOUNDS["int8"][part] for part, error in found.errors.items()
+    )

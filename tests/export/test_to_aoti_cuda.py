@@ -128,7 +128,7 @@ def test_its_linear_layers_run_in_fp8(sd1_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_builtin_model_keeps_its_pictures_in_fp8(tmp_path: Path) -> None:
-    """What issues of quality a GPU's engine has, a CPU shows: sums of fp8 products are fp32's."""
+    """What rounding costs, a CPU shows; a GPU's sums are coarser, but finer than the rounding."""
     checkpoint = open_checkpoint("builtin")
     side = checkpoint.config.default_size
     spec = calibrate_checkpoint(
