@@ -6,12 +6,11 @@ Runs the engine in its own backend beside eager fp32, on the same inputs, prompt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsd.artifact import Artifact
 from fastsd.backends import RUNS_ON, ArtifactBackend, open_artifact
@@ -66,15 +65,23 @@ def measure(
     Raises NumericsError if a picture is not finite, and what opening the backend raises.
     """
     device = RUNS_ON.get(artifact.manifest.target, "cpu")
+    where = exact_device(checkpoint, artifact.manifest.target)
     backend = open_artifact(artifact, checkpoint.config, device=torch.device(device))
     errors = {}
     for part in artifact.manifest.parts:
-        errors[part] = part_error(backend, checkpoint, part, request)
+        errors[part] = part_error(backend, checkpoint, part, request, where)
         tell(f"{part}: relative error {errors[part]:.1e}")
     name = backend.name
     backend.close()
     del backend  # before the pictures' engine takes as much again
-    pictures = _compare(artifact, checkpoint, request, prompts, device, tell) if prompts else None
+    pictures = None
+    if prompts:
+        engine = Pipeline(
+            open_description(artifact.path), name="engine", device=device, artifact=artifact
+        )
+        # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
+        exact = exact_pipeline(checkpoint, where, name="exact", sampler=engine.sampler)
+        pictures = _compare(engine, exact, request, prompts, tell)
     if pictures:
         found = pictures["psnr_db"]
         tell(f"{len(prompts)} pictures: PSNR {found['median']} dB, worst {found['worst']} dB")
@@ -82,12 +89,10 @@ def measure(
 
 
 def part_error(
-    backend: ArtifactBackend, checkpoint: Checkpoint, part: str, request: Request
+    backend: ArtifactBackend, checkpoint: Checkpoint, part: str, request: Request, where: str
 ) -> float:
-    """Return |engine - eager| / |eager| of a part's first output, eager in fp32."""
-    where = exact_device(checkpoint, request.target)
-    moved = partial(_moved, where)
-    exact = load_part(checkpoint, part, request, torch.float32, moved)
+    """Return |engine - eager| / |eager| of a part's first output, eager in fp32 on `where`."""
+    exact = load_part(checkpoint, part, request, torch.float32, lambda _, module: module.to(where))
     with exact_convolutions():
         expected = exact.module(*(tensor.to(where) for tensor in exact.example))
     first: Tensor = (expected if isinstance(expected, Tensor) else expected[0]).cpu()
@@ -100,25 +105,15 @@ def part_error(
     return float(f"{error:.3g}")
 
 
-def _moved(device: str, part: str, module: nn.Module) -> nn.Module:
-    return module.to(device)
-
-
 def _compare(
-    artifact: Artifact,
-    checkpoint: Checkpoint,
+    engine: Pipeline,
+    exact: Pipeline,
     request: Request,
     prompts: Sequence[str],
-    device: str,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    described = open_description(artifact.path)
-    engine = Pipeline(described, name="engine", device=device, artifact=artifact)
-    # The engine's sampler: its folder may name another than the checkpoint's (to_openvino.py).
-    where = exact_device(checkpoint, artifact.manifest.target)
-    exact = exact_pipeline(checkpoint, where, name="exact", sampler=engine.sampler)
     height, width = request.size
-    settings = draw_settings(checkpoint.config, request.size, JUDGED_STEPS)
+    settings = draw_settings(exact.config, request.size, JUDGED_STEPS)
     distances, likeness, drawn = [], [], {}
     for start in range(0, len(prompts), request.batch):
         texts = list(prompts[start : start + request.batch])

@@ -264,7 +264,7 @@ def calibrate(
         def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             sizes[group] += float(out.square().sum())
             for i, rounding in enumerate(candidates[group]):
-                layer = recorder.form.layer(found[name], rounding)  # made anew: all fill memory
+                layer = recorder.form.layer(found[name], rounding)  # anew: all would fill memory
                 errors[group][i] += float((layer(args[0]) - out).square().sum())
 
         return hook
