@@ -31,7 +31,9 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *("avx512", "vnni"),
         ),
         "conv3x3": ("library", "triton"),
+        "geglu": ("library", "triton"),
         "group_norm": ("library", "triton", "triton-group"),
+        "layer_norm": ("library", "triton"),
         "sampler_step": ("library", "triton"),
     }
 )

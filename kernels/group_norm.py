@@ -31,8 +31,9 @@ def group_norm(
     """Normalise x (B, C, H, W) group by group, scale by weight (C,), add bias (C,).
 
     Any float dtype; statistics are fp32. added: (B or 1, C), to every pixel first. silu: apply it
-    to the result. implementation: "library" (torch, any layout), or "triton" (three launches) and
-    "triton-group" (one, for small maps), which compute and return channels-last.
+    to the result. implementation: "library" (torch, any layout), or "triton" (two launches) and
+    "triton-group" (one, where a group fits in a program's registers, else two), which compute and
+    return channels-last.
     Returns (B, C, H, W) in x's dtype. Raises UsageError if groups does not divide C, or for an
     unknown name.
     """
@@ -48,7 +49,7 @@ def group_norm(
     out = torch.empty_like(x, memory_format=torch.channels_last)
     if added is not None and added.stride(1) != 1:
         added = added.contiguous()
-    by_group = implementation == "triton-group"
+    by_group = implementation == "triton-group" and _fits(x, groups)
     torch.ops.fastsd.group_norm(x, weight, bias, groups, eps, added, silu, by_group, out)
     return out
 
@@ -72,7 +73,14 @@ def candidates(
             x, weight, bias, groups, eps, added=added, silu=silu, implementation=name
         ).contiguous(memory_format=torch.channels_last)
         for name in dispatch.able("group_norm", x.device)
+        if name != "triton-group" or _fits(x, groups)
     }
+
+
+def _fits(x: Tensor, groups: int) -> bool:
+    from fastsd.kernels import triton_group_norm  # triton may be absent, and is slow to import
+
+    return triton_group_norm.fits(x.shape[1], groups, x.shape[2] * x.shape[3])
 
 
 @torch.library.custom_op("fastsd::group_norm", mutates_args=("out",))

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastsd.kernels.fp8 import in_fp8
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, implementation: str = "reference"
@@ -72,6 +74,34 @@ def group_norm(
     y = y * weight.double().view(1, -1, 1, 1) + bias.double().view(1, -1, 1, 1)
     out: Tensor = (y * torch.sigmoid(y) if silu else y).float()
     return out
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    added: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    implementation: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """Normalise as `kernels.layer_norm.layer_norm` does, in fp64, from the formula."""
+    total = x if added is None else x + added
+    t = total.double()
+    apart = t - t.mean(dim=-1, keepdim=True)
+    variance = apart.square().mean(dim=-1, keepdim=True)
+    y = apart / (variance + eps).sqrt() * weight.double() + bias.double()
+    return total, y.float() if multiplier is None else in_fp8(y, multiplier)
+
+
+def geglu(
+    x: Tensor, *, multiplier: Tensor | None = None, implementation: str = "reference"
+) -> Tensor:
+    """Gate as `kernels.geglu.geglu` does, in fp64, from the formula."""
+    value, gate = x.double().chunk(2, dim=-1)
+    y = value * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+    return y.float() if multiplier is None else in_fp8(y, multiplier)
 
 
 def sampler_step_(

@@ -15,8 +15,17 @@ from torch import Tensor, nn
 
 import fastsd
 from fastsd.backends.measured import measured
-from fastsd.kernels import attention, dispatch, group_norm, sampler_step
-from fastsd.models.layers import Attention, GroupNorm, Level, Resnet, Transformer, TransformerBlock
+from fastsd.kernels import attention, dispatch, geglu, group_norm, layer_norm, sampler_step
+from fastsd.models.layers import (
+    GEGLU,
+    Attention,
+    GroupNorm,
+    LayerNorm,
+    Level,
+    Resnet,
+    Transformer,
+    TransformerBlock,
+)
 from fastsd.models.unet import UNet
 from fastsd.models.vae import Decoder, PixelAttention
 
@@ -81,6 +90,30 @@ def fastest_norms(
     return said
 
 
+def fastest_between(unet: UNet, dtype: torch.dtype, device: torch.device) -> dict[str, list[str]]:
+    """Let every layer norm and gate use what is fastest at its shape, for a guidance pair.
+
+    Returns what is said of each op.
+    """
+    said: dict[str, list[str]] = {"layer_norm": [], "geglu": []}
+    for (tokens, width), (norms, gates) in token_shapes(unet).items():
+
+        def numbers(width: int) -> Tensor:
+            return torch.randn(2, tokens, width, dtype=dtype, device=device)  # noqa: B023
+
+        def norm() -> Candidates:
+            x, added, affine = (numbers(width) for _ in range(3))  # noqa: B023
+            return layer_norm.candidates(x, affine[0, 0], affine[0, 1], 1e-5, added=added)
+
+        def gate() -> Candidates:
+            return geglu.candidates(numbers(8 * width))  # noqa: B023
+
+        shape = f"2x{tokens}x{width}"
+        said["layer_norm"].append(_settle("layer_norm", shape, dtype, device, norm, norms))
+        said["geglu"].append(_settle("geglu", shape, dtype, device, gate, gates))
+    return said
+
+
 @cache
 def fastest_step(device: torch.device) -> dispatch.Choice:
     """Choose what computes the sampler's step: the one that is fastest for a picture of SD1.5."""
@@ -108,7 +141,7 @@ def _settle(
     dtype: torch.dtype,
     device: torch.device,
     make: Callable[[], Candidates],
-    layers: Iterable[Attention | GroupNorm],
+    layers: Iterable[Attention | GroupNorm | LayerNorm | GEGLU],
 ) -> str:
     """Give `layers`, all of one shape, what is fastest; say what."""
     times = _times(op, shape, dtype, device, make)
@@ -152,6 +185,19 @@ def attention_shapes(unet: UNet) -> dict[tuple[int, int, int, int], list[Attenti
                     width = layer.to_q.out_features // layer.heads
                     shape = (side * side, keys, layer.heads, width)
                     shapes.setdefault(shape, []).append(layer)
+    return shapes
+
+
+def token_shapes(unet: UNet) -> dict[tuple[int, int], tuple[list[LayerNorm], list[GEGLU]]]:
+    """Group what stands between the products of transformers by (tokens, width)."""
+    shapes: dict[tuple[int, int], tuple[list[LayerNorm], list[GEGLU]]] = {}
+    for side, level in _levels(unet):
+        for block in level.modules():
+            if isinstance(block, TransformerBlock):
+                shape = (side * side, block.norm1.normalized_shape[0])
+                norms, gates = shapes.setdefault(shape, ([], []))
+                norms += [block.norm1, block.norm2, block.norm3]
+                gates += [m for m in block.ff.modules() if isinstance(m, GEGLU)]
     return shapes
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.kernels.attention import attention
+from fastsd.kernels.geglu import geglu
 from fastsd.kernels.group_norm import group_norm
+from fastsd.kernels.layer_norm import layer_norm
 
 KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, M, N, K)
 
@@ -156,28 +158,58 @@ def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
     not while it runs.
     """
     dispatch.require(op, implementation)
-    kinds: dict[str, type[Attention] | type[GroupNorm]]
-    kinds = {"attention": Attention, "group_norm": GroupNorm}
+    kinds: dict[str, type[Attention | GroupNorm | LayerNorm | GEGLU]]
+    kinds = {
+        "attention": Attention,
+        "group_norm": GroupNorm,
+        "layer_norm": LayerNorm,
+        "geglu": GEGLU,
+    }
     if op not in kinds:
-        raise UsageError(f"no layer leaves the choice of {op}; {' and '.join(kinds)} are chosen")
+        raise UsageError(f"no layer leaves the choice of {op}; {', '.join(kinds)} are chosen")
     for module in model.modules():
         if isinstance(module, kinds[op]):
             module.implementation = implementation
 
 
 @final
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation, and the residual sum before it.
+
+    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.implementation = "library"
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(B, N, C), and what is first added to it -> their sum, and the sum normalised."""
+        return layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.eps,
+            added=added,
+            implementation=self.implementation,
+        )
+
+
+@final
 class GEGLU(nn.Module):
-    """value * gelu(gate), both linear in x (Shazeer 2020)."""
+    """value * gelu(gate), both linear in x (Shazeer 2020).
+
+    implementation: which kernel gates, as `fastsd.kernels.dispatch` has them.
+    """
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
+        self.implementation = "library"
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width) -> (…, inner)."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        gated: Tensor = value * F.gelu(gate)
-        return gated
+        return geglu(self.proj(x), implementation=self.implementation)
 
 
 @final
@@ -203,19 +235,22 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, context_width: int, *, upcast: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, heads, upcast=upcast)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, heads, context_width=context_width, upcast=upcast)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, kv: KV) -> Tensor:
-        """(B, N, C) and the cross-attention's kv -> (B, N, C), or (2 B, N, C) if kv has 2 B."""
-        x = x + self.attn1(self.norm1(x))
-        x = widen(x, kv[0].shape[0]) + self.attn2(self.norm2(x), kv)
-        out: Tensor = x + self.ff(self.norm3(x))
-        return out
+    def forward(self, x: Tensor, kv: KV, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, N, C), what is yet to be added to it, and the cross-attention's kv -> the same two.
+
+        They have 2 B if kv has. Each sum is left to the norm after it, which may compute both.
+        """
+        x, normed = self.norm1(x, added)
+        x, normed = self.norm2(x, self.attn1(normed))
+        x, normed = self.norm3(widen(x, kv[0].shape[0]), self.attn2(normed, kv))
+        return x, self.ff(normed)
 
 
 @final
@@ -249,8 +284,10 @@ class Transformer(nn.Module):
         """(B, C, H, W) -> (B, C, H, W), or kv's 2 B, taking one of `kv` a block."""
         h = self.norm(x)
         h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
+        added = None
         for block in self.transformer_blocks:
-            h = block(h, next(kv))
+            h, added = block(h, next(kv), added)
+        h = h if added is None else h + added
         size = x.shape[-2:]
         h = to_pixels(self.proj_out(h), size) if self.linear else self.proj_out(to_pixels(h, size))
         return widen(x, h.shape[0]) + h  # x first: the sum takes its memory format

@@ -49,31 +49,36 @@ def test_a_kernel_equals_its_reference(name: str, errors: Mapping[str, float]) -
 # --- compiled ahead of time ---------------------------------------------------------------------
 
 # As `launch` would compile them for SD1.5's first level in fp16, and for any sampler, guided.
-_NORM = dict(C="i32", pixels="i32")
-_TILE = dict(BLOCK_P=8, BLOCK_C=512)
-_AFFINE = dict(weight="*fp16", bias="*fp16", added="*fp16", groups="i32", added_stride="i32")
+_NORM = dict(x="*fp16", weight="*fp16", bias="*fp16", added="*fp16", out="*fp16", eps="fp32")
+_MAP = dict(C="i32", pixels="i32", added_stride="i32")
+_SPLIT = dict(partial="*fp32", per_split="i32", splits="i32")
+_TILE = dict(GROUPS=32, WIDTH=10, ADDED=True, BLOCK_P=32, BLOCK_G=8, BLOCK_W=16)
+_ROWS = dict(C="i32", rows="i32", multiplier="*fp32")
 KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "partial_sums": (
+    "moments": (
         "triton_group_norm",
-        dict(x="*fp16", partial="*fp32", **_NORM, pixels_per_split="i32", splits="i32"),
+        dict(x="*fp16", added="*fp16", **_MAP, **_SPLIT),
         _TILE,
     ),
-    "group_statistics": (
+    "normalise": (
         "triton_group_norm",
-        dict(x="*fp16", partial="*fp32", affine="*fp32", splits="i32", eps="fp32")
-        | _NORM
-        | _AFFINE,
-        dict(WIDTH=10, ADDED=True, BLOCK_G=16, BLOCK_S=16),
-    ),
-    "apply": (
-        "triton_group_norm",
-        dict(x="*fp16", affine="*fp32", out="*fp16", **_NORM),
-        dict(SILU=True, **_TILE),
+        {**_NORM, **_MAP, **_SPLIT},
+        dict(SILU=True, BLOCK_S=64, **_TILE),
     ),
     "one_group": (
         "triton_group_norm",
-        dict(x="*fp16", out="*fp16", eps="fp32", **_NORM, **_AFFINE),
-        dict(WIDTH=40, ADDED=True, SILU=True, BLOCK_P=32, BLOCK_G=64),
+        {**_NORM, **_MAP, "groups": "i32"},
+        dict(WIDTH=20, ADDED=True, SILU=True, BLOCK_P=1024, BLOCK_W=32),
+    ),
+    "add_layer_norm": (
+        "triton_layer_norm",
+        {**_NORM, **_ROWS, "total": "*fp16"},
+        dict(ADDED=True, FP8=False, BLOCK_R=4, BLOCK_C=512),
+    ),
+    "gated": (
+        "triton_geglu",
+        dict(x="*fp16", out="*fp16", **_ROWS),
+        dict(FP8=False, BLOCK_R=8, BLOCK_C=256),
     ),
     "step": (
         "triton_sampler_step",
@@ -92,7 +97,7 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 }
 # name -> (warps, stages, registers, shared memory), where not (4, 3, 128, 48 KiB): what a product
 # may take of a multiprocessor; and a group's program
-LARGE = {"conv3x3": (8, 3, 255, 99 << 10), "one_group": (8, 3, 64, 48 << 10)}
+LARGE = {"conv3x3": (8, 3, 255, 99 << 10), "one_group": (16, 3, 128, 48 << 10)}
 # What a launch finds to be multiples of 16: every map's address, and channels, which all families
 # have so but for the first and last convolution.
 ALIGNED = {"conv3x3": ("x", "skip", "weight", "bias", "shift", "residual", "out", "C", "S", "O")}

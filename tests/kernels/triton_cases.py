@@ -20,7 +20,9 @@ from torch import Tensor
 from fastsd.config import SD15
 from fastsd.kernels import reference
 from fastsd.kernels.convolution import conv3x3 as our_conv3x3
+from fastsd.kernels.geglu import geglu as our_geglu
 from fastsd.kernels.group_norm import group_norm as our_group_norm
+from fastsd.kernels.layer_norm import layer_norm as our_layer_norm
 from fastsd.kernels.sampler_step import sampler_step_
 from fastsd.models.layers import use_kernel
 from fastsd.models.unet import UNet
@@ -79,6 +81,41 @@ def group_norm(
         assert out.dtype == dtype and out.shape == x.shape
         assert out.is_contiguous(memory_format=torch.channels_last)
         return relative_l2(out, reference.group_norm(*given, **options))
+
+    return run
+
+
+def layer_norm(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    added: bool = True,
+    offset: float = 0.0,
+    fp8: bool = False,
+) -> Case:
+    """offset: x = normal + offset. fp8: return fp8, some of it cut."""
+
+    def run(device: str) -> float:
+        C = shape[-1]
+        x, more = ((draw(*shape, seed=i) + offset).to(device, dtype) for i in (0, 1))
+        weight, bias = (draw(C, seed=i).to(device, dtype) for i in (2, 3))
+        options: dict[str, Any] = dict(added=more if added else None)
+        if fp8:
+            options["multiplier"] = torch.tensor(200.0, device=device)
+        total, out = our_layer_norm(x, weight, bias, 1e-5, **options, implementation="triton")
+        expected_total, expected = reference.layer_norm(x, weight, bias, 1e-5, **options)
+        assert out.dtype == (torch.float8_e4m3fn if fp8 else dtype) and total.dtype == dtype
+        return max(relative_l2(out, expected), relative_l2(total, expected_total))
+
+    return run
+
+
+def geglu(shape: tuple[int, ...], dtype: torch.dtype, *, fp8: bool = False) -> Case:
+    def run(device: str) -> float:
+        x = (2 * draw(*shape)).to(device, dtype)
+        options = {"multiplier": torch.tensor(100.0, device=device)} if fp8 else {}
+        out = our_geglu(x, **options, implementation="triton")
+        return relative_l2(out, reference.geglu(x, **options))
 
     return run
 
@@ -165,6 +202,8 @@ def unet(implementation: str) -> Case:
         both = torch.cat([rows[0], rows[1]])  # another a picture, and one for both
         expected = torch.stack([model(x, both, kv), model(x, rows[0], kv)])
         use_kernel(model, "group_norm", implementation)
+        for op in ("layer_norm", "geglu"):
+            use_kernel(model, op, "triton")
         ours = torch.stack([model(x, both, kv), model(x, rows[0], kv)])
         return relative_l2(ours, expected)
 
@@ -172,6 +211,8 @@ def unet(implementation: str) -> Case:
 
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+# Triton's interpreter cuts off what fp8 cannot hold, where GPUs round to the nearest.
+FP8_ERROR = 5e-3 if torch.cuda.is_available() else 5e-2
 # name -> (case, the largest error that passes)
 CASES: dict[str, tuple[Case, float]] = {
     **{f"norm {'x'.join(map(str, s))} fp16": (group_norm(s, HALF), 5e-4) for s in MAPS},
@@ -199,6 +240,15 @@ CASES: dict[str, tuple[Case, float]] = {
         group_norm(MAPS[1], FULL, offset=1000.0, implementation="triton-group"),
         2e-4,
     ),
+    **{f"layer norm {C} fp16": (layer_norm((2, 9, C), HALF), 5e-4) for C in (320, 640, 1280)},
+    "layer norm of one row": (layer_norm((1, 40), FULL, added=False), 1e-6),
+    "layer norm bf16": (layer_norm((3, 96), BRAIN), 4e-3),
+    "layer norm far from zero": (layer_norm((5, 320), FULL, offset=1000.0), 2e-4),
+    "layer norm to fp8": (layer_norm((5, 320), HALF, fp8=True), FP8_ERROR),
+    "gate fp16": (geglu((2, 9, 2560), HALF), 5e-4),
+    "gate fp32": (geglu((17, 600), FULL), 1e-6),
+    "gate bf16": (geglu((17, 64), BRAIN), 4e-3),
+    "gate to fp8": (geglu((17, 640), HALF, fp8=True), FP8_ERROR),
     **{
         f"step {n} slots guided={g}": (sampler_step(n, g), 1e-6)
         for n in range(5)

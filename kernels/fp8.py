@@ -1,0 +1,13 @@
+"""Rounding to fp8 (e4m3: Micikevicius et al. 2022, arXiv:2209.05433) with one scale for all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = 448.0
+
+
+def in_fp8(x: Tensor, multiplier: Tensor) -> Tensor:
+    """Return x * multiplier, cut to what e4m3 holds, as torch.float8_e4m3fn. multiplier: (), fp32."""
+    return (x.float() * multiplier).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

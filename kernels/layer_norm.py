@@ -1,0 +1,82 @@
+"""Layer normalisation, with the sum before it, in one pass over memory.
+
+Ba et al. 2016, arXiv:1607.06450. A transformer adds each layer's result to what it read and
+normalises the sum for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsd.kernels import dispatch
+from fastsd.kernels.fp8 import in_fp8
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    added: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    implementation: str = "library",
+) -> tuple[Tensor, Tensor]:
+    """Return t = x + added, and t normalised over its last axis, times weight, plus bias.
+
+    x, added: (…, C), any float dtype; t is in it; statistics are fp32. added: None for nothing, and
+    then t is x. weight, bias: (C,). multiplier: (), fp32: return what is normalised in fp8 (e4m3),
+    times this. implementation: "library" (torch) or "triton" (one launch). Raises UsageError for an
+    unknown name.
+    """
+    if implementation == "library":
+        total = x if added is None else x + added
+        y = F.layer_norm(total, (x.shape[-1],), weight, bias, eps)
+        return total, y if multiplier is None else in_fp8(y, multiplier)
+    dispatch.require("layer_norm", implementation, x.device)
+    x = x.contiguous()
+    added = None if added is None else added.contiguous()
+    total = x if added is None else torch.empty_like(x)
+    out = torch.empty_like(x, dtype=None if multiplier is None else torch.float8_e4m3fn)
+    sum_ = None if added is None else total
+    torch.ops.fastsd.layer_norm(x, added, weight, bias, eps, multiplier, sum_, out)
+    return total, out
+
+
+def candidates(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, added: Tensor | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """Return what can compute this on its device, by name, ready to be tried, the library's first."""
+    return {
+        name: lambda name=name: layer_norm(  # type: ignore[misc]
+            x, weight, bias, eps, added=added, implementation=name
+        )[1]
+        for name in dispatch.able("layer_norm", x.device)
+    }
+
+
+@torch.library.custom_op("fastsd::layer_norm", mutates_args=("total", "out"))
+def _layer_norm(
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    multiplier: Tensor | None,
+    total: Tensor | None,
+    out: Tensor,
+) -> None:
+    from fastsd.kernels import triton_layer_norm  # triton may be absent, and is slow to import
+
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_layer_norm.launch(
+            x, added, weight, bias, eps, multiplier, x if total is None else total, out
+        )
+
+
+_layer_norm.register_fake(lambda *_: None)  # it writes into what it is given

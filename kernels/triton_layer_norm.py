@@ -1,0 +1,86 @@
+"""A residual sum and the LayerNorm of it in Triton, in one launch: each is read and written once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+
+TILE = 2048  # elements that a program holds at once
+
+
+@triton.jit
+def rounded(y, multiplier, dtype: tl.constexpr, FP8: tl.constexpr):
+    """y in dtype; in fp8 first times what `multiplier` points to, and cut to what fp8 holds."""
+    if FP8:
+        y = tl.minimum(tl.maximum(y * tl.load(multiplier), -448.0), 448.0)
+    return y.to(dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_layer_norm(
+    x,
+    added,
+    weight,
+    bias,
+    multiplier,
+    total,
+    out,
+    C,
+    rows,
+    eps,
+    ADDED: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """total = x + added; out = its LayerNorm, over BLOCK_R rows of C numbers each."""
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    mask = (r < rows)[:, None] & (c < C)[None, :]
+    at = r[:, None].to(tl.int64) * C + c[None, :]
+    v = tl.load(x + at, mask=mask, other=0.0)
+    if ADDED:
+        more = tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
+        v = (v.to(tl.float32) + more).to(total.dtype.element_ty)  # as it is read again
+        tl.store(total + at, v, mask=mask)
+    v = v.to(tl.float32)
+    v = tl.where(mask, v - (tl.sum(v, axis=1) / C)[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(v * v, axis=1) / C + eps)
+    y = v * scale[:, None] * tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + at, rounded(y, multiplier, out.dtype.element_ty, FP8), mask=mask)
+
+
+def launch(
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    multiplier: Tensor | None,
+    total: Tensor,
+    out: Tensor,
+) -> None:
+    """Write x + added to total, unless added is None, and its LayerNorm to out; all (…, C)."""
+    C = x.shape[-1]
+    rows = x.numel() // C
+    block_c = next_power_of_2(C)
+    block_r = max(1, TILE // block_c)
+    add_layer_norm[(cdiv(rows, block_r),)](
+        x,
+        x if added is None else added,
+        weight,
+        bias,
+        weight if multiplier is None else multiplier,
+        total,
+        out,
+        C,
+        rows,
+        eps,
+        ADDED=added is not None,
+        FP8=multiplier is not None,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+    )
