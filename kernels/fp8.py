@@ -9,5 +9,5 @@ LARGEST = 448.0
 
 
 def in_fp8(x: Tensor, multiplier: Tensor) -> Tensor:
-    """Return x * multiplier, cut to what e4m3 holds, as torch.float8_e4m3fn. multiplier: (), fp32."""
+    """Return x * multiplier, (), fp32, cut to what e4m3 holds, as torch.float8_e4m3fn."""
     return (x.float() * multiplier).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

@@ -33,7 +33,7 @@ def geglu(
 
 
 def candidates(x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Return what can compute this on its device, by name, ready to be tried, the library's first."""
+    """Return what can compute this on its device, by name, ready to be tried."""
     return {
         name: lambda name=name: geglu(x, implementation=name)  # type: ignore[misc]
         for name in dispatch.able("geglu", x.device)

@@ -50,7 +50,7 @@ def layer_norm(
 def candidates(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, added: Tensor | None = None
 ) -> dict[str, Callable[[], Tensor]]:
-    """Return what can compute this on its device, by name, ready to be tried, the library's first."""
+    """Return what can compute this on its device, by name, ready to be tried."""
     return {
         name: lambda name=name: layer_norm(  # type: ignore[misc]
             x, weight, bias, eps, added=added, implementation=name

@@ -104,6 +104,11 @@ def geglu(
     return y.float() if multiplier is None else in_fp8(y, multiplier)
 
 
+def residual(x: Tensor, h: Tensor, bias: Tensor, *, implementation: str = "reference") -> Tensor:
+    """Add as `kernels.residual.residual` does, in fp64."""
+    return (x.double() + h.double() + bias.double()[:, None, None]).float()
+
+
 def sampler_step_(
     sources: Tensor,
     prediction: Tensor,

@@ -1,14 +1,17 @@
 """GroupNorm (+ SiLU) of a channels-last map in Triton, in two launches or in one.
 
-A group's channels lie side by side in every pixel, 4 to 80 of them. A tile is (pixels, groups,
-channels of a group), the last padded to a power of two: padding is not read. `launch` splits the
-pixels among as many programs as fill the GPU: each finds its split's means and squared distances,
-and then, in the second launch, puts all splits' together anew, which takes less than a launch
-between the two. `launch_by_group` has one program a group, which holds it in its registers.
+A group's channels lie side by side in every pixel, 4 to 80 of them. `launch` splits the pixels
+among as many programs as fill the GPU. Each finds its split's means and squared distances, in tiles
+of (pixels, groups, channels of a group), the last padded to a power of two: padding is not read. In
+the second launch each puts all splits' together anew, which takes less than a launch between the
+two, and has tiles of (pixels, channels), which are read 16 bytes at once. `launch_by_group` has one
+program a group, which holds it in its registers.
 Nothing is lost where a mean is far from 0: distances are from a mean, or from the first pixel.
 """
 
 from __future__ import annotations
+
+from math import gcd
 
 import triton
 import triton.language as tl
@@ -16,8 +19,8 @@ from torch import Tensor, empty, float32
 from triton import cdiv, next_power_of_2
 
 PROGRAMS = 528  # four for each of an H100's or H200's 132 multiprocessors
-LANES = 128  # channels of a tile, padding counted: what is read of a pixel is 160 bytes or more
-TILE = 4096  # elements that a program holds at once
+LANES = 128  # channels of a tile, padding counted: what is read of a pixel is 128 bytes or more
+TILE = 2048  # elements that a program holds at once
 WARPS = 4
 SPLITS = 64  # that are put together at once
 GROUP_TILE = 32768  # the most elements of a group that a program holds; 64 a thread
@@ -105,17 +108,18 @@ def normalise(
     ADDED: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Normalise one split of the pixels by all splits' moments."""
+    """Normalise one split of the pixels by all splits' moments, BLOCK_C channels of each.
+
+    BLOCK_G: of how many groups those can be.
+    """
     split = tl.program_id(0)
     b = tl.program_id(1)
-    g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
-    w = tl.arange(0, BLOCK_W)
-    inside = (g < GROUPS)[:, None] & (w < WIDTH)[None, :]
-    c = g[:, None] * WIDTH + w[None, :]
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    g = tl.program_id(2) * BLOCK_C // WIDTH + tl.arange(0, BLOCK_G)
 
     # As many splits as fit at a time, each lot joined to those before by Chan et al.
     mean = tl.zeros([BLOCK_G], dtype=tl.float32)
@@ -136,10 +140,15 @@ def normalise(
         step = lot - mean
         mean += step * here / (before + here)
         distance += within + step * step * WIDTH * before * here / (before + here)
+    scale = 1.0 / tl.sqrt(distance / (pixels.to(tl.float32) * WIDTH) + eps)
 
-    scale = (1.0 / tl.sqrt(distance / (pixels.to(tl.float32) * WIDTH) + eps))[:, None]
+    inside = c < C
+    own = c // WIDTH - tl.program_id(2) * BLOCK_C // WIDTH
+    own = tl.where(inside, own, 0)
+    scale = tl.gather(scale, own, 0)
     scale = scale * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32) - mean[:, None] * scale
+    offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    offset -= tl.gather(mean, own, 0) * scale
     if ADDED:
         more = tl.load(added + b * added_stride + c, mask=inside, other=0.0).to(tl.float32)
         offset += more * scale
@@ -148,10 +157,10 @@ def normalise(
     picture = b.to(tl.int64) * pixels * C
     for start in range(begin, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < end)[:, None, None] & inside[None, :, :]
-        at = picture + p[:, None, None].to(tl.int64) * C + c[None, :, :]
+        mask = (p < end)[:, None] & inside[None, :]
+        at = picture + p[:, None].to(tl.int64) * C + c[None, :]
         y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        y = activated(y * scale[None, :, :] + offset[None, :, :], SILU)
+        y = activated(y * scale[None, :] + offset[None, :], SILU)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -208,25 +217,52 @@ def launch(
     pixels, width = H * W, C // groups
     block_w = next_power_of_2(width)
     block_g = max(1, min(LANES // block_w, next_power_of_2(groups)))
-    block_p = max(1, TILE // (block_g * block_w))
-    across = cdiv(groups, block_g)
-    splits = max(1, min(cdiv(PROGRAMS, B * across), cdiv(pixels, block_p)))
-    per_split = cdiv(cdiv(pixels, splits), block_p) * block_p
-    splits = cdiv(pixels, per_split)
+    block_c = min(LANES, next_power_of_2(gcd(C, LANES)) if C > LANES else next_power_of_2(C))
+    splits, per_split = _splits(B * cdiv(groups, block_g), pixels, TILE // LANES)
     partial = empty((B, splits, 2, groups), dtype=float32, device=x.device)
     given = bias if added is None else added
     sizes = (C, pixels, per_split, splits, _stride(added))
-    tile = dict(BLOCK_P=block_p, BLOCK_G=block_g, BLOCK_W=block_w, num_warps=WARPS)
-    group = dict(GROUPS=groups, WIDTH=width, ADDED=added is not None)
-    moments[(splits, B, across)](x, given, partial, *sizes, **group, **tile)
-    normalise[(splits, B, across)](
-        x, given, partial, weight, bias, out, *sizes, eps, SILU=silu, BLOCK_S=SPLITS, **group, **tile
-    )  # fmt: skip
+    group = dict(GROUPS=groups, WIDTH=width, ADDED=added is not None, num_warps=WARPS)
+    moments[(splits, B, cdiv(groups, block_g))](
+        x,
+        given,
+        partial,
+        *sizes,
+        **group,
+        BLOCK_P=max(1, TILE // (block_g * block_w)),
+        BLOCK_G=block_g,
+        BLOCK_W=block_w,
+    )
+    touched = block_c // width if block_c % width == 0 else (block_c - 2) // width + 2
+    normalise[(splits, B, cdiv(C, block_c))](
+        x,
+        given,
+        partial,
+        weight,
+        bias,
+        out,
+        *sizes,
+        eps,
+        **group,
+        SILU=silu,
+        BLOCK_P=TILE // block_c,
+        BLOCK_C=block_c,
+        BLOCK_G=next_power_of_2(touched),
+        BLOCK_S=SPLITS,
+    )
+
+
+def _splits(programs: int, pixels: int, tile: int) -> tuple[int, int]:
+    """Return into how many parts pixels are split, and the pixels of each, whole tiles."""
+    splits = max(1, min(cdiv(PROGRAMS, programs), cdiv(pixels, tile)))
+    per_split = cdiv(cdiv(pixels, splits), tile) * tile
+    return cdiv(pixels, per_split), per_split
 
 
 def fits(channels: int, groups: int, pixels: int) -> bool:
     """Whether a program can hold a group."""
-    return next_power_of_2(channels // groups) * next_power_of_2(pixels) <= GROUP_TILE
+    elements: int = next_power_of_2(channels // groups) * next_power_of_2(pixels)
+    return elements <= GROUP_TILE
 
 
 def launch_by_group(

@@ -1,4 +1,4 @@
-"""A residual sum and the LayerNorm of it in Triton, in one launch: each is read and written once."""
+"""A residual sum and the LayerNorm of it in Triton: one launch, all read and written once."""
 
 from __future__ import annotations
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 import fastsd
 from fastsd.backends.measured import measured
-from fastsd.kernels import attention, dispatch, geglu, group_norm, layer_norm, sampler_step
+from fastsd.kernels import (
+    attention,
+    dispatch,
+    geglu,
+    group_norm,
+    layer_norm,
+    residual,
+    sampler_step,
+)
 from fastsd.models.layers import (
     GEGLU,
     Attention,
@@ -114,6 +122,32 @@ def fastest_between(unet: UNet, dtype: torch.dtype, device: torch.device) -> dic
     return said
 
 
+def fastest_sums(
+    unet: UNet, decoder: nn.Module, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """Let every resnet whose sum adds a bias use what is fastest at its shape; say what."""
+    shapes: dict[tuple[int, int, int], list[Resnet]] = {}
+    for rows, side, level in _all_levels(unet, decoder):
+        for module in level.modules():
+            if isinstance(module, Resnet) and module.bias is not None:
+                shapes.setdefault((rows, len(module.bias), side), []).append(module)
+    said = []
+    for (rows, channels, side), layers in shapes.items():
+
+        def make() -> Candidates:
+            x, h = (
+                torch.randn(rows, channels, side, side, dtype=dtype, device=device)  # noqa: B023
+                for _ in range(2)
+            )
+            last = torch.channels_last
+            given = (x.contiguous(memory_format=last), h.contiguous(memory_format=last))
+            return residual.candidates(*given, torch.ones(channels, dtype=dtype, device=device))  # noqa: B023
+
+        shape = f"{rows}x{channels}x{side}x{side}"
+        said.append(_settle("residual", shape, dtype, device, make, layers))
+    return said
+
+
 @cache
 def fastest_step(device: torch.device) -> dispatch.Choice:
     """Choose what computes the sampler's step: the one that is fastest for a picture of SD1.5."""
@@ -141,7 +175,7 @@ def _settle(
     dtype: torch.dtype,
     device: torch.device,
     make: Callable[[], Candidates],
-    layers: Iterable[Attention | GroupNorm | LayerNorm | GEGLU],
+    layers: Iterable[Attention | GroupNorm | LayerNorm | GEGLU | Resnet],
 ) -> str:
     """Give `layers`, all of one shape, what is fastest; say what."""
     times = _times(op, shape, dtype, device, make)
@@ -216,17 +250,13 @@ def norm_shapes(unet: UNet, decoder: nn.Module) -> dict[NormShape, list[GroupNor
         shape = (rows, norm.num_channels, side, norm.num_groups, norm.silu, added)
         shapes.setdefault(shape, []).append(norm)
 
-    levels = [(2, side, level) for side, level in _levels(unet)]
     add(unet.conv_norm_out, 2, unet.config.sample_size)
     if isinstance(decoder, Decoder):
-        sides = [DECODED, *(DECODED * 2**i for i in range(len(decoder.up_blocks)))]
-        found = (decoder.mid_block, *decoder.up_blocks)
-        levels += [(1, side, level) for side, level in zip(sides, found, strict=True)]
-        add(decoder.conv_norm_out, 1, sides[-1])
-    for rows, side, level in levels:
+        add(decoder.conv_norm_out, 1, DECODED * 2 ** (len(decoder.up_blocks) - 1))
+    for rows, side, level in _all_levels(unet, decoder):
         for module in level.modules():
             if isinstance(module, Resnet):
-                add(module.norm1, rows, side)
+                add(module.norm1, rows, side, added=module.lead is not None)
                 row = module.time_emb_proj is not None or module.shift is not None
                 add(module.norm2, rows, side, added=row)
             elif isinstance(module, Transformer):
@@ -234,6 +264,16 @@ def norm_shapes(unet: UNet, decoder: nn.Module) -> dict[NormShape, list[GroupNor
             elif isinstance(module, PixelAttention):
                 add(module.group_norm, rows, side)
     return shapes
+
+
+def _all_levels(unet: UNet, decoder: nn.Module) -> Iterator[tuple[int, int, Level]]:
+    """Yield the levels of both with (rows, pixels along a side): a decoder sees one picture."""
+    yield from ((2, side, level) for side, level in _levels(unet))
+    if isinstance(decoder, Decoder):
+        sides = [DECODED, *(DECODED * 2**i for i in range(len(decoder.up_blocks)))]
+        for side, level in zip(sides, (decoder.mid_block, *decoder.up_blocks), strict=True):
+            assert isinstance(level, Level)
+            yield 1, side, level
 
 
 def _levels(unet: UNet) -> Iterator[tuple[int, Level]]:

@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from fastsd.backends.base import Part, Shapes, dtype_of
-from fastsd.backends.choice import fastest_attention, fastest_between, fastest_norms
+from fastsd.backends.choice import (
+    fastest_attention,
+    fastest_between,
+    fastest_norms,
+    fastest_sums,
+)
 from fastsd.backends.cuda_graph import Graphed, convolves_in_tf32
 from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
 from fastsd.backends.heap import keep_freed_memory
@@ -125,7 +130,7 @@ class EagerBackend(Graphed):
         for layer in unet.modules() if device.type in ("cpu", "cuda") else ():
             if isinstance(layer, Attention):
                 layer.upcast = False  # every kernel there has its scores in fp32 already
-        for op in ("attention", "group_norm", "layer_norm", "geglu"):
+        for op in ("attention", "group_norm", "layer_norm", "geglu", "residual"):
             self._choices[op] = [str(dispatch.choose(op, device))]
         if device.type == "cuda":
             self._choices["attention"] = fastest_attention(
@@ -134,6 +139,7 @@ class EagerBackend(Graphed):
             if not to_compile:
                 self._choices["group_norm"] = fastest_norms(unet, vae.decoder, self.dtype, device)
                 self._choices |= fastest_between(unet, self.dtype, device)
+                self._choices["residual"] = fastest_sums(unet, vae.decoder, self.dtype, device)
 
     def use(self, op: str, implementation: str) -> None:
         """Compute `op` by `implementation` in every part."""

@@ -7,14 +7,16 @@ much as its bytes. Weights stay the model's own, so that adapters change them in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsd.models.layers import KV, Conv1x1, Resnet, TransformerBlock
+from fastsd.models.layers import KV, Conv1x1, Level, Resnet, TransformerBlock, Upsample
 from fastsd.models.unet import UNet
+from fastsd.models.vae import Decoder
 from fastsd.quant.weights import Int8Weight
 
 AT_ONCE = 2**25  # weights that are widened from int8 for one product
@@ -116,28 +118,53 @@ def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
 
     torch adds a convolution's bias in a kernel of its own, which reads and writes the whole map.
     The second one's of a resnet goes to the shortcut's, which as a product, like every convolution
-    of single pixels, adds it for nothing; the first one's to what the norm after it adds: a UNet's
-    row of time, and in a VAE the bias alone, if its norms add that for nothing (norms_add).
+    of single pixels, adds it for nothing, or else to the sum that ends the resnet; the first one's
+    to what the norm after it adds: a UNet's row of time, and in a VAE the bias alone, if its norms
+    add that for nothing (norms_add). An upsampler's in such a VAE goes to all in the next resnet
+    that read it.
     """
     for module in model.modules():
         if isinstance(module, Conv1x1):
             module.as_product = True
-        if not isinstance(module, Resnet):
-            continue
-        conv1, conv2, time, shortcut = (
-            module.conv1,
-            module.conv2,
-            module.time_emb_proj,
-            module.conv_shortcut,
-        )
-        assert conv1.bias is not None and conv2.bias is not None
-        if time is not None:
-            time.bias.add_(conv1.bias)
-            conv1.bias = None
-        elif norms_add:
-            module.shift = nn.Parameter(conv1.bias[None], requires_grad=False)
-            conv1.bias = None
-        if shortcut is not None:
-            assert shortcut.bias is not None
-            shortcut.bias.add_(conv2.bias)
-            conv2.bias = None
+        elif isinstance(module, Upsample):
+            module.as_copy = True
+        elif isinstance(module, Resnet):
+            _spare_biases_(module, norms_add=norms_add)
+    for decoder in [m for m in model.modules() if isinstance(m, Decoder) and norms_add]:
+        for level, after in pairwise(decoder.up_blocks):
+            assert isinstance(level, Level) and isinstance(after, Level)
+            for upsampler in level.upsamplers:
+                _give_on_bias_(cast(Upsample, upsampler).conv, cast(Resnet, after.resnets[0]))
+
+
+def _spare_biases_(resnet: Resnet, *, norms_add: bool) -> None:
+    conv1, conv2, shortcut = resnet.conv1, resnet.conv2, resnet.conv_shortcut
+    time = resnet.time_emb_proj
+    assert conv1.bias is not None and conv2.bias is not None
+    if time is not None:
+        time.bias.add_(conv1.bias)
+        conv1.bias = None
+    elif norms_add:
+        resnet.shift = _fixed(conv1.bias[None])
+        conv1.bias = None
+    if shortcut is not None:
+        assert shortcut.bias is not None
+        shortcut.bias.add_(conv2.bias)
+    else:
+        resnet.bias = cast(nn.Parameter, conv2.bias)
+    conv2.bias = None
+
+
+def _give_on_bias_(conv: nn.Conv2d, resnet: Resnet) -> None:
+    """Take the bias from a convolution that one resnet reads, and nobody else."""
+    bias = conv.bias
+    assert bias is not None
+    conv.bias = None
+    resnet.lead = _fixed(bias[None])
+    if resnet.conv_shortcut is None:
+        assert resnet.bias is not None
+        resnet.bias = _fixed(resnet.bias + bias)
+    else:
+        weight, own = resnet.conv_shortcut.weight, resnet.conv_shortcut.bias
+        assert own is not None
+        own.add_(torch.mv(weight.flatten(1).float(), bias.float()).to(own.dtype))

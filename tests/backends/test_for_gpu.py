@@ -114,7 +114,8 @@ def test_a_unet_of_fewer_passes_computes_the_same(family: str) -> None:
     assert relative_l2(changed(x, row, changed.context(text)), expected) < ALIKE, "a UNet still"
     resnets = [module for module in changed.modules() if isinstance(module, Resnet)]
     assert all(resnet.conv1.bias is None for resnet in resnets)
-    assert {resnet.conv2.bias is None for resnet in resnets} == {True, False}
+    assert all(resnet.conv2.bias is None for resnet in resnets)
+    assert {resnet.bias is None for resnet in resnets} == {True, False}
 
 
 @pytest.mark.parametrize("norms_add", [True, False])
@@ -129,6 +130,8 @@ def test_a_vae_of_fewer_passes_computes_the_same(norms_add: bool) -> None:
     assert relative_l2(changed.encode(picture), vae.encode(picture)) < ALIKE
     resnets = [module for module in changed.modules() if isinstance(module, Resnet)]
     assert all((r.shift is not None, r.conv1.bias is None) == (norms_add,) * 2 for r in resnets)
+    assert sum(resnet.lead is not None for resnet in resnets) == (2 if norms_add else 0)
+    assert {r.conv_shortcut is None for r in resnets if r.lead is not None} <= {True, False}
 
 
 @torch.no_grad()

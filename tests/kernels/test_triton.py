@@ -52,18 +52,18 @@ def test_a_kernel_equals_its_reference(name: str, errors: Mapping[str, float]) -
 _NORM = dict(x="*fp16", weight="*fp16", bias="*fp16", added="*fp16", out="*fp16", eps="fp32")
 _MAP = dict(C="i32", pixels="i32", added_stride="i32")
 _SPLIT = dict(partial="*fp32", per_split="i32", splits="i32")
-_TILE = dict(GROUPS=32, WIDTH=10, ADDED=True, BLOCK_P=32, BLOCK_G=8, BLOCK_W=16)
+_GROUP = dict(GROUPS=32, WIDTH=10, ADDED=True)
 _ROWS = dict(C="i32", rows="i32", multiplier="*fp32")
 KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "moments": (
         "triton_group_norm",
         dict(x="*fp16", added="*fp16", **_MAP, **_SPLIT),
-        _TILE,
+        dict(BLOCK_P=16, BLOCK_G=8, BLOCK_W=16, **_GROUP),
     ),
     "normalise": (
         "triton_group_norm",
         {**_NORM, **_MAP, **_SPLIT},
-        dict(SILU=True, BLOCK_S=64, **_TILE),
+        dict(SILU=True, BLOCK_P=32, BLOCK_C=64, BLOCK_G=8, BLOCK_S=64, **_GROUP),
     ),
     "one_group": (
         "triton_group_norm",
@@ -79,6 +79,11 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         "triton_geglu",
         dict(x="*fp16", out="*fp16", **_ROWS),
         dict(FP8=False, BLOCK_R=8, BLOCK_C=256),
+    ),
+    "residual_sum": (
+        "triton_residual",
+        dict(x="*fp16", h="*fp16", bias="*fp16", out="*fp16", C="i32", pixels="i32"),
+        dict(BLOCK_P=16, BLOCK_C=128),
     ),
     "step": (
         "triton_sampler_step",
@@ -100,7 +105,15 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 LARGE = {"conv3x3": (8, 3, 255, 99 << 10), "one_group": (16, 3, 128, 48 << 10)}
 # What a launch finds to be multiples of 16: every map's address, and channels, which all families
 # have so but for the first and last convolution.
-ALIGNED = {"conv3x3": ("x", "skip", "weight", "bias", "shift", "residual", "out", "C", "S", "O")}
+ALIGNED = {
+    "normalise": ("x", "out", "weight", "bias", "added", "C"),
+    "moments": ("x", "C"),
+    "add_layer_norm": ("x", "added", "total", "out", "weight", "bias", "C"),
+    "gated": ("x", "out", "C"),
+    "residual_sum": ("x", "h", "bias", "out", "C"),
+    "one_group": ("x", "out", "C"),
+    "conv3x3": ("x", "skip", "weight", "bias", "shift", "residual", "out", "C", "S", "O"),
+}
 ARCHITECTURES = (80, 89, 90, 100)
 
 

@@ -23,6 +23,7 @@ from fastsd.kernels.convolution import conv3x3 as our_conv3x3
 from fastsd.kernels.geglu import geglu as our_geglu
 from fastsd.kernels.group_norm import group_norm as our_group_norm
 from fastsd.kernels.layer_norm import layer_norm as our_layer_norm
+from fastsd.kernels.residual import residual as our_residual
 from fastsd.kernels.sampler_step import sampler_step_
 from fastsd.models.layers import use_kernel
 from fastsd.models.unet import UNet
@@ -113,9 +114,20 @@ def layer_norm(
 def geglu(shape: tuple[int, ...], dtype: torch.dtype, *, fp8: bool = False) -> Case:
     def run(device: str) -> float:
         x = (2 * draw(*shape)).to(device, dtype)
-        options = {"multiplier": torch.tensor(100.0, device=device)} if fp8 else {}
-        out = our_geglu(x, **options, implementation="triton")
-        return relative_l2(out, reference.geglu(x, **options))
+        multiplier = torch.tensor(100.0, device=device) if fp8 else None
+        out = our_geglu(x, multiplier=multiplier, implementation="triton")
+        return relative_l2(out, reference.geglu(x, multiplier=multiplier))
+
+    return run
+
+
+def residual(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
+    def run(device: str) -> float:
+        x, h = (draw(*shape, seed=i).to(device, dtype) for i in (0, 1))
+        bias = draw(shape[1], seed=2).to(device, dtype)
+        out = our_residual(x, h, bias, implementation="triton")
+        assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+        return relative_l2(out, reference.residual(x, h, bias))
 
     return run
 
@@ -245,6 +257,8 @@ CASES: dict[str, tuple[Case, float]] = {
     "layer norm bf16": (layer_norm((3, 96), BRAIN), 4e-3),
     "layer norm far from zero": (layer_norm((5, 320), FULL, offset=1000.0), 2e-4),
     "layer norm to fp8": (layer_norm((5, 320), HALF, fp8=True), FP8_ERROR),
+    "residual fp16": (residual((2, 320, 9, 17), HALF), 5e-4),
+    "residual fp32": (residual((1, 3, 5, 7), FULL), 1e-6),
     "gate fp16": (geglu((2, 9, 2560), HALF), 5e-4),
     "gate fp32": (geglu((17, 600), FULL), 1e-6),
     "gate bf16": (geglu((17, 64), BRAIN), 4e-3),

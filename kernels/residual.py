@@ -1,0 +1,45 @@
+"""What ends a resnet: the sum of its input, its last convolution and that one's bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastsd.kernels import dispatch
+
+
+def residual(x: Tensor, h: Tensor, bias: Tensor, *, implementation: str = "library") -> Tensor:
+    """Return x + h + bias: (B, C, H, W) twice, any float dtype, and (C,).
+
+    implementation: "library" (torch, two passes) or "triton" (one, channels-last). Raises
+    UsageError for an unknown name.
+    """
+    if implementation == "library":
+        return x + (h + bias[:, None, None])
+    dispatch.require("residual", implementation, x.device)
+    x, h = (t.contiguous(memory_format=torch.channels_last) for t in (x, h))
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    torch.ops.fastsd.residual(x, h, bias, out)
+    return out
+
+
+def candidates(x: Tensor, h: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Return what can compute this on its device, by name, ready to be tried."""
+    return {
+        name: lambda name=name: residual(x, h, bias, implementation=name)  # type: ignore[misc]
+        for name in dispatch.able("residual", x.device)
+    }
+
+
+@torch.library.custom_op("fastsd::residual", mutates_args=("out",))
+def _residual(x: Tensor, h: Tensor, bias: Tensor, out: Tensor) -> None:
+    from fastsd.kernels import triton_residual  # triton may be absent, and is slow to import
+
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_residual.launch(x, h, bias, out)
+
+
+_residual.register_fake(lambda *_: None)  # it writes into `out`
