@@ -164,7 +164,23 @@ def _pipeline(scene: Scene, precision: str = "fp32", **components: Any) -> Any:
 
 def open_diffusers(scene: Scene, *, precision: str = "fp32") -> Drawer:
     """Diffusers as it stands."""
-    return PipelineDrawer(_pipeline(scene, precision), scene, _watch_diffusers)
+    return _drawer(_pipeline(scene, precision), scene)
+
+
+def _drawer(pipeline: Any, scene: Scene) -> Drawer:
+    """Draw with a pipeline of diffusers', from the noise that it starts from in fp32.
+
+    In half precision it would draw noise in that, which makes other numbers of the same seed, and
+    another picture.
+    """
+
+    def noise(generator: torch.Generator) -> Tensor:
+        side = scene.size // pipeline.vae_scale_factor
+        shape = (1, pipeline.unet.config.in_channels, side, side)
+        return torch.randn(shape, generator=generator).to(pipeline.unet.dtype)
+
+    half = pipeline.unet.dtype != torch.float32
+    return PipelineDrawer(pipeline, scene, _watch_diffusers, noise=noise if half else None)
 
 
 def open_compiled(scene: Scene, *, precision: str = "fp32", mode: str | None = None) -> Drawer:
@@ -180,7 +196,7 @@ def open_compiled(scene: Scene, *, precision: str = "fp32", mode: str | None = N
         # Diffusers moves this VAE to fp32 and back in every call: a graph would be recorded anew.
         mode = f"{mode}-no-cudagraphs"
     pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode=mode, fullgraph=True)
-    return PipelineDrawer(pipeline, scene, _watch_diffusers)
+    return _drawer(pipeline, scene)
 
 
 @contextmanager

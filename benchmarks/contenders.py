@@ -253,6 +253,7 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "graph-loop": {"graph": "loop"},
     "low-memory": {"low_memory": True},
     "int8-weights": {"weights": "int8"},
+    "fp8": {"weights": "fp8"},
     "low-memory-int8": {"low_memory": True, "weights": "int8"},
     "attention-sdpa": {"use": {"attention": "sdpa"}},
     "attention-flash": {"use": {"attention": "flash"}},

@@ -133,10 +133,14 @@ class PipelineDrawer(Drawer):
         watched: Callable[[Any, Watch], AbstractContextManager[None]],
         *,
         fixed_batch: bool = False,
+        noise: Callable[[torch.Generator], Tensor] | None = None,
         **settings: Any,
     ) -> None:
-        """settings: what each call is given beside the scene's."""
+        """noise: draws a picture's first latents, (1, C, h, w), where the pipeline would draw
+        others. settings: what each call is given beside the scene's.
+        """
         self.fixed_batch = fixed_batch
+        self._noise = noise
         self._pipeline = pipeline
         self._watched = watched
         self._settings: dict[str, Any] = {
@@ -167,8 +171,10 @@ class PipelineDrawer(Drawer):
 
     def _call(self, prompts: Sequence[str], seeds: Sequence[int], output_type: str) -> Any:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        noise = self._noise
+        given = {} if noise is None else {"latents": torch.cat([noise(g) for g in generators])}
         return self._pipeline(
-            list(prompts), generator=generators, output_type=output_type, **self._settings
+            list(prompts), generator=generators, output_type=output_type, **given, **self._settings
         ).images
 
 
@@ -218,7 +224,7 @@ def prepare_engine(
 def open_engine(scene: Scene, folder: str, *, cache_interval: int = 1, **_: str) -> Drawer:
     """Open an engine; a native one only if it was exported by this user on this machine."""
     pipeline = Pipeline.from_pretrained(folder, sampler=scene.sampler, device=scene.device)
-    settings = {"cache_interval": cache_interval} if cache_interval > 1 else {}
+    settings: dict[str, Any] = {"cache_interval": cache_interval} if cache_interval > 1 else {}
     return PipelineDrawer(pipeline, scene, _watch_fastsd, fixed_batch=True, **settings)
 
 

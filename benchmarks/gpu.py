@@ -107,6 +107,7 @@ STAGES = (
             ("kernels", "our kernels and the library's", 280, "*-library/fp16", "*-triton/fp16"),
             ("cudnn", "convolutions as cuDNN's search has them", 140, "cudnn-*/fp16"),
             ("attention", "one attention against the measured ones", 280, "attention-*/fp16"),
+            ("fp8", "linear layers in fp8", 100, "fp8/fp16"),
         )
     ),
     _bench(
@@ -128,7 +129,7 @@ STAGES = (
             ("compiled", "against diffusers compiled for the most speed", "diffusers-compile/fp16"),
             ("inductor", "torch.compile's code in our graph", "fastsd/inductor/fp16"),
             ("aoti", "that code compiled ahead of time", "fastsd/aoti-cuda/fp16"),
-            ("fp8", "with its linear layers in fp8", "fastsd/aoti-cuda/fp8"),
+            ("aoti-fp8", "that with linear layers in fp8", "fastsd/aoti-cuda/fp8"),
         )
     ),
     _bench(

@@ -19,9 +19,9 @@ from fastsd.backends.auto import Measured, remember
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import ArtifactError, FastsdError
 from fastsd.export.build import export, own_engine
-from fastsd.export.calibration import draw_settings
 from fastsd.export.parts import Request
 from fastsd.export.verify import receipt_prompts
+from fastsd.quant.draws import draw_settings
 
 CANDIDATES = (("aoti", "fp32"), ("aoti", "bf16"), ("aoti", "int8"))
 EXACT_ERROR = 1e-4  # relative L2 of every part below which an engine counts as exact

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from fastsd import Pipeline
@@ -23,7 +22,6 @@ from fastsd.backends.cuda_graph import exact_convolutions
 from fastsd.backends.eager import EagerBackend
 from fastsd.backends.heap import give_back_freed_memory
 from fastsd.checkpoints import Checkpoint, parameters
-from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
 from fastsd.models.layers import Attention
 from fastsd.quality import builtin_atlas, first_by_digest, psnr, tasks
@@ -38,20 +36,9 @@ from fastsd.quant.calibrate import (
     sensitivity,
     spec_of,
 )
+from fastsd.quant.draws import PROMPTS, draw_settings
 from fastsd.quant.spec import QuantSpec, Rounding, shares_input
 
-# For models whose makers give none: things, places, people and styles.
-PROMPTS = (
-    "a photograph of an astronaut riding a horse",
-    "a bowl of fruit on a wooden table, morning light",
-    "portrait of an old fisherman, oil painting",
-    "a city street at night in the rain, neon signs",
-    "a small red house by the sea, watercolor",
-    "a cat sleeping on a pile of books",
-    "mountains above the clouds at sunset, highly detailed",
-    "an isometric drawing of a tiny workshop",
-)
-GUIDANCE = 7.5
 _FIRST_SEED = 10_000  # far from those that pictures are judged by
 _PICTURES = 16
 JUDGED_STEPS = 20  # of pictures that say how near an engine is
@@ -101,23 +88,6 @@ def default_prompts(model: str) -> tuple[str, ...]:
     atlas = builtin_atlas()
     judged = {name for task in tasks(atlas).values() for name in task.names}
     return tuple(first_by_digest([n for n in atlas.english if n not in judged], _PICTURES))
-
-
-def draw_settings(config: ModelConfig, size: tuple[int, int], steps: int) -> dict[str, Any]:
-    """Return what a model is drawn with when it is calibrated, and compared with itself.
-
-    GUIDANCE and `steps`, but models made for few steps as they were made. An inpainting model draws
-    all but the edge of a grey picture. size: height, width.
-    """
-    height, width = size
-    found: dict[str, Any] = {"height": height, "width": width}
-    if config.schedule.steps is None:
-        found |= {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
-    if config.inpaints:
-        mask = Image.new("L", (width, height))
-        mask.paste(255, (width // 8, height // 8, width - width // 8, height - height // 8))
-        found |= {"image": Image.new("RGB", mask.size, "grey"), "mask_image": mask}
-    return found
 
 
 def exact_device(checkpoint: Checkpoint, target: str) -> str:

@@ -20,14 +20,13 @@ from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
 from fastsd.export.calibration import (
     JUDGED_STEPS,
-    PROMPTS,
-    draw_settings,
     exact_device,
     exact_pipeline,
 )
 from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
+from fastsd.quant.draws import PROMPTS, draw_settings
 
 BUILTIN_PROMPTS, OTHER_PROMPTS = 16, 4
 

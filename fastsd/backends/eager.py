@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -18,6 +18,7 @@ from fastsd.backends.choice import (
 )
 from fastsd.backends.cuda_graph import Graphed, convolves_in_tf32
 from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
+from fastsd.backends.fp8 import put_in_fp8_, require_fp8
 from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _PARTS_OF = {"vae": ("vae_decoder", "vae_encoder")}
-WEIGHT_FORMATS = ("int8",)  # what a UNet's weights can be kept in, beside the precision
+WEIGHT_FORMATS = ("int8", "fp8")  # what a UNet's weights can be kept in, beside the precision
 FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
 
 
@@ -41,7 +42,8 @@ class EagerBackend(Graphed):
     """Run every part with torch, kernel by kernel.
 
     on_host: modules whose weights stay in the host's memory and visit the GPU while they run.
-    weights: "int8" keeps the UNet's in int8, and widens each layer's whenever it runs.
+    weights: "int8" keeps the UNet's in int8, and widens each layer's whenever it runs; "fp8" lets
+    `put_in_fp8` be called.
     to_compile: parts will be: norms are left to the compiler, and attention is one of torch's.
     """
 
@@ -66,6 +68,8 @@ class EagerBackend(Graphed):
                 f"weights={weights!r} is unknown; pass {' or '.join(map(repr, WEIGHT_FORMATS))}, "
                 "or leave it out: they are kept in the precision"
             )
+        if weights == "fp8":
+            require_fp8(device, self.dtype)
         self._checkpoint = checkpoint
         if device.type == "cpu":
             keep_freed_memory()
@@ -79,6 +83,7 @@ class EagerBackend(Graphed):
         # The checkpoint's: a rewritten model has others beside them.
         self._names = {part: {n for n, _ in m.named_parameters()} for part, m in modules.items()}
         self._choices: dict[str, list[str]] = {}  # op or part -> what runs, and why
+        self._fp8 = False
         unet, vae = cast(UNet, modules["unet"]), cast(VAE, modules["vae"])
         if precision == "fp16" and checkpoint.config.vae.force_upcast:
             # fp16 overflows in such a VAE. diffusers upcasts it to fp32, which takes twice the time
@@ -90,7 +95,7 @@ class EagerBackend(Graphed):
             for name, module in modules.items()
             if name.startswith("text_")
         }
-        if weights is not None:
+        if weights == "int8":
             keep_in_int8_(unet, device)
             self._choices["weights"] = ["unet's weights: kept in int8, widened as a layer runs"]
         run: UNet | JoinedUNet = unet
@@ -141,6 +146,17 @@ class EagerBackend(Graphed):
                 self._choices |= fastest_between(unet, self.dtype, device)
                 self._choices["residual"] = fastest_sums(unet, vae.decoder, self.dtype, device)
 
+    def put_in_fp8(self, draw: Callable[[], object]) -> None:
+        """Put the UNet's linear layers in fp8, by the ranges of numbers that `draw` shows.
+
+        For good: adapters fit no longer.
+        """
+        unet = self.modules["unet"]
+        assert isinstance(unet, UNet)
+        count = put_in_fp8_(unet, draw)
+        self._choices["weights"] = [f"unet's linear layers: {count} in fp8, the others not"]
+        self._fp8 = True
+
     def use(self, op: str, implementation: str) -> None:
         """Compute `op` by `implementation` in every part."""
         choice = dispatch.choose(op, self.device, implementation)
@@ -168,6 +184,11 @@ class EagerBackend(Graphed):
         """
         if part not in self.modules:
             raise UsageError(f"the model has no {part}; it has {', '.join(self.modules)}")
+        if self._fp8:
+            raise UsageError(
+                "the UNet's weights were rounded to fp8, and take no adapters; load the model "
+                "without weights='fp8'"
+            )
         module, names = self.modules[part], self._names[part]
         named = {
             **dict(module.named_parameters()),

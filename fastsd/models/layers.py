@@ -99,7 +99,8 @@ class Attention(nn.Module):
             k, v = kv or self.keys_values(x)
             q = widen(self.by_heads(self.to_q(x)), k.shape[0])
         out = attention(q, k, v, implementation=self.implementation)
-        projected: Tensor = self.to_out[0](join_heads(out).to(x.dtype))
+        joined = join_heads(out).to(x.dtype) if self.upcast else join_heads(out)
+        projected: Tensor = self.to_out[0](joined)
         return projected
 
     def by_heads(self, x: Tensor) -> Tensor:
@@ -178,12 +179,16 @@ def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation, and the residual sum before it.
 
-    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them.
+    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them. multiplier:
+    of the layer that reads what is normalised, if that one multiplies in fp8; else None.
     """
+
+    multiplier: Tensor | None
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.implementation = "library"
+        self.register_buffer("multiplier", None)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, N, C), and what is first added to it -> their sum, and the sum normalised."""
@@ -193,6 +198,7 @@ class LayerNorm(nn.LayerNorm):
             self.bias,
             self.eps,
             added=added,
+            multiplier=self.multiplier,
             implementation=self.implementation,
         )
 
@@ -201,17 +207,22 @@ class LayerNorm(nn.LayerNorm):
 class GEGLU(nn.Module):
     """value * gelu(gate), both linear in x (Shazeer 2020).
 
-    implementation: which kernel gates, as `fastsd.kernels.dispatch` has them.
+    implementation: which kernel gates, as `fastsd.kernels.dispatch` has them. multiplier: of the
+    layer after it, if that one multiplies in fp8; else None.
     """
+
+    multiplier: Tensor | None
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
         self.implementation = "library"
+        self.register_buffer("multiplier", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width) -> (…, inner)."""
-        return geglu(self.proj(x), implementation=self.implementation)
+        gates = self.proj(x)
+        return geglu(gates, multiplier=self.multiplier, implementation=self.implementation)
 
 
 @final

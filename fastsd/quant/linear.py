@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from fastsd.errors import UsageError
+from fastsd.kernels.fp8 import in_fp8
 from fastsd.quant.spec import E4M3, Rounding
 
 _ops = torch.ops.quantized_decomposed
@@ -146,7 +147,8 @@ def int8_layer(layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> Int8Linear |
 class Fp8Linear(nn.Module):
     """A linear layer in fp8.
 
-    weight: (C_out, C_in), both multiples of FP8_WIDTHS. bias: (C_out,), or None.
+    weight: (C_out, C_in), both multiples of FP8_WIDTHS. bias: (C_out,), or None. multiplier: (),
+    fp32: what inputs are multiplied by when they are rounded.
     """
 
     weight: Tensor
@@ -156,6 +158,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rounding: Rounding) -> None:
         super().__init__()
+        self.dtype = weight.dtype
         weight, shrink = grown(weight.detach().float(), rounding)
         scale = torch.tensor(rounding.fp8(), device=weight.device)
         # One for all channels: fp8's numbers are as fine where they are small.
@@ -167,16 +170,17 @@ class Fp8Linear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, C_in) -> (…, C_out), in x's dtype."""
-        fused = x.dtype != torch.float32  # or GPUs add no bias
-        q = (x.flatten(0, -2).float() * self.multiplier).clamp(-E4M3, E4M3)
+        """(…, C_in) -> (…, C_out), in x's dtype; x already rounded to fp8 -> in the weights'."""
+        dtype = self.dtype if x.dtype == torch.float8_e4m3fn else x.dtype
+        fused = dtype != torch.float32  # or GPUs add no bias
+        q = x.flatten(0, -2)
         out: Tensor = torch._scaled_mm(
-            q.to(torch.float8_e4m3fn),
+            q if q.dtype == torch.float8_e4m3fn else in_fp8(q, self.multiplier),
             self.weight.t(),
             self.scale,
             self.weight_scale,
             bias=self.bias if fused else None,
-            out_dtype=x.dtype,
+            out_dtype=dtype,
             use_fast_accum=True,  # Hopper's sums of 14 bits, which err less than the rounding
         )
         out = out.view(*x.shape[:-1], -1)

@@ -27,11 +27,12 @@ from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UntrustedArtifact
 from fastsd.export import EXPORTERS, verify
 from fastsd.export.build import Exporter, export
-from fastsd.export.calibration import GUIDANCE, JUDGED_STEPS, Calibration
+from fastsd.export.calibration import JUDGED_STEPS, Calibration
 from fastsd.export.parts import Request
 from fastsd.images import read_metadata
 from fastsd.kernels import native
 from fastsd.quality import psnr
+from fastsd.quant.draws import GUIDANCE
 from fastsd.quant.spec import QuantSpec
 from tests.export.conftest import SIZE
 from tests.export.test_to_onnx import draw

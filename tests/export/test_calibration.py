@@ -11,7 +11,8 @@ import torch
 from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.export import calibration
-from fastsd.export.calibration import GUIDANCE, Calibrator, calibrate_checkpoint, draw_settings
+from fastsd.export.calibration import Calibrator, calibrate_checkpoint
+from fastsd.quant.draws import GUIDANCE, draw_settings
 from fastsd.quant.spec import QuantSpec, shares_input
 from tests.export.conftest import SIZE
 from tests.fixtures import tiny_vae, write_inpainting

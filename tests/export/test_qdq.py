@@ -17,13 +17,14 @@ from fastsd import Pipeline
 from fastsd.checkpoints import open_checkpoint
 from fastsd.export import graph, qdq
 from fastsd.export.build import export, open_exporter
-from fastsd.export.calibration import GUIDANCE, calibrate_checkpoint, default_prompts
+from fastsd.export.calibration import calibrate_checkpoint, default_prompts
 from fastsd.export.for_cpu import for_cpu
 from fastsd.export.parts import GraphPart, Request, load_part
 from fastsd.models.vae import VAE
 from fastsd.quality import Task, builtin_atlas, psnr, task_score, tasks
 from fastsd.quant.apply import quantised
 from fastsd.quant.calibrate import relative_error
+from fastsd.quant.draws import GUIDANCE
 from fastsd.quant.spec import Rounding
 from tests.export.conftest import SIZE, flat_spec
 

@@ -1,0 +1,97 @@
+"""A GPU's UNet with linear layers in fp8, whose inputs are rounded by the kernel before them.
+
+Those are the products of self-attention's queries, keys and values, of cross-attention's queries
+and of the feed-forward layers: what they read comes from a norm or a gate, which round it for
+nothing. The other linear layers would need a pass of their own for that, which takes as long as
+their products win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsd.backends.cuda_graph import gpu_name
+from fastsd.errors import UsageError
+from fastsd.models.layers import GEGLU, LayerNorm, TransformerBlock
+from fastsd.models.unet import UNet
+from fastsd.quant.linear import FP8_WIDTHS, Fp8Linear
+from fastsd.quant.spec import Rounding
+
+SINCE = (8, 9)  # compute capability
+
+
+def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UsageError unless `device` has fp8 products, and what is around them is in half."""
+    if device.type != "cuda":
+        raise UsageError(
+            f"weights='fp8' needs a GPU, not {device.type}; leave it out, or export an int8 engine"
+        )
+    if torch.cuda.get_device_capability(device) < SINCE:
+        raise UsageError(
+            f"this GPU, {gpu_name(device)}, has no fp8 products, which come with compute "
+            f"capability {'.'.join(map(str, SINCE))}; leave weights='fp8' out"
+        )
+    if dtype == torch.float32:
+        raise UsageError("weights='fp8' needs precision='fp16' or 'bf16'; pass one of them")
+
+
+@torch.no_grad()
+def put_in_fp8_(unet: UNet, draw: Callable[[], object]) -> int:
+    """Put in fp8 what is worth it; return how many layers that is.
+
+    unet: one whose products of one input are joined (`JoinedUNet`). draw: runs it on inputs like
+    those to come, by which the ranges of the layers' inputs are found: what is four times as large
+    fits as well.
+    """
+    found = list(_spots(unet))
+    largest: dict[nn.Module, Tensor] = {}
+
+    def watch(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        here = args[0].detach().abs().amax().float()
+        largest[layer] = torch.maximum(largest[layer], here) if layer in largest else here
+
+    layers = [owner.get_submodule(name) for _, owner, name in found]
+    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
+    try:
+        draw()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (source, owner, name), layer in zip(found, layers, strict=True):
+        high = float(largest[layer])
+        if not high < float("inf"):
+            raise UsageError(
+                f"the UNet's activations are not finite before {name}; load it as bf16"
+            )
+        rounded = Fp8Linear(layer.weight, layer.bias, Rounding.of(-high, high))  # type: ignore[arg-type]
+        owner.set_submodule(name, rounded)
+        source.multiplier = rounded.multiplier
+    for block in _blocks(unet):
+        for letter in "qkv":  # they have views of the joined weights, which are used no more
+            setattr(block.attn1, f"to_{letter}", None)
+    return len(found)
+
+
+def _blocks(unet: UNet) -> Iterator[TransformerBlock]:
+    return (module for module in unet.modules() if isinstance(module, TransformerBlock))
+
+
+def _spots(unet: UNet) -> Iterator[tuple[LayerNorm | GEGLU, nn.Module, str]]:
+    """Yield what rounds an input, and the layer that reads it, by its owner and name there."""
+    for block in _blocks(unet):
+        gate = block.ff.net[0]
+        assert isinstance(gate, GEGLU)
+        for source, owner, name in (
+            (block.norm1, block.attn1, "to_qkv"),
+            (block.norm2, block.attn2, "to_q"),
+            (block.norm3, gate, "proj"),
+            (gate, block.ff.net, "2"),
+        ):
+            weight = owner.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            if not any(width % FP8_WIDTHS for width in weight.shape):
+                yield source, owner, name

@@ -1,0 +1,49 @@
+"""A UNet's linear layers in fp8, on the CPU, whose fp8 products are the formula's."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsd import Pipeline
+from fastsd.backends.for_gpu import JoinedUNet
+from fastsd.backends.fp8 import put_in_fp8_
+from fastsd.errors import UsageError
+from fastsd.models.layers import TransformerBlock
+from fastsd.models.unet import UNet
+from fastsd.quant.linear import Fp8Linear
+from tests.backends.test_for_gpu import FAMILIES, conditions, relative_l2
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    unet = UNet(FAMILIES["sd1"]).to(dtype)
+    text, _ = conditions(unet)
+    joined = JoinedUNet(copy.deepcopy(unet), CPU)
+    times, x = torch.tensor([900.0, 3.5]), torch.randn(2, unet.config.in_channels, 16, 8).to(dtype)
+    row, kv = joined.time_rows(times)[1], joined.context(text.to(dtype))
+    expected = joined(x, row, kv)
+    count = put_in_fp8_(joined.unet, lambda: joined(x, row, kv))
+    blocks = [m for m in joined.modules() if isinstance(m, TransformerBlock)]
+    assert count == 4 * len(blocks) == sum(isinstance(m, Fp8Linear) for m in joined.modules())
+    got = joined(x, row, kv)
+    assert got.dtype == dtype
+    assert 1e-4 < relative_l2(got.float(), expected.float()) < 0.1
+    # what is larger than was seen fits too
+    assert relative_l2(joined(3 * x, row, kv).float(), unet_of(unet, 3 * x, times, text)) < 0.1
+
+
+def unet_of(unet: UNet, x: torch.Tensor, times: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    return unet(x, unet.time_rows(times)[1], unet.context(text.to(x.dtype))).float()
+
+
+def test_what_has_no_fp8_says_so(sd1_folder: Path) -> None:
+    with pytest.raises(UsageError, match="weights='fp8' needs a GPU, not cpu"):
+        Pipeline.from_pretrained(sd1_folder, weights="fp8", device="cpu")
