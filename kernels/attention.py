@@ -17,6 +17,7 @@ from fastsd.errors import UsageError
 from fastsd.kernels import dispatch, native
 
 IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS["attention"]
+MOST_KEYS = 128  # of our kernel for few
 
 
 def attention(
@@ -26,8 +27,9 @@ def attention(
 
     q: (B, M, Nq, K); k, v: (B, M, N, K); any strides, one dtype. Returns (B, M, Nq, K).
     causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice); on GPUs also
-    "flash", "efficient" or "cudnn" (torch's kernels by name), "flash3" or "xformers"; on CPUs, once
-    `native.load` was called, "avx512" or "vnni" (not causal).
+    "flash", "efficient" or "cudnn" (torch's kernels by name), "flash3", "xformers", or "triton" (in
+    half precision to at most MOST_KEYS keys, not causal); on CPUs, once `native.load` was called,
+    "avx512" or "vnni" (not causal).
     Raises MissingDependency if what is asked for is absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
     """
@@ -51,6 +53,7 @@ def candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor
         "flash": not torch.backends.cuda.can_use_flash_attention(given),
         "efficient": not torch.backends.cuda.can_use_efficient_attention(given),
         "cudnn": not torch.backends.cuda.can_use_cudnn_attention(given),
+        "triton": q.dtype == torch.float32 or k.shape[2] > MOST_KEYS,
     }
     return {
         name: lambda name=name: attention(q, k, v, implementation=name)  # type: ignore[misc]
@@ -120,7 +123,34 @@ def _own(q: Tensor, k: Tensor, v: Tensor, causal: bool, *, int8: bool) -> Tensor
     return native.attention(q, k, v, int8=int8)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    if causal or k.shape[2] > MOST_KEYS or q.dtype == torch.float32:
+        raise UsageError(
+            f"attention implementation 'triton' is for fp16 and bf16, not causal, and at most "
+            f"{MOST_KEYS} keys, and was given {k.shape[2]} in {q.dtype}; use 'sdpa'"
+        )
+    dispatch.require("attention", "triton", q.device)
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    B, heads, queries, width = q.shape
+    out = torch.empty((B, queries, heads, width), dtype=q.dtype, device=q.device)
+    torch.ops.fastsd.attention(q, k, v, out)
+    return out.transpose(1, 2)
+
+
+@torch.library.custom_op("fastsd::attention", mutates_args=("out",))
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    from fastsd.kernels import triton_attention  # triton may be absent, and is slow to import
+
+    # Triton launches on the current device.
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        triton_attention.launch(q, k, v, out)
+
+
+_attend.register_fake(lambda *_: None)  # it writes into `out`
+
+
 _BY_NAME = {
+    "triton": _triton,
     "flash": _flash,
     "flash3": _flash3,
     "efficient": _efficient,

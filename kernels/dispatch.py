@@ -27,7 +27,7 @@ log = logging.getLogger("fastsd")
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "attention": (
-            *("sdpa", "flash", "flash3", "efficient", "cudnn", "xformers"),
+            *("sdpa", "flash", "flash3", "efficient", "cudnn", "xformers", "triton"),
             *("avx512", "vnni"),
         ),
         "conv3x3": ("library", "triton"),

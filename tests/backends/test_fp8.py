@@ -15,7 +15,9 @@ from fastsd.errors import UsageError
 from fastsd.models.layers import TransformerBlock
 from fastsd.models.unet import UNet
 from fastsd.quant.linear import Fp8Linear
-from tests.backends.test_for_gpu import FAMILIES, conditions, relative_l2
+from tests.backends.test_for_gpu import conditions
+from tests.models.oracles import relative_l2
+from tests.models.test_unet import FAMILIES
 
 CPU = torch.device("cpu")
 
@@ -41,7 +43,8 @@ def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
 
 
 def unet_of(unet: UNet, x: torch.Tensor, times: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    return unet(x, unet.time_rows(times)[1], unet.context(text.to(x.dtype))).float()
+    out: torch.Tensor = unet(x, unet.time_rows(times)[1], unet.context(text.to(x.dtype)))
+    return out.float()
 
 
 def test_what_has_no_fp8_says_so(sd1_folder: Path) -> None:

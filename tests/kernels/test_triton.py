@@ -80,6 +80,13 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         dict(x="*fp16", out="*fp16", **_ROWS),
         dict(FP8=False, BLOCK_R=8, BLOCK_C=256),
     ),
+    "attend": (
+        "triton_attention",
+        dict.fromkeys(("q", "k", "v", "out"), "*fp16")
+        | {f"{x}_{axis}": "i32" for x in "qkv" for axis in "bhn"}
+        | dict(heads="i32", queries="i32", keys="i32", scale="fp32"),
+        dict(WIDTH=64, BLOCK_Q=64, BLOCK_N=128, BLOCK_W=64),
+    ),
     "residual_sum": (
         "triton_residual",
         dict(x="*fp16", h="*fp16", bias="*fp16", out="*fp16", C="i32", pixels="i32"),
@@ -102,7 +109,11 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 }
 # name -> (warps, stages, registers, shared memory), where not (4, 3, 128, 48 KiB): what a product
 # may take of a multiprocessor; and a group's program
-LARGE = {"conv3x3": (8, 3, 255, 99 << 10), "one_group": (16, 3, 128, 48 << 10)}
+LARGE = {
+    "attend": (4, 3, 255, 99 << 10),
+    "conv3x3": (8, 3, 255, 99 << 10),
+    "one_group": (16, 3, 128, 48 << 10),
+}
 # What a launch finds to be multiples of 16: every map's address, and channels, which all families
 # have so but for the first and last convolution.
 ALIGNED = {
@@ -176,7 +187,7 @@ def test_what_can_run_is_what_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
     gpu = torch.device("cuda", 0)
     assert dispatch.able("group_norm", gpu) == ["library", "triton", "triton-group"]
-    assert dispatch.able("attention", gpu) == ["sdpa", "flash", "efficient", "cudnn"]
+    assert dispatch.able("attention", gpu) == ["sdpa", "flash", "efficient", "cudnn", "triton"]
     assert dispatch.able("attention", CPU) == ["sdpa", "avx512", "vnni"]
     for op, known in dispatch.IMPLEMENTATIONS.items():
         assert dispatch.able(op, CPU)[0] == dispatch.able(op, gpu)[0] == known[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastsd.config import SD15
 from fastsd.kernels import reference
+from fastsd.kernels.attention import attention as our_attention
 from fastsd.kernels.convolution import conv3x3 as our_conv3x3
 from fastsd.kernels.geglu import geglu as our_geglu
 from fastsd.kernels.group_norm import group_norm as our_group_norm
@@ -117,6 +118,24 @@ def geglu(shape: tuple[int, ...], dtype: torch.dtype, *, fp8: bool = False) -> C
         multiplier = torch.tensor(100.0, device=device) if fp8 else None
         out = our_geglu(x, multiplier=multiplier, implementation="triton")
         return relative_l2(out, reference.geglu(x, multiplier=multiplier))
+
+    return run
+
+
+def attention(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float16, scale: float = 1.0
+) -> Case:
+    """shape: (B, M, Nq, N, K), as projections give them. scale: of the queries."""
+    B, heads, queries, keys, width = shape
+
+    def run(device: str) -> float:
+        q, k, v = (
+            draw(B, n, heads, width, seed=i).to(device, dtype).transpose(1, 2)
+            for i, n in enumerate((queries, keys, keys))
+        )
+        out = our_attention(scale * q, k, v, implementation="triton")
+        assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+        return relative_l2(out, reference.attention(*((scale * q).float(), k.float(), v.float())))
 
     return run
 
@@ -257,6 +276,10 @@ CASES: dict[str, tuple[Case, float]] = {
     "layer norm bf16": (layer_norm((3, 96), BRAIN), 4e-3),
     "layer norm far from zero": (layer_norm((5, 320), FULL, offset=1000.0), 2e-4),
     "layer norm to fp8": (layer_norm((5, 320), HALF, fp8=True), FP8_ERROR),
+    "attention 77 keys": (attention((2, 8, 150, 77, 40)), 2e-3),
+    "attention one key": (attention((1, 2, 3, 1, 64)), 2e-3),
+    "attention 128 keys": (attention((1, 1, 128, 128, 160)), 2e-3),
+    "attention beyond fp16": (attention((1, 2, 40, 77, 64), scale=200.0), 2e-3),
     "residual fp16": (residual((2, 320, 9, 17), HALF), 5e-4),
     "residual fp32": (residual((1, 3, 5, 7), FULL), 1e-6),
     "gate fp16": (geglu((2, 9, 2560), HALF), 5e-4),

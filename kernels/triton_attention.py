@@ -1,0 +1,83 @@
+"""Attention to few keys in Triton: a text's 77, which a program holds all at once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+
+BLOCK_Q = 64
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
+def attend(
+    q,
+    k,
+    v,
+    out,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    heads,
+    queries,
+    keys,
+    scale,
+    WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """out (B, queries, heads, WIDTH) = softmax(scale q k^T) v, BLOCK_Q queries of one head.
+
+    x_b, x_h, x_n: strides of pictures, heads and tokens; a head's numbers lie side by side.
+    """
+    b = tl.program_id(1) // heads
+    h = tl.program_id(1) % heads
+    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    n = tl.arange(0, BLOCK_N)
+    w = tl.arange(0, BLOCK_W)
+    own = (i < queries)[:, None] & (w < WIDTH)[None, :]
+    given = (n < keys)[:, None] & (w < WIDTH)[None, :]
+    q += b.to(tl.int64) * q_b + h * q_h
+    k += b.to(tl.int64) * k_b + h * k_h
+    v += b.to(tl.int64) * v_b + h * v_h
+    query = tl.load(q + i[:, None] * q_n + w[None, :], mask=own, other=0.0)
+    key = tl.load(k + n[:, None] * k_n + w[None, :], mask=given, other=0.0)
+    scores = tl.dot(query, tl.trans(key)) * scale
+    scores = tl.where((n < keys)[None, :], scores, float("-inf"))
+    parts = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+    value = tl.load(v + n[:, None] * v_n + w[None, :], mask=given, other=0.0)
+    attended = tl.dot(parts.to(value.dtype), value) / tl.sum(parts, axis=1)[:, None]
+    at = ((b.to(tl.int64) * queries + i[:, None]) * heads + h) * WIDTH + w[None, :]
+    tl.store(out + at, attended.to(out.dtype.element_ty), mask=own)
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """Attend from q (B, M, Nq, K) to k, v (B, M, N, K), N <= 128, into out (B, Nq, M, K)."""
+    B, heads, queries, width = q.shape
+    keys, block_w = k.shape[2], max(16, next_power_of_2(width))
+    attend[(cdiv(queries, BLOCK_Q), B * heads)](
+        q,
+        k,
+        v,
+        out,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        heads,
+        queries,
+        keys,
+        width**-0.5,
+        WIDTH=width,
+        BLOCK_Q=BLOCK_Q,
+        BLOCK_N=max(16, next_power_of_2(keys)),
+        BLOCK_W=block_w,
+        num_warps=4 if block_w <= 64 else 8,  # with four, wider heads spill registers
+    )
