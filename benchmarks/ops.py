@@ -24,7 +24,10 @@ from fastsd.kernels import reference
 from fastsd.kernels.attention import attention
 from fastsd.kernels.convolution import conv3x3
 from fastsd.kernels.dispatch import IMPLEMENTATIONS
+from fastsd.kernels.geglu import geglu
 from fastsd.kernels.group_norm import group_norm
+from fastsd.kernels.layer_norm import layer_norm
+from fastsd.kernels.residual import residual
 from fastsd.kernels.sampler_step import sampler_step_
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -137,6 +140,73 @@ def conv3x3_case(
     )
 
 
+def layer_norm_case(title: str, tokens: int, width: int, dtype: torch.dtype, device: str) -> Case:
+    """The norm of a residual sum, of a guidance pair's tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    x, added = numbers(2, tokens, width), numbers(2, tokens, width)
+    given = (x, numbers(width), numbers(width), 1e-5)
+
+    def call(name: str) -> Callable[[], Tensor]:
+        return lambda: layer_norm(*given, added=added, implementation=name)[1]
+
+    return Case(
+        op="layer_norm",
+        shape=f"{title}: 2x{tokens}x{width}",
+        reference=lambda: reference.layer_norm(*given, added=added)[1],
+        implementations={name: call(name) for name in IMPLEMENTATIONS["layer_norm"]},
+        flop=8 * x.numel(),
+        bytes=4 * x.numel() * x.element_size(),
+    )
+
+
+def geglu_case(title: str, tokens: int, width: int, dtype: torch.dtype, device: str) -> Case:
+    """The gate of a feed-forward layer, of a guidance pair's tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn((2, tokens, 8 * width), generator=generator, device=device).to(dtype)
+
+    def call(name: str) -> Callable[[], Tensor]:
+        return lambda: geglu(x, implementation=name)
+
+    return Case(
+        op="geglu",
+        shape=f"{title}: 2x{tokens}x{8 * width}",
+        reference=lambda: reference.geglu(x),
+        implementations={name: call(name) for name in IMPLEMENTATIONS["geglu"]},
+        flop=5 * x.numel(),
+        bytes=3 * x.numel() * x.element_size() // 2,
+    )
+
+
+def residual_case(
+    title: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str
+) -> Case:
+    """The sum that ends a resnet, with its last convolution's bias."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    shape = (batch, channels, side, side)
+    x, h = (numbers(*shape).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    bias = numbers(channels)
+
+    def call(name: str) -> Callable[[], Tensor]:
+        return lambda: residual(x, h, bias, implementation=name)
+
+    return Case(
+        op="residual",
+        shape=f"{title}: {batch}x{channels}x{side}x{side}",
+        reference=lambda: reference.residual(x, h, bias),
+        implementations={name: call(name) for name in IMPLEMENTATIONS["residual"]},
+        flop=2 * x.numel(),
+        bytes=3 * x.numel() * x.element_size(),
+    )
+
+
 def sampler_step_case(
     title: str, batch: int, side: int, slots: int, dtype: torch.dtype, device: str
 ) -> Case:
@@ -208,6 +278,20 @@ SAMPLER_STEP = (
     ("SDXL 1024, as captured", 1, 128, 4),
     ("SD1.5 512, a batch of 8", 8, 64, 4),
 )
+# (title, tokens, width)
+TOKENS = (
+    ("SD1.5 512, level 1", 4096, 320),
+    ("SD1.5 512, level 2", 1024, 640),
+    ("SD1.5 512, level 3", 256, 1280),
+    ("SDXL 1024, level 2", 4096, 640),
+    ("SDXL 1024, level 3", 1024, 1280),
+)
+# (title, batch, channels, side)
+RESIDUAL = (
+    ("SD1.5 512, level 1", 2, 320, 64),
+    ("SDXL 1024, level 3", 2, 1280, 32),
+    ("decoder 512, last", 1, 128, 512),
+)
 # what is asked, per guidance pair: (title, batch, heads, queries, keys, head width)
 ATTENTION = (
     ("SD1.5 512 self, level 1", 2, 8, 4096, 4096, 40),
@@ -222,7 +306,10 @@ ATTENTION = (
 OPS: dict[str, Sequence[Callable[[torch.dtype, str], Case]]] = {
     "attention": [partial(attention_case, *shape) for shape in ATTENTION],
     "conv3x3": [partial(conv3x3_case, *shape) for shape in CONV3X3],
+    "geglu": [partial(geglu_case, *shape) for shape in TOKENS],
     "group_norm": [partial(group_norm_case, *shape) for shape in GROUP_NORM],
+    "layer_norm": [partial(layer_norm_case, *shape) for shape in TOKENS],
+    "residual": [partial(residual_case, *shape) for shape in RESIDUAL],
     "sampler_step": [partial(sampler_step_case, *shape) for shape in SAMPLER_STEP],
 }
 

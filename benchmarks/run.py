@@ -47,7 +47,7 @@ SCHEMA = 1
 SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
 DEFAULT_SCENARIOS = SCENARIOS[:3]
 AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
-MOST_REPEATS = 40
+MOST_REPEATS = 40  # and of the reference, which is slow, where more are asked for
 SLOWEST = 8  # times the reference's time, above which a contender has to be asked for
 KEPT_BYTES = 1 << 30  # of pictures, for each contender
 SETTLE_S = 0.02  # between turns, so that one contender's idling threads go to sleep
@@ -416,7 +416,12 @@ class Run:
             self._open(names, folder)
             seats = {name: self._seats[name] for name in names if name in self._seats}
             for turn in tqdm(turns, unit="turn", disable=None, leave=False):
-                take_turns(seats, [turn], self.records, lambda n, t: self._keep(folder, n, t))
+                drawing = {
+                    name: seat
+                    for name, seat in seats.items()
+                    if len(seats) == 1 or name != self.reference or turn < MOST_REPEATS
+                }
+                take_turns(drawing, [turn], self.records, lambda n, t: self._keep(folder, n, t))
                 self._require_reference()
             for name, seat in seats.items():
                 self._further_scenarios(name, seat)
@@ -478,7 +483,9 @@ class Run:
             if "Parts" in self.scenarios and not record.failure and record.parts_ms is None:
                 slow = record.turns and min(record.turns.values()) > 5
                 record.parts_ms = seat.ask("parts", repeats=1 if slow else 3)["parts_ms"]
-            if "Offline" in self.scenarios and not record.failure and record.offline is None:
+            alone = len(self.records) == 1
+            offline = "Offline" in self.scenarios and (alone or name != self.reference)
+            if offline and not record.failure and record.offline is None:
                 record.offline = _offline(seat)
         except ContenderFailed as error:
             self._say(f"{name}: {error}")

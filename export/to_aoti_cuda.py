@@ -31,6 +31,7 @@ from fastsd.backends.base import PRECISIONS
 from fastsd.backends.choice import fastest_attention
 from fastsd.backends.cuda_graph import convolves_in_tf32, gpu_name
 from fastsd.backends.for_gpu import Joined, JoinedUNet
+from fastsd.backends.fp8 import SINCE as FP8_SINCE
 from fastsd.backends.inductor import COMPILED, TUNED
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import MissingDependency, UsageError
@@ -45,7 +46,6 @@ from fastsd.quant.linear import FP8_WIDTHS, Fp8Linear
 from fastsd.quant.spec import Rounding, shares_input
 
 LINES = "TRITON_DISABLE_LINE_INFO"
-FP8_SINCE = (8, 9)  # compute capability
 HEADERS = ("cuda.h", "cuda_runtime.h", "crt/host_config.h")
 
 

@@ -12,11 +12,13 @@ import torch
 
 from fastsd import Pipeline
 from fastsd.backends.eager import EagerBackend
+from fastsd.backends.fp8 import SINCE as FP8_SINCE
 from fastsd.checkpoints import open_checkpoint
+from fastsd.errors import UsageError
 from fastsd.export.build import export
 from fastsd.export.calibration import calibrate_checkpoint
 from fastsd.export.parts import Request
-from fastsd.export.to_aoti_cuda import FORM, FP8_SINCE
+from fastsd.export.to_aoti_cuda import FORM
 from fastsd.quality import psnr
 from fastsd.quant.calibrate import relative_error
 from fastsd.quant.linear import Fp8Linear
@@ -50,8 +52,11 @@ def test_a_graph_draws_what_uncaptured_steps_draw(
         dict(sampler="ddim", guidance_scale=2.0),
     ]
     for request in requests:
-        ours, expected = draw(captured, **request), draw(plain, **request)
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+        ours, expected = (
+            np.asarray(draw(pipe, **request)).astype(int) for pipe in (captured, plain)
+        )
+        # In fp32 cuDNN sums in another order where it is captured: seen on an H200, by one level.
+        assert np.abs(ours - expected).max() <= (1 if precision == "fp32" else 0)
     # the checkpoint's PNDM has a row more than DDIM, which matters to a whole loop only
     assert captured._loops.captures - captures == (1 if graph == "loop" else 0)
 
@@ -101,9 +106,24 @@ def test_weights_in_int8_take_less_memory_for_a_near_picture(sdxl_folder: Path) 
     assert small._loops.captures == captures
 
 
+def test_linear_layers_in_fp8_draw_a_near_picture() -> None:
+    if torch.cuda.get_device_capability() < FP8_SINCE:
+        pytest.skip("this GPU has no fp8 products")
+    rounded = open_on_gpu("builtin", precision="fp16", weights="fp8")
+    plain = open_on_gpu("builtin", precision="fp16")
+    assert any("16 in fp8" in line for line in rounded.explain())
+    for seed in (0, 1):
+        assert 25 <= psnr(draw(rounded, seed=seed), draw(plain, seed=seed)) < 100
+    with pytest.raises(UsageError, match="rounded to fp8, and take no adapters"):
+        rounded.load_lora_weights("builtin-lcm")
+    with pytest.raises(UsageError, match="stays where it was loaded"):
+        rounded.to(torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("op", "kernel"),
-    [("group_norm", "triton"), ("group_norm", "triton-group"), ("sampler_step", "triton")],
+    [("group_norm", "triton"), ("group_norm", "triton-group"), ("sampler_step", "triton")]
+    + [("layer_norm", "triton"), ("geglu", "triton"), ("residual", "triton")],
 )
 def test_our_kernels_draw_the_same_picture(sd1_folder: Path, op: str, kernel: str) -> None:
     ours = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: kernel}))

@@ -117,6 +117,7 @@ LARGE = {
 # What a launch finds to be multiples of 16: every map's address, and channels, which all families
 # have so but for the first and last convolution.
 ALIGNED = {
+    "attend": ("q", "k", "v", "out", *(f"{x}_{axis}" for x in "qkv" for axis in "bhn")),
     "normalise": ("x", "out", "weight", "bias", "added", "C"),
     "moments": ("x", "C"),
     "add_layer_norm": ("x", "added", "total", "out", "weight", "bias", "C"),
