@@ -18,6 +18,7 @@ from fastsd.kernels import dispatch, native
 
 IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS["attention"]
 MOST_KEYS = 128  # of our kernel for few
+SCORES = 2**26  # that "products" holds at once, in fp32
 
 
 def attention(
@@ -28,7 +29,8 @@ def attention(
     q: (B, M, Nq, K); k, v: (B, M, N, K); any strides, one dtype. Returns (B, M, Nq, K).
     causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice); on GPUs also
     "flash", "efficient" or "cudnn" (torch's kernels by name), "flash3", "xformers", or "triton" (in
-    half precision to at most MOST_KEYS keys, not causal); on CPUs, once `native.load` was called,
+    half precision to at most MOST_KEYS keys, not causal), or "products" (in half precision, two
+    products and a softmax, SCORES at a time; not causal); on CPUs, once `native.load` was called,
     "avx512" or "vnni" (not causal).
     Raises MissingDependency if what is asked for is absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
@@ -54,6 +56,8 @@ def candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor
         "efficient": not torch.backends.cuda.can_use_efficient_attention(given),
         "cudnn": not torch.backends.cuda.can_use_cudnn_attention(given),
         "triton": q.dtype == torch.float32 or k.shape[2] > MOST_KEYS,
+        # Fused kernels hold narrower heads in a multiprocessor, and are faster then.
+        "products": q.dtype == torch.float32 or q.shape[3] <= 256,
     }
     return {
         name: lambda name=name: attention(q, k, v, implementation=name)  # type: ignore[misc]
@@ -123,6 +127,19 @@ def _own(q: Tensor, k: Tensor, v: Tensor, causal: bool, *, int8: bool) -> Tensor
     return native.attention(q, k, v, int8=int8)
 
 
+def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    if causal or q.dtype == torch.float32:
+        raise UsageError(
+            "attention implementation 'products' is for fp16 and bf16, and not causal; use 'sdpa'"
+        )
+    rows = max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = []
+    for part in (q * q.shape[3] ** -0.5).flatten(0, 1).split(rows, dim=1):
+        scores = torch.bmm(part, k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        parts.append(torch.bmm(scores.softmax(dim=-1).to(v.dtype), v.flatten(0, 1)))
+    return torch.cat(parts, dim=1).view(q.shape)
+
+
 def _triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     if causal or k.shape[2] > MOST_KEYS or q.dtype == torch.float32:
         raise UsageError(
@@ -150,6 +167,7 @@ _attend.register_fake(lambda *_: None)  # it writes into `out`
 
 
 _BY_NAME = {
+    "products": _products,
     "triton": _triton,
     "flash": _flash,
     "flash3": _flash3,

@@ -27,7 +27,7 @@ log = logging.getLogger("fastsd")
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "attention": (
-            *("sdpa", "flash", "flash3", "efficient", "cudnn", "xformers", "triton"),
+            *("sdpa", "flash", "flash3", "efficient", "cudnn", "xformers", "triton", "products"),
             *("avx512", "vnni"),
         ),
         "conv3x3": ("library", "triton"),
@@ -38,7 +38,10 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sampler_step": ("library", "triton"),
     }
 )
-ON_GPUS = ("flash", "flash3", "efficient", "cudnn", "xformers", "triton", "triton-group")
+ON_GPUS = (
+    *("flash", "flash3", "efficient", "cudnn", "xformers", "products"),
+    *("triton", "triton-group"),
+)
 _TRITON = ("triton", "run pip install triton")
 # implementation -> the module that it needs, and how to get it
 NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(

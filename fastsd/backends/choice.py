@@ -44,13 +44,31 @@ DECODED = 64
 
 
 def fastest_attention(
-    unet: UNet, dtype: torch.dtype, device: torch.device, *, torchs: bool = False
+    unet: UNet,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    torchs: bool = False,
+    decoder: nn.Module | None = None,
 ) -> list[str]:
     """Let every attention use what is fastest at its shape, for a guidance pair; say what.
 
-    torchs: of torch's own kernels only, which its compiler takes.
+    torchs: of torch's own kernels only, which its compiler takes. decoder: of a VAE, for one
+    picture of the UNet's size; a tiny one has no attention.
     """
     said = []
+    pixels = [m for m in decoder.modules() if isinstance(m, PixelAttention)] if decoder else []
+    for layer in pixels[:1]:
+        tokens, width = unet.config.sample_size**2, layer.to_q.out_features
+
+        def one() -> Candidates:
+            shape = (1, 1, tokens, width)  # noqa: B023
+            return attention.candidates(
+                *(torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
+            )
+
+        shape = f"1x{tokens}x{tokens}x{width}"
+        said.append(_settle("attention", shape, dtype, device, one, pixels))
     for (tokens, keys, heads, width), layers in attention_shapes(unet).items():
 
         def make() -> Candidates:
@@ -175,7 +193,7 @@ def _settle(
     dtype: torch.dtype,
     device: torch.device,
     make: Callable[[], Candidates],
-    layers: Iterable[Attention | GroupNorm | LayerNorm | GEGLU | Resnet],
+    layers: Iterable[Attention | PixelAttention | GroupNorm | LayerNorm | GEGLU | Resnet],
 ) -> str:
     """Give `layers`, all of one shape, what is fastest; say what."""
     times = _times(op, shape, dtype, device, make)

@@ -139,7 +139,11 @@ class EagerBackend(Graphed):
             self._choices[op] = [str(dispatch.choose(op, device))]
         if device.type == "cuda":
             self._choices["attention"] = fastest_attention(
-                unet, self.dtype, device, torchs=to_compile
+                unet,
+                self.dtype,
+                device,
+                torchs=to_compile,
+                decoder=None if to_compile else vae.decoder,
             )
             if not to_compile:
                 self._choices["group_norm"] = fastest_norms(unet, vae.decoder, self.dtype, device)

@@ -188,7 +188,9 @@ def test_what_can_run_is_what_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
     gpu = torch.device("cuda", 0)
     assert dispatch.able("group_norm", gpu) == ["library", "triton", "triton-group"]
-    assert dispatch.able("attention", gpu) == ["sdpa", "flash", "efficient", "cudnn", "triton"]
+    assert dispatch.able("attention", gpu) == [
+        *("sdpa", "flash", "efficient", "cudnn", "triton", "products")
+    ]
     assert dispatch.able("attention", CPU) == ["sdpa", "avx512", "vnni"]
     for op, known in dispatch.IMPLEMENTATIONS.items():
         assert dispatch.able(op, CPU)[0] == dispatch.able(op, gpu)[0] == known[0]
