@@ -194,7 +194,7 @@ def open_compiled(scene: Scene, *, precision: str = "fp32", mode: str | None = N
     pipeline.unet.forward = torch.compile(pipeline.unet.forward, mode=mode, fullgraph=True)
     if mode and precision == "fp16" and pipeline.vae.config.force_upcast:
         # Diffusers moves this VAE to fp32 and back in every call: a graph would be recorded anew.
-        mode = f"{mode}-no-cudagraphs"
+        mode = "max-autotune-no-cudagraphs" if mode == "max-autotune" else None
     pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode=mode, fullgraph=True)
     return _drawer(pipeline, scene)
 

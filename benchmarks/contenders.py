@@ -175,6 +175,15 @@ OTHERS = (
         only_on="cuda",
     ),
     Contender(
+        "diffusers-reduce-overhead/fp16",
+        f"{_BASELINES}:open_compiled",
+        {"precision": "fp16", "mode": "reduce-overhead"},
+        precision="fp16",
+        packages=DIFFUSERS,
+        compiles=True,
+        only_on="cuda",
+    ),
+    Contender(
         "onnxruntime/fp32",
         f"{_BASELINES}:open_onnxruntime",
         packages=(*DIFFUSERS, "onnx", "onnxscript", "onnxruntime"),

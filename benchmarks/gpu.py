@@ -130,6 +130,7 @@ STAGES = (
         for model, steps in (("sd15", "20"), ("sdxl", "10"))
         for name, what, contender in (
             ("compiled", "against diffusers compiled for the most speed", "diffusers-compile/fp16"),
+            ("quickly", "and as it is compiled by default", "diffusers-reduce-overhead/fp16"),
             ("inductor", "torch.compile's code in our graph", "fastsd/inductor/fp16"),
             ("aoti", "that code compiled ahead of time", "fastsd/aoti-cuda/fp16"),
             ("aoti-fp8", "that with linear layers in fp8", "fastsd/aoti-cuda/fp8"),

@@ -47,7 +47,8 @@ SCHEMA = 1
 SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
 DEFAULT_SCENARIOS = SCENARIOS[:3]
 AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
-MOST_REPEATS = 40  # and of the reference, which is slow, where more are asked for
+MOST_REPEATS = 40
+REFERENCE_TURNS = 12  # of the reference, which is slow, where more than MOST_REPEATS are asked for
 SLOWEST = 8  # times the reference's time, above which a contender has to be asked for
 KEPT_BYTES = 1 << 30  # of pictures, for each contender
 SETTLE_S = 0.02  # between turns, so that one contender's idling threads go to sleep
@@ -415,12 +416,11 @@ class Run:
                 self._seats.pop(name).close()
             self._open(names, folder)
             seats = {name: self._seats[name] for name in names if name in self._seats}
-            for turn in tqdm(turns, unit="turn", disable=None, leave=False):
-                drawing = {
-                    name: seat
-                    for name, seat in seats.items()
-                    if len(seats) == 1 or name != self.reference or turn < MOST_REPEATS
-                }
+            few = (
+                REFERENCE_TURNS if self.repeats > MOST_REPEATS and len(seats) > 1 else self.repeats
+            )
+            for i, turn in enumerate(tqdm(turns, unit="turn", disable=None, leave=False)):
+                drawing = {n: s for n, s in seats.items() if n != self.reference or i < few}
                 take_turns(drawing, [turn], self.records, lambda n, t: self._keep(folder, n, t))
                 self._require_reference()
             for name, seat in seats.items():

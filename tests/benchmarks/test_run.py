@@ -300,8 +300,9 @@ def test_a_run_measures_and_judges(
     assert rows["noisy"]["quality"]["psnr_db"]["worst"] == pytest.approx(40, abs=1)
     assert rows["noisy"]["quality"]["latents"]["largest_error"] == pytest.approx(0.01, abs=1e-4)
     # a painter takes no longer for more pictures, so that the largest batch is the best
-    assert rows["exact"]["offline"]["batch"] == 16 and len(rows["exact"]["offline"]["tried"]) == 5
-    assert rows["exact"]["offline"]["pictures_per_s"] > rows["slow"]["offline"]["pictures_per_s"]
+    assert rows["noisy"]["offline"]["batch"] == 16 and len(rows["noisy"]["offline"]["tried"]) == 5
+    assert rows["noisy"]["offline"]["pictures_per_s"] > rows["slow"]["offline"]["pictures_per_s"]
+    assert rows["exact"]["offline"] is None, "the reference's would take the longest"
     assert set(pictures) == {"exact", "slow", "noisy"}
     assert results["ceilings"]["fp32"] > 1e9 and results["work"]["unet"]["flop"] > 1e8
     assert any("first picture after" in line for line in said)
