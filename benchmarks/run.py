@@ -48,7 +48,7 @@ SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
 DEFAULT_SCENARIOS = SCENARIOS[:3]
 AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
 MOST_REPEATS = 40
-REFERENCE_TURNS = 12  # of the reference, which is slow, where more than MOST_REPEATS are asked for
+OTHERS_TURNS = 12  # of all but our own, where more than MOST_REPEATS are asked for
 SLOWEST = 8  # times the reference's time, above which a contender has to be asked for
 KEPT_BYTES = 1 << 30  # of pictures, for each contender
 SETTLE_S = 0.02  # between turns, so that one contender's idling threads go to sleep
@@ -416,11 +416,10 @@ class Run:
                 self._seats.pop(name).close()
             self._open(names, folder)
             seats = {name: self._seats[name] for name in names if name in self._seats}
-            few = (
-                REFERENCE_TURNS if self.repeats > MOST_REPEATS and len(seats) > 1 else self.repeats
-            )
+            many = self.repeats > MOST_REPEATS and any(map(_is_ours, seats))
             for i, turn in enumerate(tqdm(turns, unit="turn", disable=None, leave=False)):
-                drawing = {n: s for n, s in seats.items() if n != self.reference or i < few}
+                everyone = i < OTHERS_TURNS or not many
+                drawing = {n: seat for n, seat in seats.items() if everyone or _is_ours(n)}
                 take_turns(drawing, [turn], self.records, lambda n, t: self._keep(folder, n, t))
                 self._require_reference()
             for name, seat in seats.items():
@@ -445,8 +444,8 @@ class Run:
                 latents = _latents_file(folder, name)
                 if not latents.exists():  # a second draw to warm up, and of use
                     seat.ask("latents", draw=0, keep=str(latents))
-                if self.scene.device.startswith("cuda"):  # graphs are made for a whole picture
-                    seat.draw(0, None)
+                if self.scene.device.startswith("cuda") and name != self.reference:
+                    seat.draw(0, None)  # graphs are made for a whole picture
             except ContenderFailed as error:
                 seat.close()
                 record.failure = str(error)
@@ -566,6 +565,10 @@ def _offline(seat: Seat) -> dict[str, Any]:
     best = max(tried, key=lambda size: tried[size])
     named = {str(size): speed for size, speed in tried.items()}  # as JSON has it
     return {"pictures_per_s": tried[best], "batch": best, "tried": named}
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("fastsd")
 
 
 def _file_name(name: str) -> str:
