@@ -347,7 +347,7 @@ def _bars(axes: Any, rows: Sequence[Row], title: str, label: str) -> None:
 
 
 def _unit(rows: Sequence[Row]) -> tuple[float, str]:
-    return (1, "s") if max(row["latency_s"]["p50"] for row in rows) >= 2 else (1000, "ms")
+    return (1, "s") if max(row["latency_s"]["p50"] for row in rows) >= 1 else (1000, "ms")
 
 
 def _latency(axes: Any, rows: Sequence[Row], results: Results) -> None:
