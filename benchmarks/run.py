@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,6 +74,31 @@ Say = Callable[[str], None]
 
 class ContenderFailed(FastsdError):
     """Say why a contender could not be measured, in its own last words."""
+
+
+class Stopped(Exception):  # noqa: N818  (no error: what was drawn counts)
+    """The run is to end now, with what it has."""
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise Stopped where the body is when the process is told to end, by Ctrl-C or SIGTERM.
+
+    Signals reach a program's main thread only: in another one nothing is changed.
+    """
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- one contender --------------------------------------------------------------------------------
@@ -315,6 +341,7 @@ class Run:
         self._say = say
         self._available = free_memory(scene.device) if available is None else available
         self._seats: dict[str, Seat] = {}
+        self._finished = False
 
     def measure(self, environment: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run, and return the results as plain data, and each contender's first picture."""
@@ -323,10 +350,17 @@ class Run:
                 work, ceilings = self._limits()
                 self._leave_out_missing()
                 self._prepare()
-                self._draw_all(Path(folder))
+                with contextlib.suppress(Stopped), stoppable():
+                    self._draw_all(Path(folder))
+                    self._finished = True
             finally:
                 self._close_all()
-            kept = {name: _pictures(Path(folder), name) for name in self.records}
+            if not self._finished:
+                self._end_early()
+            kept = {
+                name: _pictures(Path(folder), name, record.turns)
+                for name, record in self.records.items()
+            }
             rows = [self._row(name, kept, Path(folder), work, ceilings) for name in self.records]
         rows += [
             {"name": name, "status": "not measured", "reason": reason}
@@ -340,6 +374,7 @@ class Run:
             "environment": dict(environment),
             "scene": {**asdict(self.scene), "prompts": list(self.scene.prompts[:8])},
             "repeats": self.repeats,
+            "stopped": not self._finished,
             "reference": self.reference,
             "rounds": [list(names) for names, _ in self.rounds],
             "ceilings": ceilings,
@@ -352,6 +387,14 @@ class Run:
             if pictures and not self.records[name].failure
         }
         return results, first
+
+    def _end_early(self) -> None:
+        """Keep what was drawn before the run was stopped. Raises ContenderFailed if nothing was."""
+        for record in self.records.values():
+            if not record.turns:
+                record.failure = record.failure or "the run was stopped before it drew in turn"
+        self._require_reference()
+        self._say("stopped early: the rows are of the turns that were drawn")
 
     def _limits(self) -> tuple[dict[str, Work], dict[str, float]]:
         self._say("measuring this machine's limits")
@@ -579,10 +622,10 @@ def _latents_file(folder: Path, name: str) -> Path:
     return folder / f"{_file_name(name)}-latents.npy"
 
 
-def _pictures(folder: Path, name: str) -> dict[int, NDArray[np.uint8]]:
-    prefix = f"{_file_name(name)}-"
-    files = [file for file in folder.glob(f"{prefix}*.npy") if not file.stem.endswith("latents")]
-    return {int(file.stem.removeprefix(prefix)): np.load(file) for file in files}
+def _pictures(folder: Path, name: str, turns: Iterable[int]) -> dict[int, NDArray[np.uint8]]:
+    """Read the pictures of these turns, as far as they were kept."""
+    files = {turn: folder / f"{_file_name(name)}-{turn}.npy" for turn in turns}
+    return {turn: np.load(file) for turn, file in files.items() if file.exists()}
 
 
 def evaluations(scene: Scene) -> int:

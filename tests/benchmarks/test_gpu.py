@@ -65,6 +65,16 @@ def test_a_stage_that_outlasts_the_budget_is_stopped_and_begun_again(tmp_path: P
     assert "more than" in outcomes[1]["reason"]
 
 
+def test_a_stage_that_ends_in_order_when_told_to_is_done(tmp_path: Path) -> None:
+    heeds = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); "
+        "time.sleep(30)"
+    )
+    outcomes = run_stages([stage("long", heeds)], tmp_path, budget_s=4, say=lambda line: None)
+    assert [outcome["outcome"] for outcome in outcomes] == ["done"]
+    assert outcomes[0]["seconds"] < 4
+
+
 def test_a_stage_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
     quick = stage("quick", "import time; time.sleep(0.5)")
     long = replace(stage("long", ""), takes_s=10.0)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from fastsd.benchmarks.run import (
     Record,
     Run,
     Seat,
+    Stopped,
     _offline,
     memory_need,
     plan_rounds,
@@ -383,6 +388,50 @@ def test_who_does_not_answer_is_given_up_and_told_so() -> None:
             seat.ask("limits", limit_s=0.01)  # its process takes longer to start
     finally:
         seat.close()
+
+
+def test_a_run_that_is_told_to_end_keeps_what_was_drawn() -> None:
+    chosen = [
+        Contender(name, f"{SYNTHETIC}:open_painter", {"seconds": seconds})
+        for name, seconds in (("exact", 0.01), ("slow", 0.1))
+    ]
+    said: list[str] = []
+    run = Run(
+        SCENE,
+        chosen,
+        reference="exact",
+        repeats=10_000,
+        scenarios=["SingleStream"],
+        say=said.append,
+    )
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end_soon() -> None:
+        while len(run.records["slow"].turns) < 7:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_soon, daemon=True).start()
+    results, pictures = run.measure(ENVIRONMENT)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert results["stopped"] and said[-1].startswith("stopped early")
+    rows = rows_of(results)
+    assert (
+        7 <= rows["slow"]["latency_s"]["n"] < 100 and rows["slow"]["ratio"]["verdict"] == "slower"
+    )
+    assert rows["slow"]["quality"]["verdict"] == "same" and set(pictures) == {"exact", "slow"}
+
+
+def test_a_run_that_is_ended_before_its_turns_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(SCENE, [Contender("exact", "")], reference="exact")
+    run._limits = lambda: ({}, {})  # type: ignore[method-assign]
+
+    def stopped(_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(run, "_draw_all", stopped)
+    with pytest.raises(ContenderFailed, match="stopped before it drew in turn"):
+        run.measure(ENVIRONMENT)
 
 
 def test_no_reference_no_run() -> None:
