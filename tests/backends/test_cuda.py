@@ -74,6 +74,7 @@ def test_half_precision_is_near_fp32(
 def test_low_memory_draws_the_same_picture(sd1_folder: Path) -> None:
     """64 latents and fewer are one tile: nothing but the place of the weights differs."""
     low, plain = open_on_gpu(sd1_folder, low_memory=True), open_on_gpu(sd1_folder)
+    assert "vae: in the host's locked memory, on the GPU while it runs" in low.explain()
     for seed in (0, 1):
         ours, expected = draw(low, seed=seed), draw(plain, seed=seed)
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))

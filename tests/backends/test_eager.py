@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastsd import Pipeline
-from fastsd.backends.eager import EagerBackend, visiting
+from fastsd.backends.eager import EagerBackend, locked_, visiting
 from fastsd.kernels import dispatch, reference
 from fastsd.kernels.attention import attention
 from fastsd.models.layers import Attention, split_heads
@@ -30,6 +30,15 @@ def test_weights_visit_the_device_and_come_back() -> None:
         call(torch.empty(2, 5, device="meta"))
     for parameter, data in zip(layer.parameters(), host, strict=True):
         assert parameter.data_ptr() == data.data_ptr(), "the host's weights are back, uncopied"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has such memory")
+def test_memory_that_cannot_be_locked_serves_as_it_is() -> None:
+    layer = torch.nn.Linear(4, 3)
+    x = torch.ones(2, 4)
+    before = layer(x)
+    assert not locked_(layer)
+    assert torch.equal(layer(x), before)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
