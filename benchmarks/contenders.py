@@ -104,7 +104,7 @@ class Contender:
             "model": str(checkpoint.path),
             "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
             "shape": (scene.size, scene.batch, scene.guided),
-            "versions": {name: _version(name) for name in ("torch", *self.packages)},
+            "versions": {name: version(name) for name in ("torch", *self.packages)},
             "code": [_code_digest(package) for package in self.code],
         }
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -112,7 +112,7 @@ class Contender:
         return user_cache_path("fastsd") / "bench" / f"{self.kept}-{model}-{scene.size}-{digest}"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     """The version of an installed package, whose GPU variant may carry another name."""
     for name in (package, f"{package}-gpu"):
         try:

@@ -40,6 +40,7 @@ from fastsd.benchmarks.contenders import (
 )
 from fastsd.benchmarks.limits import Work, limit
 from fastsd.benchmarks.timing import FEWEST_PAIRS, Latency, paired_ratio
+from fastsd.benchmarks.truth import Truth
 from fastsd.checkpoints import open_checkpoint, parameters
 from fastsd.errors import FastsdError, UsageError
 from fastsd.samplers import build_table
@@ -320,6 +321,7 @@ class Run:
         scenarios: Sequence[str] = DEFAULT_SCENARIOS,
         left_out: Mapping[str, str] = MappingProxyType({}),
         only_quick: bool = False,
+        truth: Truth | None = None,
         say: Say = lambda line: None,
         available: int | None = None,
     ) -> None:
@@ -332,6 +334,7 @@ class Run:
             raise UsageError(f"the reference {reference!r} must take part")
         self.scene = scene
         self.reference = reference
+        self.truth = truth
         self.records = {contender.name: Record(contender) for contender in chosen}
         self.repeats = repeats
         self.left_out = dict(left_out)
@@ -361,7 +364,16 @@ class Run:
                 name: _pictures(Path(folder), name, record.turns)
                 for name, record in self.records.items()
             }
-            rows = [self._row(name, kept, Path(folder), work, ceilings) for name in self.records]
+            truth = self.truth or Truth(
+                self.reference,
+                kept[self.reference],
+                np.load(_latents_file(Path(folder), self.reference)),
+            )
+            self.truth = truth
+            rows = [
+                self._row(name, kept[name], truth, Path(folder), work, ceilings)
+                for name in self.records
+            ]
         rows += [
             {"name": name, "status": "not measured", "reason": reason}
             for name, reason in self.left_out.items()
@@ -376,6 +388,7 @@ class Run:
             "repeats": self.repeats,
             "stopped": not self._finished,
             "reference": self.reference,
+            "truth": truth.name,
             "rounds": [list(names) for names, _ in self.rounds],
             "ceilings": ceilings,
             "work": {name: asdict(part) for name, part in work.items()},
@@ -540,23 +553,21 @@ class Run:
     def _row(
         self,
         name: str,
-        kept: Mapping[str, judge.Pictures],
+        kept: judge.Pictures,
+        truth: Truth,
         folder: Path,
         work: dict[str, Work],
         ceilings: dict[str, float],
     ) -> dict[str, Any]:
         record, base = self.records[name], self.records[self.reference]
         row: dict[str, Any] = {"name": name, "precision": record.contender.precision}
-        if record.failure or not kept[name]:
+        if record.failure or not kept.keys() & truth.pictures.keys():
             return row | {"status": "not measured", "reason": record.failure or "drew nothing"}
         quality = judge.judge(
-            kept[name],
-            kept[self.reference],
-            np.load(_latents_file(folder, name)),
-            np.load(_latents_file(folder, self.reference)),
+            kept, truth.pictures, np.load(_latents_file(folder, name)), truth.latents
         )
         if self.scene.model == "builtin":
-            quality["score"] = judge.score(kept[name])
+            quality["score"] = judge.score(kept)
         latency = Latency.of(list(record.turns.values()))
         common = [turn for turn in record.turns if turn in base.turns]
         own, others = ([r.turns[turn] for turn in common] for r in (record, base))
@@ -702,9 +713,12 @@ def bench(
     scenarios: Sequence[str] = DEFAULT_SCENARIOS,
     environment: Mapping[str, Any],
     say: Say,
+    truth: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the contenders that `patterns` name, or those that need not compile first.
 
+    truth: a folder of kept pictures. Those of this scene stand for the reference, whose place as
+    the base of speeds the first contender named takes; where there are none yet, they are kept.
     Returns the results, plain data, and each contender's first picture, (H, W, 3) uint8.
     """
     known = contenders(scene.device.partition(":")[0])
@@ -714,7 +728,11 @@ def bench(
         chosen = choose(known, patterns)
     else:
         chosen, left_out = by_default(known, scene)
-    if reference.name not in {contender.name for contender in chosen}:
+    kept = None if truth is None else Truth.kept(truth, scene)
+    held_to = kept if patterns else None
+    if held_to is not None:
+        reference = chosen[0]
+    elif reference.name not in {contender.name for contender in chosen}:
         chosen = [reference, *chosen]
     run = Run(
         scene,
@@ -725,5 +743,9 @@ def bench(
         left_out=left_out,
         only_quick=not patterns,
         say=say,
+        truth=held_to,
     )
-    return run.measure(environment)
+    results, first_pictures = run.measure(environment)
+    if truth is not None and kept is None and run.truth is not None and not results["stopped"]:
+        run.truth.keep(truth, scene)
+    return results, first_pictures

@@ -941,6 +941,14 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="That each may use. [default: as torch would]")
     ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the fp32 pictures that others are held to, and take them from there when "
+            "--contenders draw the scene again: speeds are then those over the first one's.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write tables, plots and pictures to a new folder."),
@@ -977,6 +985,7 @@ def bench(
         scenarios=scenario or run.DEFAULT_SCENARIOS,
         environment=_environment(),
         say=_say,
+        truth=truth,
     )
     if report is not None:
         reports.write_report(report, results, first_pictures)

@@ -17,6 +17,7 @@ import pytest
 
 from fastsd.backends import BACKENDS
 from fastsd.benchmarks import judge, report
+from fastsd.benchmarks import run as run_module
 from fastsd.benchmarks.contenders import (
     Contender,
     Scene,
@@ -420,6 +421,44 @@ def test_a_run_that_is_told_to_end_keeps_what_was_drawn() -> None:
         7 <= rows["slow"]["latency_s"]["n"] < 100 and rows["slow"]["ratio"]["verdict"] == "slower"
     )
     assert rows["slow"]["quality"]["verdict"] == "same" and set(pictures) == {"exact", "slow"}
+
+
+def test_pictures_in_fp32_are_kept_and_not_drawn_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def painter(name: str, **options: Any) -> Contender:
+        return Contender(name, f"{SYNTHETIC}:open_painter", options)
+
+    known = {c.name: c for c in (painter("exact"), painter("a"), painter("b", noise=0.01))}
+    monkeypatch.setattr(run_module, "contenders", lambda device: known)
+    monkeypatch.setattr(run_module, "reference_among", lambda known: known["exact"])
+
+    def measured(*patterns: str, steps: int = 2) -> dict[str, Any]:
+        results, _ = run_module.bench(
+            replace(SCENE, steps=steps),
+            patterns,
+            repeats=6,
+            scenarios=["SingleStream"],
+            environment=ENVIRONMENT,
+            say=lambda line: None,
+            truth=tmp_path / "truth",
+        )
+        return results
+
+    first = measured("b")
+    assert first["reference"] == first["truth"] == "exact" and len(first["rows"]) == 2
+    second = measured("a", "b")
+    assert (second["reference"], second["truth"]) == ("a", "exact")
+    rows = rows_of(second)
+    assert set(rows) == {"a", "b"}
+    assert rows["a"]["quality"]["verdict"] == "same" and rows["a"]["quality"]["pictures"] == 4
+    planted = rows_of(first)["b"]["quality"]["latents"]["relative_error"]
+    assert rows["b"]["quality"]["latents"]["relative_error"] == pytest.approx(planted)
+    (table,) = [t for t in [report.speed_table(second)] if t]
+    assert any(line[0] == "a" and "reference" in line for line in table)
+    assert "reference" not in [line[table[0].index("worst picture")] for line in table]
+    assert measured("b", steps=3)["reference"] == "exact", "another scene has none yet"
+    assert measured("exact", "b")["reference"] == "exact"
 
 
 def test_a_run_that_is_ended_before_its_turns_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
