@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from fastsd import Pipeline
+from fastsd.backends.eager import EagerBackend
 from fastsd.backends.for_gpu import JoinedUNet
 from fastsd.backends.fp8 import put_in_fp8_
 from fastsd.errors import UsageError
 from fastsd.models.layers import TransformerBlock
 from fastsd.models.unet import UNet
+from fastsd.quality import Task, builtin_atlas, psnr, task_score, tasks
 from fastsd.quant.linear import Fp8Linear
 from tests.backends.test_for_gpu import conditions
 from tests.models.oracles import relative_l2
@@ -45,6 +49,37 @@ def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
 def unet_of(unet: UNet, x: torch.Tensor, times: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = unet(x, unet.time_rows(times)[1], unet.context(text.to(x.dtype)))
     return out.float()
+
+
+@pytest.mark.slow
+def test_the_builtin_model_keeps_its_pictures() -> None:
+    """What rounding costs, a CPU shows, with the rest in fp32: `weights="fp8"` as a GPU has it."""
+    atlas = builtin_atlas()
+    english = tasks(atlas)["english"]
+    judged = Task(english.names[:64], english.expected[:64])
+    exact, rounded = (Pipeline.from_pretrained("builtin", device="cpu") for _ in range(2))
+    backend = rounded._backend
+    assert isinstance(backend, EagerBackend)
+    joined = JoinedUNet(cast(UNet, backend.modules["unet"]), CPU)
+    backend._parts |= {
+        "unet": joined,
+        "unet_time": joined.time_rows,
+        "unet_context": joined.context,
+    }
+    rounded._put_in_fp8()
+    assert any("16 in fp8" in line for line in rounded.explain())
+    drawn: list[list[Any]] = [[], []]
+    for pictures, pipe in zip(drawn, (rounded, exact), strict=True):
+        pipe.set_progress_bar_config(disable=True)
+        for seed in range(0, 64, 4):
+            names = list(judged.names[seed : seed + 4])
+            pictures += pipe(names, seed=seed, num_inference_steps=20, guidance_scale=7.5).images
+    distances = [psnr(ours, theirs) for ours, theirs in zip(*drawn, strict=True)]
+    found = f"median {np.median(distances):.2f} dB, worst {min(distances):.2f} dB"
+    assert np.median(distances) >= 28 and min(distances) >= 20, found
+    scores = [task_score(atlas, judged, pictures).top1 for pictures in drawn]
+    assert abs(scores[0] - scores[1]) <= 0.02, scores
+    print(f"fp8: {found}; {scores[0]:.1%} named right, exact {scores[1]:.1%}")
 
 
 def test_what_has_no_fp8_says_so(sd1_folder: Path) -> None:
