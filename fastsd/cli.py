@@ -926,7 +926,11 @@ def bench(
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(min=1, help="Draws of each, in turns. [default: what 40 s hold, 6 or more]"),
+        typer.Option(
+            min=1,
+            help="Draws of each, in turns; of more than 40, those of other makers draw 12. "
+            "[default: what 40 s hold, 6 or more]",
+        ),
     ] = None,
     scenario: Annotated[
         list[str] | None,
