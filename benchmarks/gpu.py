@@ -241,11 +241,22 @@ def _run(stage: Stage, place: Path, seconds: float) -> dict[str, Any]:
             if process.poll() is None:  # its contenders too: they hold the GPU
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+    if outcome["outcome"] == "done" and _results_of(stage, fresh).get("stopped"):
+        outcome = {"outcome": "stopped"}  # begun again another time; what it has is shown meanwhile
     lines = (fresh / "log.txt").read_text("utf-8", "replace").strip().splitlines()
     if outcome["outcome"] == "failed":
         failed = [line for line in lines if line.startswith("FAILED ")]  # as pytest names them
         outcome["reason"] = "; ".join(failed or lines[-1:]) or "no output"
     return {**outcome, "seconds": round(time.monotonic() - start, 1), "attempt": fresh.name}
+
+
+def _results_of(stage: Stage, attempt: Path) -> dict[str, Any]:
+    """Read what an attempt at a stage found, empty where there is nothing."""
+    file = attempt / stage.results if stage.results else attempt
+    if not file.is_file():
+        return {}
+    results: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return results
 
 
 def _filled(word: str, places: Mapping[str, str]) -> str:
@@ -273,17 +284,15 @@ def stages_table(
     """A row a measurement: the stage, and of each of its rows the time, the ratio and the share."""
     table = [["stage", "row", "p50", "speed vs reference", "share of limit"]]
     for stage, outcome in zip(stages, outcomes, strict=True):
+        rows = []
+        if "attempt" in outcome:
+            rows = _results_of(stage, folder / stage.name / outcome["attempt"]).get("rows", [])
         if outcome["outcome"] != "done":
             reason = f": {outcome['reason']}" if "reason" in outcome else ""
             table.append([stage.name, f"{outcome['outcome']}{reason}"[: 4 * REASON], "", "", ""])
-            continue
-        rows = []
-        if stage.results:
-            file = folder / stage.name / outcome["attempt"] / stage.results
-            rows = json.loads(file.read_text("utf-8"))["rows"]
-        table += [[stage.name, *_measurement(row)] for row in rows] or [
-            [stage.name, "done", duration(outcome["seconds"]), "", ""]
-        ]
+        elif not rows:
+            table.append([stage.name, "done", duration(outcome["seconds"]), "", ""])
+        table += [[stage.name, *_measurement(row)] for row in rows]
     return table
 
 

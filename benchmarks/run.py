@@ -50,6 +50,7 @@ SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
 DEFAULT_SCENARIOS = SCENARIOS[:3]
 AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
 MOST_REPEATS = 40
+OURS = "fastsd.benchmarks.drawing:"  # what opens contenders of our own, under whatever name
 OTHERS_TURNS = 12  # of all but our own, where more than MOST_REPEATS are asked for
 SLOWEST = 8  # times the reference's time, above which a contender has to be asked for
 KEPT_BYTES = 1 << 30  # of pictures, for each contender
@@ -100,6 +101,19 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Take no notice of SIGTERM in the body: what it does is all that is left to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- one contender --------------------------------------------------------------------------------
@@ -218,16 +232,22 @@ def take_turns(
     records: Mapping[str, Record],
     keep: Callable[[str, int], Path | None],
     settle_s: float = SETTLE_S,
+    draws: int | None = None,
 ) -> None:
-    """Let every seat draw turn t before any draws turn t + 1; a seat that fails leaves the run."""
+    """Let every seat draw turn t before any draws turn t + 1; a seat that fails leaves the run.
+
+    draws: how many different ones there are, by default one a turn. keep: given a name and a draw,
+    says where its pictures go.
+    """
     for turn in turns:
         for name, seat in seats.items():
             record = records[name]
             if record.failure:
                 continue
             time.sleep(settle_s)
+            draw = turn % draws if draws else turn
             try:
-                answer = seat.draw(turn, keep(name, turn))
+                answer = seat.draw(draw, keep(name, draw))
             except ContenderFailed as error:
                 record.failure = str(error)
                 continue
@@ -335,6 +355,7 @@ class Run:
         self.scene = scene
         self.reference = reference
         self.truth = truth
+        self._spared = reference if truth is None else None  # the slow one, that others are held to
         self.records = {contender.name: Record(contender) for contender in chosen}
         self.repeats = repeats
         self.left_out = dict(left_out)
@@ -360,20 +381,26 @@ class Run:
                 self._close_all()
             if not self._finished:
                 self._end_early()
-            kept = {
-                name: _pictures(Path(folder), name, record.turns)
-                for name, record in self.records.items()
-            }
-            truth = self.truth or Truth(
-                self.reference,
-                kept[self.reference],
-                np.load(_latents_file(Path(folder), self.reference)),
-            )
-            self.truth = truth
-            rows = [
-                self._row(name, kept[name], truth, Path(folder), work, ceilings)
-                for name in self.records
-            ]
+            with undisturbed():
+                return self._results(Path(folder), work, ceilings, environment)
+
+    def _results(
+        self,
+        folder: Path,
+        work: dict[str, Work],
+        ceilings: dict[str, float],
+        environment: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Judge what was drawn, and put all that is known together."""
+        draws = self.repeats or 1
+        kept = {
+            name: _pictures(folder, name, {turn % draws for turn in record.turns})
+            for name, record in self.records.items()
+        }
+        truth = self.truth = self.truth or Truth(
+            self.reference, kept[self.reference], np.load(_latents_file(folder, self.reference))
+        )
+        rows = [self._row(name, kept[name], truth, folder, work, ceilings) for name in self.records]
         rows += [
             {"name": name, "status": "not measured", "reason": reason}
             for name, reason in self.left_out.items()
@@ -472,16 +499,27 @@ class Run:
                 self._seats.pop(name).close()
             self._open(names, folder)
             seats = {name: self._seats[name] for name in names if name in self._seats}
-            many = self.repeats > MOST_REPEATS and any(map(_is_ours, seats))
-            for i, turn in enumerate(tqdm(turns, unit="turn", disable=None, leave=False)):
-                everyone = i < OTHERS_TURNS or not many
-                drawing = {n: seat for n, seat in seats.items() if everyone or _is_ours(n)}
-                take_turns(drawing, [turn], self.records, lambda n, t: self._keep(folder, n, t))
+            for turn in tqdm(turns, unit="turn", disable=None, leave=False):
+                drawing = {n: seat for n, seat in seats.items() if self._draws(n, turn)}
+                take_turns(
+                    drawing,
+                    [turn],
+                    self.records,
+                    lambda name, draw: self._keep(folder, name, draw),
+                    draws=self.repeats,
+                )
                 self._require_reference()
             for name, seat in seats.items():
                 self._further_scenarios(name, seat)
             if plan.alone:
                 self._close_all()
+
+    def _draws(self, name: str, turn: int) -> bool:
+        """Whether a contender takes part in a turn: of many, all but ours in the first few only."""
+        assert self.repeats is not None
+        few = self.repeats <= MOST_REPEATS or turn % self.repeats < OTHERS_TURNS
+        contenders_ = [record.contender for record in self.records.values()]
+        return few or not any(map(_is_ours, contenders_)) or _is_ours(self.records[name].contender)
 
     def _require_reference(self) -> None:
         if failure := self.records[self.reference].failure:
@@ -500,12 +538,15 @@ class Run:
                 latents = _latents_file(folder, name)
                 if not latents.exists():  # a second draw to warm up, and of use
                     seat.ask("latents", draw=0, keep=str(latents))
-                if self.scene.device.startswith("cuda") and name != self.reference:
+                if self.scene.device.startswith("cuda") and name != self._spared:
                     seat.draw(0, None)  # graphs are made for a whole picture
             except ContenderFailed as error:
                 seat.close()
                 record.failure = str(error)
                 self._say(f"{name}: {error}")
+            except BaseException:
+                seat.close()
+                raise
             else:
                 self._seats[name] = seat
         self._require_reference()
@@ -539,7 +580,7 @@ class Run:
                 slow = record.turns and min(record.turns.values()) > 5
                 record.parts_ms = seat.ask("parts", repeats=1 if slow else 3)["parts_ms"]
             alone = len(self.records) == 1
-            offline = "Offline" in self.scenarios and (alone or name != self.reference)
+            offline = "Offline" in self.scenarios and (alone or name != self._spared)
             if offline and not record.failure and record.offline is None:
                 record.offline = _offline(seat)
         except ContenderFailed as error:
@@ -621,8 +662,8 @@ def _offline(seat: Seat) -> dict[str, Any]:
     return {"pictures_per_s": tried[best], "batch": best, "tried": named}
 
 
-def _is_ours(name: str) -> bool:
-    return name.startswith("fastsd")
+def _is_ours(contender: Contender) -> bool:
+    return contender.opens.startswith(OURS)
 
 
 def _file_name(name: str) -> str:
@@ -633,10 +674,10 @@ def _latents_file(folder: Path, name: str) -> Path:
     return folder / f"{_file_name(name)}-latents.npy"
 
 
-def _pictures(folder: Path, name: str, turns: Iterable[int]) -> dict[int, NDArray[np.uint8]]:
-    """Read the pictures of these turns, as far as they were kept."""
-    files = {turn: folder / f"{_file_name(name)}-{turn}.npy" for turn in turns}
-    return {turn: np.load(file) for turn, file in files.items() if file.exists()}
+def _pictures(folder: Path, name: str, draws: Iterable[int]) -> dict[int, NDArray[np.uint8]]:
+    """Read the pictures of these draws, as far as they were kept."""
+    files = {draw: folder / f"{_file_name(name)}-{draw}.npy" for draw in draws}
+    return {draw: np.load(file) for draw, file in files.items() if file.exists()}
 
 
 def evaluations(scene: Scene) -> int:
@@ -747,5 +788,8 @@ def bench(
     )
     results, first_pictures = run.measure(environment)
     if truth is not None and kept is None and run.truth is not None and not results["stopped"]:
-        run.truth.keep(truth, scene)
+        try:
+            run.truth.keep(truth, scene)
+        except (OSError, FastsdError) as error:  # the results are worth more
+            say(f"the pictures in fp32 were not kept: {error}")
     return results, first_pictures

@@ -991,12 +991,13 @@ def bench(
         say=_say,
         truth=truth,
     )
-    if report is not None:
-        reports.write_report(report, results, first_pictures)
-        _say(f"report: {report / 'report.md'}")
-    if not as_json:
-        print("\n".join([*reports.terminal(results), ""]))
-    print(reports.to_json_line(results if as_json else reports.summary(results)))
+    with run.undisturbed():
+        if report is not None:
+            reports.write_report(report, results, first_pictures)
+            _say(f"report: {report / 'report.md'}")
+        if not as_json:
+            print("\n".join([*reports.terminal(results), ""]))
+        print(reports.to_json_line(results if as_json else reports.summary(results)))
 
 
 @bench_app.command("compare")

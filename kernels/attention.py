@@ -29,9 +29,9 @@ def attention(
     q: (B, M, Nq, K); k, v: (B, M, N, K); any strides, one dtype. Returns (B, M, Nq, K).
     causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice); on GPUs also
     "flash", "efficient" or "cudnn" (torch's kernels by name), "flash3", "xformers", or "triton" (in
-    half precision to at most MOST_KEYS keys, not causal), or "products" (in half precision, two
-    products and a softmax, SCORES at a time; not causal); on CPUs, once `native.load` was called,
-    "avx512" or "vnni" (not causal).
+    half precision, to at most MOST_KEYS keys; to more, or causal, it is sdpa), or "products" (in
+    half precision, two products and a softmax, SCORES at a time; not causal); on CPUs, once
+    `native.load` was called, "avx512" or "vnni" (not causal).
     Raises MissingDependency if what is asked for is absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
     """
@@ -141,11 +141,10 @@ def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    if causal or k.shape[2] > MOST_KEYS or q.dtype == torch.float32:
-        raise UsageError(
-            f"attention implementation 'triton' is for fp16 and bf16, not causal, and at most "
-            f"{MOST_KEYS} keys, and was given {k.shape[2]} in {q.dtype}; use 'sdpa'"
-        )
+    if causal or k.shape[2] > MOST_KEYS:  # a longer text's chunks, or a map's own pixels
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if q.dtype == torch.float32:
+        raise UsageError("attention implementation 'triton' is for fp16 and bf16; use 'sdpa'")
     dispatch.require("attention", "triton", q.device)
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     B, heads, queries, width = q.shape

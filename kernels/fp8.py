@@ -9,5 +9,5 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def in_fp8(x: Tensor, multiplier: Tensor) -> Tensor:
-    """Return x * multiplier, (), fp32, cut to what e4m3 holds, as torch.float8_e4m3fn."""
+    """Return x * multiplier, () or (C,), fp32, cut to what e4m3 holds, as torch.float8_e4m3fn."""
     return (x.float() * multiplier).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

@@ -7,8 +7,10 @@ first time, and nothing in a request.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -207,12 +209,21 @@ def _said(times: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {1000 * ms:.0f} us" for name, ms in times.items())
 
 
+@cache
+def _kernels() -> str:
+    """A word for the state of our kernels' code: times of another are not theirs."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(dispatch.__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def _times(
     op: str, shape: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Candidates]
 ) -> dict[str, float]:
     """Try what `make` gives, or remember it: name -> ms, the fastest first."""
     gpu = torch.cuda.get_device_name(device)
-    versions = f"torch {torch.__version__} fastsd {fastsd.__version__}"
+    versions = f"torch {torch.__version__} fastsd {fastsd.__version__} {_kernels()}"
     key = f"{op} {shape} {dtype} {gpu} {versions} of {', '.join(dispatch.able(op, device))}"
 
     def measure() -> dict[str, float]:

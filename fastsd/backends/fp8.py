@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastsd.backends.cuda_graph import gpu_name
 from fastsd.errors import UsageError
+from fastsd.kernels import dispatch
 from fastsd.models.layers import GEGLU, LayerNorm, TransformerBlock
 from fastsd.models.unet import UNet
 from fastsd.quant.linear import FP8_WIDTHS, Fp8Linear
@@ -70,6 +71,9 @@ def put_in_fp8_(unet: UNet, draw: Callable[[], object]) -> int:
         rounded = Fp8Linear(layer.weight, layer.bias, Rounding.of(-high, high))  # type: ignore[arg-type]
         owner.set_submodule(name, rounded)
         source.multiplier = rounded.multiplier
+        op = "geglu" if isinstance(source, GEGLU) else "layer_norm"
+        if "triton" in dispatch.able(op, rounded.weight.device):
+            source.implementation = "triton"  # the library's would round in passes of its own
     for block in _blocks(unet):
         for letter in "qkv":  # they have views of the joined weights, which are used no more
             setattr(block.attn1, f"to_{letter}", None)

@@ -147,8 +147,8 @@ def int8_layer(layer: nn.Linear | nn.Conv2d, rounding: Rounding) -> Int8Linear |
 class Fp8Linear(nn.Module):
     """A linear layer in fp8.
 
-    weight: (C_out, C_in), both multiples of FP8_WIDTHS. bias: (C_out,), or None. multiplier: (),
-    fp32: what inputs are multiplied by when they are rounded.
+    weight: (C_out, C_in), both multiples of FP8_WIDTHS. bias: (C_out,), or None. multiplier: ()
+    or (C_in,), fp32: what inputs are multiplied by when they are rounded.
     """
 
     weight: Tensor

@@ -107,6 +107,14 @@ def test_weights_in_int8_take_less_memory_for_a_near_picture(sdxl_folder: Path) 
     assert small._loops.captures == captures
 
 
+def test_our_attention_to_few_keys_leaves_longer_texts_to_torch() -> None:
+    ours = open_on_gpu("builtin", precision="fp16").use(attention="triton")
+    plain = open_on_gpu("builtin", precision="fp16").use(attention="sdpa")
+    for prompt in ("a red apple", "a red apple, " * 40):
+        settings = {"prompt": prompt, "prompt_syntax": "weighted"}
+        assert psnr(draw(ours, **settings), draw(plain, **settings)) >= 35
+
+
 def test_linear_layers_in_fp8_draw_a_near_picture() -> None:
     if torch.cuda.get_device_capability() < FP8_SINCE:
         pytest.skip("this GPU has no fp8 products")

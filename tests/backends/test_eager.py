@@ -12,6 +12,7 @@ from fastsd.backends.eager import EagerBackend, locked_, visiting
 from fastsd.kernels import dispatch, reference
 from fastsd.kernels.attention import attention
 from fastsd.models.layers import Attention, split_heads
+from fastsd.models.vae import PixelAttention
 
 
 def test_weights_visit_the_device_and_come_back() -> None:
@@ -39,6 +40,17 @@ def test_memory_that_cannot_be_locked_serves_as_it_is() -> None:
     before = layer(x)
     assert not locked_(layer)
     assert torch.equal(layer(x), before)
+
+
+def test_an_attention_asked_for_is_the_decoders_too(sd1_folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(sd1_folder, device="cpu")
+    backend = pipe._backend
+    assert isinstance(backend, EagerBackend)
+    found = [m for m in backend.modules["vae"].modules() if isinstance(m, PixelAttention)]
+    for layer in found:
+        layer.implementation = "products"  # as a GPU chooses
+    pipe.use(attention="sdpa")
+    assert found and {layer.implementation for layer in found} == {"sdpa"}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

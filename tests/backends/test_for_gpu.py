@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
 from fastsd.config import VAEConfig
-from fastsd.models.layers import Conv1x1, Resnet
+from fastsd.models.layers import Conv1x1, Resnet, Upsample
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from tests.models.oracles import relative_l2
@@ -131,7 +131,22 @@ def test_a_vae_of_fewer_passes_computes_the_same(norms_add: bool) -> None:
     resnets = [module for module in changed.modules() if isinstance(module, Resnet)]
     assert all((r.shift is not None, r.conv1.bias is None) == (norms_add,) * 2 for r in resnets)
     assert sum(resnet.lead is not None for resnet in resnets) == (2 if norms_add else 0)
-    assert {r.conv_shortcut is None for r in resnets if r.lead is not None} <= {True, False}
+    kinds = {r.conv_shortcut is None for r in resnets if r.lead is not None}
+    assert kinds == ({True, False} if norms_add else set())
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 1, 1), (2, 8, 3, 5), (3, 6, 2, 2)])
+@pytest.mark.parametrize("last", [True, False])
+def test_pixels_are_doubled_by_a_copy(shape: tuple[int, ...], last: bool) -> None:
+    x = torch.randn(shape)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    upsample = Upsample(shape[1])
+    plain = upsample(x)
+    upsample.as_copy = True
+    torch.testing.assert_close(upsample(x), plain)
+    odd = (2 * shape[2] - 1, 2 * shape[3])
+    torch.testing.assert_close(upsample(x, odd).shape[2:], torch.Size(odd))
 
 
 @torch.no_grad()

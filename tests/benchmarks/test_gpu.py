@@ -75,6 +75,26 @@ def test_a_stage_that_ends_in_order_when_told_to_is_done(tmp_path: Path) -> None
     assert outcomes[0]["seconds"] < 4
 
 
+def test_a_benchmark_cut_short_shows_its_rows_and_is_begun_again(tmp_path: Path) -> None:
+    ratio = {"median": 0.5, "low": None, "high": None}
+    rows = [{"name": "a", "latency_s": {"p50": 0.1}, "ratio": ratio}]
+    results = json.dumps({"stopped": True, "rows": rows})
+    code = f"open('{{folder}}/results.json', 'w').write({results!r})"
+    stages = [
+        stage("quick", "import time; time.sleep(0.7)"),
+        stage("cut", code, "results.json"),
+    ]
+    for _ in range(2):
+        outcomes = run_stages(stages, tmp_path, budget_s=10, say=lambda line: None)
+        table = stages_table(stages, tmp_path, outcomes)
+        (tmp_path / "quick" / "outcome.json").unlink()
+    assert table[2:] == [
+        ["cut", "stopped", "", "", ""],
+        ["cut", "a", "100 ms", "2.00x (too few samples)", ""],
+    ]
+    assert outcomes[1]["attempt"] == "attempt-2"
+
+
 def test_a_stage_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
     quick = stage("quick", "import time; time.sleep(0.5)")
     long = replace(stage("long", ""), takes_s=10.0)

@@ -41,6 +41,7 @@ from fastsd.benchmarks.run import (
     take_turns,
 )
 from fastsd.benchmarks.timing import paired_ratio
+from fastsd.benchmarks.truth import Truth
 from fastsd.errors import UsageError
 
 SYNTHETIC = "tests.benchmarks.synthetic"
@@ -459,6 +460,37 @@ def test_pictures_in_fp32_are_kept_and_not_drawn_again(
     assert "reference" not in [line[table[0].index("worst picture")] for line in table]
     assert measured("b", steps=3)["reference"] == "exact", "another scene has none yet"
     assert measured("exact", "b")["reference"] == "exact"
+
+    # where two fit at a time, the second pair draws the same pictures as the first
+    three = [painter(name) for name in "abc"]
+    kept = Truth.kept(tmp_path / "truth", SCENE)
+    available = int(2.5 * memory_need(three[0], SCENE))
+    run = Run(SCENE, three, reference="a", repeats=6, truth=kept, available=available)
+    results, _ = run.measure(ENVIRONMENT)
+    assert results["rounds"] == [["a", "b"], ["a", "c"]]
+    assert [row["quality"]["pictures"] for row in results["rows"]] == [4, 4, 4]
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Truth, "keep", full)
+    assert measured("b", steps=4)["rows"], "the results are worth more"
+
+
+def test_of_many_turns_other_makers_draw_the_first() -> None:
+    own = "fastsd.benchmarks.drawing:open_fastsd"
+    chosen = [
+        Contender("diffusers/fp32", "fastsd.benchmarks.baselines:open_diffusers"),
+        Contender("under another name", own),
+    ]
+    run = Run(SCENE, chosen, reference="diffusers/fp32", repeats=50)
+    turns = [turn for turn in range(100) if run._draws("diffusers/fp32", turn)]
+    assert turns == [*range(12), *range(50, 62)], "and of a second round too"
+    assert all(run._draws("under another name", turn) for turn in range(100))
+    run.repeats = 40
+    assert all(run._draws("diffusers/fp32", turn) for turn in range(40))
+    alone = Run(SCENE, chosen[:1], reference="diffusers/fp32", repeats=50)
+    assert all(alone._draws("diffusers/fp32", turn) for turn in range(50))
 
 
 def test_a_run_that_is_ended_before_its_turns_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
