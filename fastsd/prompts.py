@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fastsd.errors import UsageError
 
 SYNTAXES = ("plain", "weighted")
-ROOM = 75  # tokens of a chunk, without its begin and end
+ROOM = 75  # tokens of a chunk, without its begin and end, of CLIP's 77
 BACKTRACK = 20  # how far back a comma may stand at which a full chunk breaks
 STRENGTHEN = 1.1
 MAX_WEIGHT = 100.0
@@ -43,7 +43,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Up to ROOM token ids and the weight of each."""
+    """As many token ids as an encoder has room for, or fewer, and the weight of each."""
 
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
@@ -111,8 +111,9 @@ def split(
     words: Callable[[str], Sequence[tuple[int, ...]]],
     *,
     comma: int | None = None,
+    room: int = ROOM,
 ) -> list[Chunk]:
-    """Tokenize fragments and fill chunks of up to ROOM tokens; at least one, which may be empty.
+    """Tokenize fragments and fill chunks of up to `room` tokens; at least one, which may be empty.
 
     words: text -> tokens, each a tuple of ids that stay in one chunk (of a learned word, several).
     comma: the id of a comma; what follows one close to a chunk's end moves to the next as a whole.
@@ -122,9 +123,9 @@ def split(
         if fragment.after_break and rows[-1]:
             rows.append([])
         for word in words(fragment.text):
-            if len(rows[-1]) + len(word) > ROOM:
+            if len(rows[-1]) + len(word) > room:
                 rows.append(_after_comma(rows[-1], comma) if word != (comma,) else [])
-                if len(rows[-1]) + len(word) > ROOM:
+                if len(rows[-1]) + len(word) > room:
                     rows.append([])
             rows[-1] += [(index, fragment.weight) for index in word]
     if not rows[-1] and len(rows) > 1:

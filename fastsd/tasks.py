@@ -262,8 +262,8 @@ class TextEncoder:
         if self.syntax == "plain":
             return 1
         return max(
-            len(self._split(text, tokenizer))
-            for tokenizer, column in zip(self.tokenizers, texts, strict=True)
+            len(self._split(index, tokenizer, text))
+            for index, (tokenizer, column) in enumerate(zip(self.tokenizers, texts, strict=True))
             for text in column
         )
 
@@ -337,14 +337,14 @@ class TextEncoder:
             return torch.from_numpy(tokens.ids), [()] * len(texts)
         rows: list[Chunk] = []
         for text in texts:
-            found = self._split(text, tokenizer)
+            found = self._split(index, tokenizer, text)
             rows += [*found, *[Chunk()] * (chunks - len(found))]
         ids = torch.from_numpy(tokenizer.frame([row.ids for row in rows], length))
         return ids, [row.weights if set(row.weights) - {1.0} else () for row in rows]
 
-    @staticmethod
-    def _split(text: str, tokenizer: CLIPTokenizer) -> list[Chunk]:
-        return split(parse(text), tokenizer.words, comma=tokenizer.comma)
+    def _split(self, index: int, tokenizer: CLIPTokenizer, text: str) -> list[Chunk]:
+        room = self.config.text_encoders[index].max_tokens - 2  # without the begin and the end
+        return split(parse(text), tokenizer.words, comma=tokenizer.comma, room=room)
 
 
 def _weigh(context: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:

@@ -121,6 +121,16 @@ def test_long_prompts(family: str, pipes: dict[str, tuple[Pipeline, Any]]) -> No
     assert_same_picture(swapped, draw_reference(theirs, [[("fog", 1.0)], [], []], chunks))
 
 
+def test_chunks_are_as_long_as_the_encoder_reads() -> None:
+    """The built-in model's reads 32 tokens, where CLIP's read 77."""
+    pipe = Pipeline.from_pretrained("builtin", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    settings: dict[str, Any] = dict(prompt_syntax="weighted", seed=0, num_inference_steps=1)
+    long, longer = ("red apple " * n for n in (15, 40))
+    drawn = [np.asarray(pipe(text, **settings).images[0]) for text in (long, longer)]
+    assert drawn[0].shape == (128, 128, 3) and (drawn[0] != drawn[1]).any()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_short_unweighted_prompts_are_the_same_in_either_syntax(
     family: str, pipes: dict[str, tuple[Pipeline, Any]]
