@@ -188,8 +188,9 @@ def one_group(
     c = (tl.program_id(0) % groups) * WIDTH + w
     p = tl.arange(0, BLOCK_P)
     mask = (p < pixels)[:, None] & (w < WIDTH)[None, :]
-    at = b.to(tl.int64) * pixels * C + p[:, None] * C + c[None, :]
-    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    picture = b.to(tl.int64) * pixels * C
+    at = p[:, None] * C + c[None, :]
+    v = tl.load(x + picture + at, mask=mask, other=0.0).to(tl.float32)
     if ADDED:
         more = tl.load(added + b * added_stride + c, mask=w < WIDTH, other=0.0).to(tl.float32)
         v = tl.where(mask, v + more[None, :], 0.0)
@@ -199,7 +200,7 @@ def one_group(
     scale = tl.load(weight + c, mask=w < WIDTH, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
     offset = tl.load(bias + c, mask=w < WIDTH, other=0.0).to(tl.float32)
     y = activated(v * scale[None, :] + offset[None, :], SILU)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + picture + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 def launch(

@@ -123,7 +123,7 @@ ALIGNED = {
     "add_layer_norm": ("x", "added", "total", "out", "weight", "bias", "C"),
     "gated": ("x", "out", "C"),
     "residual_sum": ("x", "h", "bias", "out", "C"),
-    "one_group": ("x", "out", "C"),
+    "one_group": ("x", "out", "weight", "bias", "added", "C"),
     "conv3x3": ("x", "skip", "weight", "bias", "shift", "residual", "out", "C", "S", "O"),
 }
 ARCHITECTURES = (80, 89, 90, 100)
