@@ -270,9 +270,11 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "attention-cudnn": {"use": {"attention": "cudnn"}},
     "norm-library": {"use": {"group_norm": "library"}},
     "norm-triton": {"use": {"group_norm": "triton"}},
+    "between-library": {
+        "use": {"layer_norm": "library", "geglu": "library", "residual": "library"}
+    },
     "step-library": {"use": {"sampler_step": "library"}},
     "step-triton": {"use": {"sampler_step": "triton"}},
-    "cudnn-benchmark": {"cudnn_benchmark": True},
 }
 
 

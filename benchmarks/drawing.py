@@ -184,15 +184,12 @@ def open_fastsd(
     backend: str,
     precision: str,
     use: Mapping[str, str] = MappingProxyType({}),
-    cudnn_benchmark: bool = False,
     **options: Any,
 ) -> Drawer:
     """Open the scene's model with one of fastsd's backends.
 
-    use: op -> kernel, as Pipeline.use has them. cudnn_benchmark: torch's switch, by which cuDNN
-    tries its convolutions out, the whole process's. options: what else from_pretrained takes.
+    use: op -> kernel, as Pipeline.use has them. options: what else from_pretrained takes.
     """
-    torch.backends.cudnn.benchmark = cudnn_benchmark
     pipeline = Pipeline.from_pretrained(
         scene.model,
         sampler=scene.sampler,

@@ -59,6 +59,11 @@ _HALF = tuple(
     for word in ("--contenders", name)
 )
 _TURNS = ("--scenario", "SingleStream")
+_QUICKLY = (
+    "quickly",
+    "against diffusers as it is compiled by default",
+    "diffusers-reduce-overhead/fp16",
+)
 _COMPILE_S = 500.0  # tries out kernels for every product
 
 
@@ -66,6 +71,19 @@ def _own(model: str, steps: str, *names: str) -> tuple[str, ...]:
     """Our own contenders of these names, against fp16 as it comes."""
     asked = ("fastsd/eager/fp16", *(f"fastsd{n}" if n[0] == "/" else f"fastsd-{n}" for n in names))
     return ("--model", model, "--steps", steps, *(w for n in asked for w in ("--contenders", n)))
+
+
+def _against(
+    model: str, steps: str, name: str, what: str, contender: str, *, takes_s: float
+) -> Stage:
+    """One that compiles first, beside ours as it comes."""
+    return _bench(
+        f"{model}-{name}",
+        what,
+        *("--model", f"random:{model}", "--steps", steps, *_TURNS),
+        *("--contenders", "fastsd/eager/fp16", "--contenders", contender),
+        takes_s=takes_s,
+    )
 
 
 def _profile(model: str) -> Stage:
@@ -82,9 +100,23 @@ def _profile(model: str) -> Stage:
 STAGES = (
     Stage("env", "what this machine is", ("fastsd", "env"), takes_s=20.0),
     _profile("sd15"),
-    _bench("sd15", "SD1.5 at 512", "--model", "random:sd15", "--steps", "20", *_HALF),
+    _bench("sd15", "SD1.5 at 512", "--model", "random:sd15", "--steps", "20", *_HALF, takes_s=170),
+    _bench(
+        "sd15-p99",
+        "SD1.5 at 512, a hundred pictures",
+        *("--model", "random:sd15", "--steps", "20", "--repeats", "100", *_TURNS),
+        *("--contenders", "fastsd/eager/fp16"),
+        takes_s=60,
+    ),
     _profile("sdxl"),
     _bench("sdxl", "SDXL at 1024", "--model", "random:sdxl", "--steps", "20", *_HALF, takes_s=280),
+    _against("sd15", "20", *_QUICKLY, takes_s=200),
+    _bench(
+        "sdxl-4-steps",
+        "SDXL at 1024 in four steps, without guidance",
+        *("--model", "random:sdxl", "--steps", "4", "--guidance", "1", *_HALF, *_TURNS),
+    ),
+    _bench("builtin", "the built-in model", *_EAGER, "--contenders", "fastsd-fp8/fp16"),
     Stage(
         "ops-fp16",
         "every op, half precision",
@@ -99,6 +131,14 @@ STAGES = (
         + ("tests/backends/test_cuda.py",),
         takes_s=180.0,  # Triton compiles
     ),
+    _bench(
+        "sdxl-offline",
+        "SDXL at 1024 in 20 steps, pictures a second",
+        *("--model", "random:sdxl", "--steps", "20", "--scenario", "Offline", *_TURNS),
+        *("--contenders", "fastsd/eager/fp16", "--contenders", "fastsd-fp8/fp16"),
+        takes_s=250,
+    ),
+    _against("sdxl", "10", *_QUICKLY, takes_s=300),
     *(
         _bench(
             f"{model}-{name}",
@@ -107,12 +147,11 @@ STAGES = (
             *_TURNS,
             takes_s=seconds if model == "sdxl" else 0.6 * seconds,
         )
-        for model, steps in (("sd15", "20"), ("sdxl", "10"))
+        for model, steps in (("sdxl", "10"), ("sd15", "20"))
         for name, what, seconds, *names in (
-            ("graphs", "graphs, captured less or more", 180, "graph-*/fp16"),
-            ("memory", "settings that save memory", 220, "int8-weights/fp16", "low-memory*/fp16"),
+            ("memory", "settings that save memory", 240, "int8-weights/fp16", "low-memory*/fp16"),
             ("kernels", "our kernels and the library's", 280, "*-library/fp16", "*-triton/fp16"),
-            ("cudnn", "convolutions as cuDNN's search has them", 140, "cudnn-*/fp16"),
+            ("graphs", "graphs, captured less or more", 180, "graph-*/fp16"),
             ("attention", "one attention against the measured ones", 280, "attention-*/fp16"),
         )
     ),
@@ -123,42 +162,15 @@ STAGES = (
         *("--contenders", "fastsd/eager/fp16"),
     ),
     *(
-        _bench(
-            f"{model}-{name}",
-            what,
-            *("--model", f"random:{model}", "--steps", steps, *_TURNS),
-            *("--contenders", "fastsd/eager/fp16", "--contenders", contender),
-            takes_s=200.0 if name == "quickly" and model == "sd15" else _COMPILE_S,
-        )
+        _against(model, steps, name, what, contender, takes_s=_COMPILE_S)
         for model, steps in (("sd15", "20"), ("sdxl", "10"))
         for name, what, contender in (
             ("compiled", "against diffusers compiled for the most speed", "diffusers-compile/fp16"),
-            ("quickly", "and as it is compiled by default", "diffusers-reduce-overhead/fp16"),
             ("inductor", "torch.compile's code in our graph", "fastsd/inductor/fp16"),
             ("aoti", "that code compiled ahead of time", "fastsd/aoti-cuda/fp16"),
             ("aoti-fp8", "that with linear layers in fp8", "fastsd/aoti-cuda/fp8"),
         )
     ),
-    _bench(
-        "sdxl-4-steps",
-        "SDXL at 1024 in four steps, without guidance",
-        *("--model", "random:sdxl", "--steps", "4", "--guidance", "1", *_HALF, *_TURNS),
-    ),
-    _bench(
-        "sdxl-offline",
-        "SDXL at 1024 in 20 steps, pictures a second",
-        *("--model", "random:sdxl", "--steps", "20", "--scenario", "Offline", *_TURNS),
-        *("--contenders", "fastsd/eager/fp16"),
-        takes_s=300,
-    ),
-    _bench(
-        "sd15-p99",
-        "SD1.5 at 512, a hundred pictures",
-        *("--model", "random:sd15", "--steps", "20", "--repeats", "100", *_TURNS),
-        *("--contenders", "fastsd/eager/fp16"),
-        takes_s=60,
-    ),
-    _bench("builtin", "the built-in model", *_EAGER, "--contenders", "fastsd-fp8/fp16"),
     _bench("sd21", "SD2.1 at 768", "--model", "random:sd21", "--steps", "20", *_HALF),
     Stage(
         "ops-bf16",
