@@ -18,11 +18,7 @@ from fastsd.backends.cuda_graph import exact_convolutions
 from fastsd.checkpoints import Checkpoint, open_description
 from fastsd.checkpoints.random_weights import PREFIX as RANDOM
 from fastsd.errors import ArtifactError
-from fastsd.export.calibration import (
-    JUDGED_STEPS,
-    exact_device,
-    exact_pipeline,
-)
+from fastsd.export.calibration import JUDGED_STEPS, exact_device, exact_pipeline
 from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks

@@ -11,7 +11,8 @@ import torch
 from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.export import calibration
-from fastsd.export.calibration import Calibrator, calibrate_checkpoint
+from fastsd.export.calibration import Calibrator, calibrate_checkpoint, exact_pipeline
+from fastsd.kernels.dispatch import IMPLEMENTATIONS
 from fastsd.quant.draws import GUIDANCE, draw_settings
 from fastsd.quant.spec import QuantSpec, shares_input
 from tests.export.conftest import SIZE
@@ -116,3 +117,10 @@ def test_models_of_every_kind_are_calibrated(kind: str, sd1_folder: Path, tmp_pa
     assert all(
         1e-4 < error <= calibration.BOUNDS["int8"][part] for part, error in found.errors.items()
     )
+
+
+def test_what_is_exact_computes_every_op_by_the_library(sd1_folder: Path) -> None:
+    """On a GPU each layer would have the fastest kernel, of ours too."""
+    said = exact_pipeline(open_checkpoint(sd1_folder), "cpu", name="exact").explain()
+    for op in ("attention", "group_norm", "layer_norm", "geglu", "residual", "sampler_step"):
+        assert any(line.startswith(f"{op}: {IMPLEMENTATIONS[op][0]} (asked for)") for line in said)
