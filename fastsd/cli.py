@@ -340,8 +340,8 @@ def generate(
         str | None,
         typer.Option(
             help="int8: keep the UNet's weights so, half of fp16's memory, for a near picture and "
-            "some of the speed; fp8: multiply in it, the fastest on GPUs since Ada, for a near "
-            "picture; full: in the precision. [default: full]"
+            "some of the speed; fp8: multiply in it, on GPUs since Ada, for a near picture; "
+            "full: in the precision. [default: full]"
         ),
     ] = None,
     low_memory: Annotated[
