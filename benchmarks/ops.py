@@ -51,6 +51,12 @@ class Case:
     bytes: int
 
 
+def _numbers(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
+    """Return what draws tensors of the shapes it is given, always the same ones in this order."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
 def attention_case(
     title: str, batch: int, heads: int, queries: int, keys: int, width: int, dtype: torch.dtype,
     device: str,
@@ -81,11 +87,7 @@ def group_norm_case(
     title: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str
 ) -> Case:
     """silu(group_norm(x + added)) from a channels-last map to one, 32 groups."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
+    numbers = _numbers(dtype, device)
     x = numbers(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
     given = (x, numbers(channels), numbers(channels), 32, 1e-5)
     added = numbers(batch, channels)
@@ -142,11 +144,7 @@ def conv3x3_case(
 
 def layer_norm_case(title: str, tokens: int, width: int, dtype: torch.dtype, device: str) -> Case:
     """The norm of a residual sum, of a guidance pair's tokens."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
+    numbers = _numbers(dtype, device)
     x, added = numbers(2, tokens, width), numbers(2, tokens, width)
     given = (x, numbers(width), numbers(width), 1e-5)
 
@@ -165,8 +163,7 @@ def layer_norm_case(title: str, tokens: int, width: int, dtype: torch.dtype, dev
 
 def geglu_case(title: str, tokens: int, width: int, dtype: torch.dtype, device: str) -> Case:
     """The gate of a feed-forward layer, of a guidance pair's tokens."""
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn((2, tokens, 8 * width), generator=generator, device=device).to(dtype)
+    x = _numbers(dtype, device)(2, tokens, 8 * width)
 
     def call(name: str) -> Callable[[], Tensor]:
         return lambda: geglu(x, implementation=name)
@@ -185,11 +182,7 @@ def residual_case(
     title: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str
 ) -> Case:
     """The sum that ends a resnet, with its last convolution's bias."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
+    numbers = _numbers(dtype, device)
     shape = (batch, channels, side, side)
     x, h = (numbers(*shape).contiguous(memory_format=torch.channels_last) for _ in range(2))
     bias = numbers(channels)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,9 +16,9 @@ from fastsd.backends.fp8 import put_in_fp8_
 from fastsd.errors import UsageError
 from fastsd.models.layers import TransformerBlock
 from fastsd.models.unet import UNet
-from fastsd.quality import Task, builtin_atlas, psnr, task_score, tasks
 from fastsd.quant.linear import Fp8Linear
 from tests.backends.test_for_gpu import conditions
+from tests.fp8_pictures import judge_fp8
 from tests.models.oracles import relative_l2
 from tests.models.test_unet import FAMILIES
 
@@ -54,9 +53,6 @@ def unet_of(unet: UNet, x: torch.Tensor, times: torch.Tensor, text: torch.Tensor
 @pytest.mark.slow
 def test_the_builtin_model_keeps_its_pictures() -> None:
     """What rounding costs, a CPU shows, with the rest in fp32: `weights="fp8"` as a GPU has it."""
-    atlas = builtin_atlas()
-    english = tasks(atlas)["english"]
-    judged = Task(english.names[:64], english.expected[:64])
     exact, rounded = (Pipeline.from_pretrained("builtin", device="cpu") for _ in range(2))
     backend = rounded._backend
     assert isinstance(backend, EagerBackend)
@@ -68,18 +64,7 @@ def test_the_builtin_model_keeps_its_pictures() -> None:
     }
     rounded._put_in_fp8()
     assert any("16 in fp8" in line for line in rounded.explain())
-    drawn: list[list[Any]] = [[], []]
-    for pictures, pipe in zip(drawn, (rounded, exact), strict=True):
-        pipe.set_progress_bar_config(disable=True)
-        for seed in range(0, 64, 4):
-            names = list(judged.names[seed : seed + 4])
-            pictures += pipe(names, seed=seed, num_inference_steps=20, guidance_scale=7.5).images
-    distances = [psnr(ours, theirs) for ours, theirs in zip(*drawn, strict=True)]
-    found = f"median {np.median(distances):.2f} dB, worst {min(distances):.2f} dB"
-    assert np.median(distances) >= 28 and min(distances) >= 20, found
-    scores = [task_score(atlas, judged, pictures).top1 for pictures in drawn]
-    assert abs(scores[0] - scores[1]) <= 0.02, scores
-    print(f"fp8: {found}; {scores[0]:.1%} named right, exact {scores[1]:.1%}")
+    judge_fp8(rounded, exact)
 
 
 def test_what_has_no_fp8_says_so(sd1_folder: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, final
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,10 @@ from fastsd.export.parts import Request, load_part, part_names
 from fastsd.export.to_aoti import trace
 from fastsd.export.to_aoti_cuda import FORM, HEADERS, cuda_home, put_in_fp8_
 from fastsd.models.unet import UNet
-from fastsd.quality import Task, builtin_atlas, psnr, task_score, tasks
+from fastsd.quality import psnr
 from fastsd.quant.apply import layers
 from fastsd.quant.spec import QuantSpec, role
+from tests.fp8_pictures import judge_fp8
 
 CPU = torch.device("cpu")
 SIZE = (128, 128)
@@ -134,23 +134,9 @@ def test_the_builtin_model_keeps_its_pictures_in_fp8(tmp_path: Path) -> None:
     spec = calibrate_checkpoint(
         checkpoint, default_prompts("builtin"), size=(side, side), form=FORM
     ).spec
-    atlas = builtin_atlas()
-    english = tasks(atlas)["english"]
-    judged = Task(english.names[:64], english.expected[:64])
     exact, engine = (Pipeline(checkpoint, name="test") for _ in range(2))
     engine._backend = Uncompiled(checkpoint, tmp_path, spec, size=(side, side), batch=4)
-    drawn: list[list[Any]] = [[], []]
-    for pictures, pipe in zip(drawn, (engine, exact), strict=True):
-        pipe.set_progress_bar_config(disable=True)
-        for seed in range(0, 64, 4):
-            names = list(judged.names[seed : seed + 4])
-            pictures += pipe(names, seed=seed, num_inference_steps=20, guidance_scale=7.5).images
-    distances = [psnr(ours, theirs) for ours, theirs in zip(*drawn, strict=True)]
-    found = f"median {np.median(distances):.2f} dB, worst {min(distances):.2f} dB"
-    assert np.median(distances) >= 28 and min(distances) >= 20, found
-    scores = [task_score(atlas, judged, pictures).top1 for pictures in drawn]
-    assert abs(scores[0] - scores[1]) <= 0.02, scores
-    print(f"fp8: {found}; {scores[0]:.1%} named right, exact {scores[1]:.1%}")
+    judge_fp8(engine, exact)
 
 
 def test_what_cannot_be_compiled_is_refused(
