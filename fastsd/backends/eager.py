@@ -222,8 +222,9 @@ def _in_int8(module: nn.Module) -> dict[str, Int8Weight]:
 
 def locked_(module: nn.Module) -> bool:
     """Move a module's weights to host memory that stays where it is, which a GPU reads by itself.
-    It takes a quarter more, and stays with the process. Returns False, with
-    some or none moved, where there is not enough of it.
+
+    It takes up to twice the bytes, rounded to powers of two, and stays with the process. Returns
+    False, with some or none moved, where there is not enough of it.
     """
     try:
         for tensor in (*module.parameters(), *module.buffers()):
