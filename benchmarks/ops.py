@@ -22,7 +22,7 @@ from fastsd.benchmarks.timing import Latency, paired_ratio
 from fastsd.errors import UsageError
 from fastsd.kernels import reference
 from fastsd.kernels.attention import attention
-from fastsd.kernels.convolution import conv3x3
+from fastsd.kernels.convolution import conv3x3, summed_taps
 from fastsd.kernels.dispatch import IMPLEMENTATIONS
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.group_norm import group_norm
@@ -109,36 +109,37 @@ def group_norm_case(
 
 
 def conv3x3_case(
-    title: str, batch: int, channels: int, skip: int, out: int, side: int, dtype: torch.dtype,
+    title: str, batch: int, channels: int, out: int, side: int, upsample: bool, dtype: torch.dtype,
     device: str,
 ) -> Case:  # fmt: skip
-    """A resnet's convolution, channels-last, with bias, time embedding and residual sum."""
+    """A resnet's last convolution, channels-last, with its bias and sum; or an up-sampler's."""
     generator = torch.Generator(device).manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         t = torch.randn(shape, generator=generator, device=device).to(dtype)
         return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
 
-    x, weight = numbers(batch, channels, side, side), numbers(out, channels + skip, 3, 3) / 64
-    bias, shift = numbers(out), numbers(batch, out)
-    residual = numbers(batch, out, side, side)
-    more = numbers(batch, skip, side, side) if skip else None
+    x, weight = numbers(batch, channels, side, side), numbers(out, channels, 3, 3) / 64
+    factor = 2 if upsample else 1
+    given = (x, weight, numbers(out))
+    residual = None if upsample else numbers(batch, out, side, side)
+    phases = summed_taps(weight) if upsample else None
 
     def call(name: str) -> Callable[[], Tensor]:
         return lambda: conv3x3(
-            x, weight, bias, skip=more, shift=shift, residual=residual, implementation=name
+            *given, residual=residual, phases=phases, upsample=upsample, implementation=name
         )
 
-    elements = x.numel() + (0 if more is None else more.numel()) + 2 * residual.numel()
+    result = batch * out * side * side * factor**2
+    elements = x.numel() + weight.numel() + result * (1 if upsample else 2)
     return Case(
         op="conv3x3",
-        shape=f"{title}: {batch}x{channels}+{skip}x{side}x{side} to {out}",
-        reference=lambda: reference.conv3x3(
-            x, weight, bias, skip=more, shift=shift, residual=residual
-        ),
+        shape=f"{title}: {batch}x{channels}x{side}x{side} to {out}{' doubled' * upsample}",
+        reference=lambda: reference.conv3x3(*given, residual=residual, upsample=upsample),
         implementations={name: call(name) for name in IMPLEMENTATIONS["conv3x3"]},
-        flop=2 * 9 * (channels + skip) * residual.numel(),
-        bytes=(elements + weight.numel()) * x.element_size(),
+        # 4 taps of 9 are enough where each pixel is there four times
+        flop=2 * (4 if upsample else 9) * channels * result,
+        bytes=elements * x.element_size(),
     )
 
 
@@ -255,16 +256,20 @@ GROUP_NORM = (
     ("decoder 512, last", 1, 128, 512),
     ("decoder 1024, last with both halves", 1, 256, 1024),
 )
-# (title, batch, channels, channels of the skip, channels out, side)
+# (title, batch, channels, channels out, side, doubled first)
 CONV3X3 = (
-    ("SD1.5 512, level 1", 2, 320, 0, 320, 64),
-    ("SD1.5 512, level 1 with its skip", 2, 640, 320, 320, 64),
-    ("SD1.5 512, level 2", 2, 640, 0, 640, 32),
-    ("SD1.5 512, level 3", 2, 1280, 0, 1280, 16),
-    ("SDXL 1024, level 1", 2, 320, 0, 320, 128),
-    ("SDXL 1024, level 2", 2, 640, 0, 640, 64),
-    ("SDXL 1024, level 3", 2, 1280, 0, 1280, 32),
-    ("decoder 512, last", 1, 128, 0, 128, 512),
+    ("SD1.5 512, level 1", 2, 320, 320, 64, False),
+    ("SD1.5 512, level 1 from a skip", 2, 960, 320, 64, False),
+    ("SD1.5 512, level 2", 2, 640, 640, 32, False),
+    ("SD1.5 512, level 3", 2, 1280, 1280, 16, False),
+    ("SD1.5 512, middle", 2, 1280, 1280, 8, False),
+    ("SD1.5 512, up to level 3", 2, 1280, 1280, 8, True),
+    ("SDXL 1024, level 1", 2, 320, 320, 128, False),
+    ("SDXL 1024, level 2", 2, 640, 640, 64, False),
+    ("SDXL 1024, level 3", 2, 1280, 1280, 32, False),
+    ("SDXL 1024, up to level 2", 2, 1280, 1280, 32, True),
+    ("decoder 512, last", 1, 128, 128, 512, False),
+    ("decoder 512, up to the last but one", 1, 512, 512, 128, True),
 )
 SAMPLER_STEP = (
     ("SD1.5 512, as captured", 1, 64, 4),

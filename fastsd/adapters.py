@@ -169,6 +169,8 @@ class Adapters:
             if not done:
                 for target in targets:
                     self._write(target, live[target[0]][target[1]], self.active, self.loaded)
+            for part in live:
+                backend.changed(part)
         self.active, self.loaded = active, loaded
 
     @torch.no_grad()

@@ -1,17 +1,23 @@
-"""The 3x3 convolution of the UNet and the decoder, with all that stands around it.
+"""The 3x3 convolution of the UNet and the decoder, with what stands around it.
 
-y = conv3x3(up([x | skip])) + bias + shift + residual: the skip's concatenation, the doubling of an
-up-sampler before it, the time embedding and the residual sum after it. As library calls each is a
-pass over memory of its own; a kernel of ours reads and writes each map once.
+y = conv3x3(up(x)) + bias + residual: the doubling of an up-sampler before it and the sum that ends
+a resnet after it. As library calls each is a pass over memory of its own; a kernel of ours reads
+and writes each map once. It reads fp8 too, as a norm before it may round for nothing. A resnet's
+time embedding and a skip's concatenation have no place here: a norm stands between.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
+
+SINCE = (9, 0)  # compute capability: Hopper's, whose tensor memory accelerator reads rectangles
 
 
 def conv3x3(
@@ -19,36 +25,99 @@ def conv3x3(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    skip: Tensor | None = None,
-    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     residual: Tensor | None = None,
-    stride: int = 1,
+    phases: Tensor | None = None,
     upsample: bool = False,
+    dtype: torch.dtype | None = None,
     implementation: str = "library",
 ) -> Tensor:
-    """Convolve x (B, C, H, W) with weight (O, C + S, 3, 3), zeros one pixel around it.
+    """Convolve x (B, C, H, W) with weight (O, C, 3, 3), zeros one pixel around it.
 
-    bias: (O,). skip: (B, S, H, W), more channels. shift: (B, O), added to every pixel. residual: of
-    the result's shape. stride: 1 or 2. upsample: repeat each pixel 2x2 first.
-    implementation: "library" (torch, any layout) or "triton", which computes channels-last.
-    Returns (B, O, H', W') in x's dtype; sums are fp32. Raises UsageError for an unknown name.
+    x, weight: of one dtype, floating point or fp8 (e4m3). bias: (O,). scale: (O,), fp32, what the
+    products of fp8 numbers are multiplied by. residual: of the result's shape. upsample: repeat
+    each pixel 2x2 first; phases: `summed_taps` of the weight, if they are at hand. dtype: the
+    result's, None for x's. implementation: "library" (torch, any layout, fp8 in fp32) or "triton",
+    which computes half precision and fp8, channels-last.
+    Returns (B, O, H', W'); sums are fp32. Raises UsageError for an unknown name, or for what triton
+    does not compute.
     """
+    dtype = dtype or x.dtype
     if implementation == "library":
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)
         if upsample:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        y = F.conv2d(x, weight, bias, stride=stride, padding=1)
-        if shift is not None:
-            y = y + shift[:, :, None, None]
-        return y if residual is None else y + residual
+        if scale is None:
+            y = F.conv2d(x, weight, bias, padding=1)
+        else:
+            y = F.conv2d(x.float(), weight.float() * scale[:, None, None, None], padding=1)
+            y = y if bias is None else y + bias.float()[:, None, None]
+        return (y if residual is None else y + residual).to(dtype)
     dispatch.require("conv3x3", implementation, x.device)
-    height, width = (side * (2 if upsample else 1) for side in x.shape[-2:])
-    shape = (len(x), len(weight), (height - 1) // stride + 1, (width - 1) // stride + 1)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    maps = [None if t is None else _channels_last(t) for t in (x, weight, skip, residual)]
-    torch.ops.fastsd.conv3x3(maps[0], maps[1], bias, maps[2], shift, maps[3], stride, upsample, out)
+    if not fits(x, x.dtype):
+        raise UsageError(
+            "conv3x3 by triton computes fp16, bf16 and fp8 of channels that are whole 16 bytes, on "
+            f"GPUs since Hopper, not {x.dtype} of {x.shape[1]} channels here; use 'library'"
+        )
+    if upsample:
+        weight = summed_taps(weight) if phases is None else phases
+    factor = 2 if upsample else 1
+    shape = (len(x), len(weight) // factor**2, factor * x.shape[2], factor * x.shape[3])
+    out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    by_tap = _channels_last(weight).permute(0, 2, 3, 1).flatten(1)
+    residual = None if residual is None else _channels_last(residual)
+    torch.ops.fastsd.conv3x3(_channels_last(x), by_tap, bias, scale, residual, upsample, out)
     return out
+
+
+def candidates(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    upsample: bool = False,
+) -> dict[str, Callable[[], Tensor]]:
+    """Return what can compute this on its device, by name, ready to be tried."""
+    phases = summed_taps(weight) if upsample else None
+    return {
+        name: lambda name=name: conv3x3(  # type: ignore[misc]
+            x,
+            weight,
+            bias,
+            residual=residual,
+            phases=phases,
+            upsample=upsample,
+            implementation=name,
+        )
+        for name in dispatch.able("conv3x3", x.device)
+        if name == "library" or fits(x, x.dtype)
+    }
+
+
+def fits(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes maps (B, C, H, W) of x's channels in `dtype` where x is."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < SINCE:
+        return False
+    kinds = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+    return dtype in kinds and x.shape[1] * dtype.itemsize % 16 == 0
+
+
+def summed_taps(weight: Tensor) -> Tensor:
+    """Return what taps (O, C, 3, 3) are over the small map where pixels repeat: (4 O, C, 2, 2).
+
+    Of a 2x2 block, whose pixels' kernels come one after the other, a pixel sees 2x2 pixels of the
+    small map: two of each three taps in a row see the same.
+    """
+    wide = weight.detach().float()
+    kernels = [of_columns for rows in _pairs(wide, 2) for of_columns in _pairs(rows, 3)]
+    last = torch.channels_last
+    return torch.cat(kernels).to(weight.dtype).contiguous(memory_format=last)
+
+
+def _pairs(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return what two neighbours of one pixel make of three taps: (a, b + c) and (a + b, c)."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack((a, b + c), dim), torch.stack((a + b, c), dim)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -60,10 +129,8 @@ def _conv3x3(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    skip: Tensor | None,
-    shift: Tensor | None,
+    scale: Tensor | None,
     residual: Tensor | None,
-    stride: int,
     upsample: bool,
     out: Tensor,
 ) -> None:
@@ -71,7 +138,7 @@ def _conv3x3(
 
     # Triton launches on the current device.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_convolution.launch(x, weight, bias, skip, shift, residual, stride, upsample, out)
+        triton_convolution.launch(x, weight, bias, scale, residual, upsample, out)
 
 
 _conv3x3.register_fake(lambda *_: None)  # it writes into `out`, and makes nothing

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
+from fastsd.kernels.fp8 import in_fp8
 
 
 def group_norm(
@@ -26,14 +27,15 @@ def group_norm(
     *,
     added: Tensor | None = None,
     silu: bool = False,
+    multiplier: Tensor | None = None,
     implementation: str = "library",
 ) -> Tensor:
     """Normalise x (B, C, H, W) group by group, scale by weight (C,), add bias (C,).
 
     Any float dtype; statistics are fp32. added: (B or 1, C), to every pixel first. silu: apply it
-    to the result. implementation: "library" (torch, any layout), or "triton" (two launches) and
-    "triton-group" (one, where a group fits in a program's registers, else two), which compute and
-    return channels-last.
+    to the result. multiplier: (), fp32: return fp8 (e4m3), times this. implementation: "library"
+    (torch, any layout), or "triton" (two launches) and "triton-group" (one, where a group fits in a
+    program's registers, else two), which compute and return channels-last.
     Returns (B, C, H, W) in x's dtype. Raises UsageError if groups does not divide C, or for an
     unknown name.
     """
@@ -41,16 +43,20 @@ def group_norm(
         if added is not None:
             x = x + added[:, :, None, None]
         y = F.group_norm(x, groups, weight, bias, eps)
-        return F.silu(y) if silu else y
+        y = F.silu(y) if silu else y
+        return y if multiplier is None else in_fp8(y, multiplier)
     dispatch.require("group_norm", implementation, x.device)
     if x.shape[1] % groups:
         raise UsageError(f"{groups} groups do not divide {x.shape[1]} channels")
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x, memory_format=torch.channels_last)
+    kind = None if multiplier is None else torch.float8_e4m3fn
+    out = torch.empty_like(x, dtype=kind, memory_format=torch.channels_last)
     if added is not None and added.stride(1) != 1:
         added = added.contiguous()
     by_group = implementation == "triton-group" and _fits(x, groups)
-    torch.ops.fastsd.group_norm(x, weight, bias, groups, eps, added, silu, by_group, out)
+    torch.ops.fastsd.group_norm(
+        x, weight, bias, groups, eps, added, silu, multiplier, by_group, out
+    )
     return out
 
 
@@ -92,6 +98,7 @@ def _group_norm(
     eps: float,
     added: Tensor | None,
     silu: bool,
+    multiplier: Tensor | None,
     by_group: bool,
     out: Tensor,
 ) -> None:
@@ -100,7 +107,7 @@ def _group_norm(
     kernel = triton_group_norm.launch_by_group if by_group else triton_group_norm.launch
     # Triton launches on the current device.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        kernel(x, weight, bias, groups, eps, added, silu, out)
+        kernel(x, weight, bias, groups, eps, added, silu, multiplier, out)
 
 
 _group_norm.register_fake(lambda *_: None)  # it writes into `out`, and makes nothing

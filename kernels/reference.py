@@ -26,15 +26,13 @@ def conv3x3(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    skip: Tensor | None = None,
-    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     residual: Tensor | None = None,
-    stride: int = 1,
     upsample: bool = False,
     implementation: str = "reference",
 ) -> Tensor:
     """Convolve as `kernels.convolution.conv3x3` does, in fp64, tap by tap."""
-    x = x.double() if skip is None else torch.cat([x.double(), skip.double()], dim=1)
+    x, weight = x.double(), weight.double()
     if upsample:
         x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     H, W = x.shape[-2:]
@@ -43,12 +41,12 @@ def conv3x3(
     y = torch.zeros((), dtype=torch.float64, device=x.device)
     for i in range(3):
         for j in range(3):
-            tap = padded[:, :, i : i + H : stride, j : j + W : stride]
-            y = y + torch.einsum("bchw,oc->bohw", tap, weight[:, :, i, j].double())
+            tap = padded[:, :, i : i + H, j : j + W]
+            y = y + torch.einsum("bchw,oc->bohw", tap, weight[:, :, i, j])
+    if scale is not None:
+        y = y * scale.double().view(1, -1, 1, 1)
     if bias is not None:
         y = y + bias.double().view(1, -1, 1, 1)
-    if shift is not None:
-        y = y + shift.double()[:, :, None, None]
     out: Tensor = (y if residual is None else y + residual.double()).float()
     return out
 
@@ -62,6 +60,7 @@ def group_norm(
     *,
     added: Tensor | None = None,
     silu: bool = False,
+    multiplier: Tensor | None = None,
     implementation: str = "reference",
 ) -> Tensor:
     """Normalise as `kernels.group_norm.group_norm` does, in fp64, from the formula."""
@@ -72,8 +71,8 @@ def group_norm(
     variance = (grouped - mean).square().mean(dim=(2, 3, 4), keepdim=True)
     y = ((grouped - mean) / (variance + eps).sqrt()).reshape(B, C, H, W)
     y = y * weight.double().view(1, -1, 1, 1) + bias.double().view(1, -1, 1, 1)
-    out: Tensor = (y * torch.sigmoid(y) if silu else y).float()
-    return out
+    y = y * torch.sigmoid(y) if silu else y
+    return y.float() if multiplier is None else in_fp8(y, multiplier)
 
 
 def layer_norm(

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from fastsd.kernels.triton_layer_norm import rounded
+from fastsd.kernels.triton_fp8 import rounded
 
 BLOCK_R, BLOCK_C = 8, 256
 

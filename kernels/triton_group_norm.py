@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor, empty, float32
 from triton import cdiv, next_power_of_2
 
+from fastsd.kernels.triton_fp8 import rounded
+
 PROGRAMS = 528  # four for each of an H100's or H200's 132 multiprocessors
 LANES = 128  # channels of a tile, padding counted: what is read of a pixel is 128 bytes or more
 TILE = 2048  # elements that a program holds at once
@@ -96,6 +98,7 @@ def normalise(
     partial,
     weight,
     bias,
+    multiplier,
     out,
     C,
     pixels,
@@ -107,6 +110,7 @@ def normalise(
     WIDTH: tl.constexpr,
     ADDED: tl.constexpr,
     SILU: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -161,7 +165,7 @@ def normalise(
         at = picture + p[:, None].to(tl.int64) * C + c[None, :]
         y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         y = activated(y * scale[None, :] + offset[None, :], SILU)
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at, rounded(y, multiplier, out.dtype.element_ty, FP8), mask=mask)
 
 
 @triton.jit(do_not_specialize=["pixels", "groups", "added_stride"])
@@ -170,6 +174,7 @@ def one_group(
     weight,
     bias,
     added,
+    multiplier,
     out,
     C,
     pixels,
@@ -179,6 +184,7 @@ def one_group(
     WIDTH: tl.constexpr,
     ADDED: tl.constexpr,
     SILU: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -200,7 +206,8 @@ def one_group(
     scale = tl.load(weight + c, mask=w < WIDTH, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
     offset = tl.load(bias + c, mask=w < WIDTH, other=0.0).to(tl.float32)
     y = activated(v * scale[None, :] + offset[None, :], SILU)
-    tl.store(out + picture + at, y.to(out.dtype.element_ty), mask=mask)
+    y = rounded(y, multiplier, out.dtype.element_ty, FP8)
+    tl.store(out + picture + at, y, mask=mask)
 
 
 def launch(
@@ -211,9 +218,10 @@ def launch(
     eps: float,
     added: Tensor | None,
     silu: bool,
+    multiplier: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Normalise channels-last x (B, C, H, W) into out, which is like it, in two launches."""
+    """Normalise channels-last x (B, C, H, W) into out, like it or fp8, in two launches."""
     B, C, H, W = x.shape
     pixels, width = H * W, C // groups
     block_w = next_power_of_2(width)
@@ -241,11 +249,13 @@ def launch(
         partial,
         weight,
         bias,
+        bias if multiplier is None else multiplier,
         out,
         *sizes,
         eps,
         **group,
         SILU=silu,
+        FP8=multiplier is not None,
         BLOCK_P=TILE // block_c,
         BLOCK_C=block_c,
         BLOCK_G=next_power_of_2(touched),
@@ -274,6 +284,7 @@ def launch_by_group(
     eps: float,
     added: Tensor | None,
     silu: bool,
+    multiplier: Tensor | None,
     out: Tensor,
 ) -> None:
     """Normalise as `launch` does, in one launch of a program a group, if it `fits`."""
@@ -284,6 +295,7 @@ def launch_by_group(
         weight,
         bias,
         bias if added is None else added,
+        bias if multiplier is None else multiplier,
         out,
         C,
         H * W,
@@ -293,6 +305,7 @@ def launch_by_group(
         WIDTH=C // groups,
         ADDED=added is not None,
         SILU=silu,
+        FP8=multiplier is not None,
         BLOCK_P=block_p,
         BLOCK_W=block_w,
         num_warps=max(4, min(16, block_p * block_w // 2048)),

@@ -7,15 +7,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
+from fastsd.kernels.triton_fp8 import rounded
+
 TILE = 2048  # elements that a program holds at once
-
-
-@triton.jit
-def rounded(y, multiplier, dtype: tl.constexpr, FP8: tl.constexpr):
-    """y in dtype; in fp8 first times what `multiplier` points to, and cut to what fp8 holds."""
-    if FP8:
-        y = tl.minimum(tl.maximum(y * tl.load(multiplier), -448.0), 448.0)
-    return y.to(dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])

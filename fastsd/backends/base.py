@@ -98,6 +98,9 @@ class Backend(ABC):
         """
         return {}
 
+    def changed(self, part: str) -> None:  # noqa: B027  (not abstract: most make nothing of them)
+        """Make anew, in place, what was made of a part's `weights`, which were written to."""
+
     def use(self, op: str, implementation: str) -> None:
         """Compute an op of fastsd.kernels otherwise from now on. Not while a call runs."""
         raise UsageError(

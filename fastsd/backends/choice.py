@@ -13,12 +13,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsd
 from fastsd.backends.measured import measured
 from fastsd.kernels import (
     attention,
+    convolution,
     dispatch,
     geglu,
     group_norm,
@@ -29,12 +31,15 @@ from fastsd.kernels import (
 from fastsd.models.layers import (
     GEGLU,
     Attention,
+    Conv3x3,
     GroupNorm,
     LayerNorm,
     Level,
     Resnet,
     Transformer,
     TransformerBlock,
+    Upsample,
+    doubled,
 )
 from fastsd.models.unet import UNet
 from fastsd.models.vae import Decoder, PixelAttention
@@ -168,6 +173,51 @@ def fastest_sums(
     return said
 
 
+def fastest_convolutions(
+    unet: UNet, decoder: nn.Module, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """Let every resnet's and up-sampler's convolution use what is fastest at its shape; say what.
+
+    Each is tried with what else it may save: the sum that ends a resnet, for which it has to be
+    faster than a convolution and `fastest_sums`' choice, or the doubling of a map.
+    """
+    said = []
+    shapes = convolution_shapes(unet, decoder)
+    for (rows, channels, side, out, role, biased, sum_by), layers in shapes.items():
+
+        def make() -> Candidates:
+            x, weight, summed = (
+                torch.randn(shape, dtype=dtype, device=device).contiguous(
+                    memory_format=torch.channels_last
+                )
+                for shape in (
+                    (rows, channels, side, side),  # noqa: B023
+                    (out, channels, 3, 3),  # noqa: B023
+                    (rows, out, side, side),  # noqa: B023
+                )
+            )
+            weight /= 3 * channels**0.5  # noqa: B023
+            bias = torch.ones(out, dtype=dtype, device=device) if biased else None  # noqa: B023
+            if role == "up":  # noqa: B023
+                found = convolution.candidates(x, weight, bias, upsample=True)
+                return found | {"library": lambda: F.conv2d(doubled(x), weight, bias, padding=1)}
+            if role == "first":  # noqa: B023
+                return convolution.candidates(x, weight, bias)
+            found = convolution.candidates(x, weight, bias, residual=summed)
+
+            def library() -> Tensor:
+                y = F.conv2d(x, weight, padding=1)
+                if bias is None:
+                    return summed + y
+                return residual.residual(summed, y, bias, implementation=sum_by)  # noqa: B023
+
+            return found | {"library": library}
+
+        shape = f"{rows}x{channels}x{side}x{side} to {out}, {role}{', bias' if biased else ''}"
+        said.append(_settle("conv3x3", shape, dtype, device, make, layers))
+    return said
+
+
 @cache
 def fastest_step(device: torch.device) -> dispatch.Choice:
     """Choose what computes the sampler's step: the one that is fastest for a picture of SD1.5."""
@@ -195,12 +245,16 @@ def _settle(
     dtype: torch.dtype,
     device: torch.device,
     make: Callable[[], Candidates],
-    layers: Iterable[Attention | PixelAttention | GroupNorm | LayerNorm | GEGLU | Resnet],
+    layers: Iterable[
+        Attention | PixelAttention | Conv3x3 | GroupNorm | LayerNorm | GEGLU | Resnet | Upsample
+    ],
 ) -> str:
     """Give `layers`, all of one shape, what is fastest; say what."""
     times = _times(op, shape, dtype, device, make)
     for layer in layers:
         layer.implementation = next(iter(times))
+        if isinstance(layer, Upsample) and layer.implementation != "library":
+            layer.phase_()
     return f"{op} {shape}: {_said(times)}"
 
 
@@ -261,6 +315,38 @@ def token_shapes(unet: UNet) -> dict[tuple[int, int], tuple[list[LayerNorm], lis
                 norms, gates = shapes.setdefault(shape, ([], []))
                 norms += [block.norm1, block.norm2, block.norm3]
                 gates += [m for m in block.ff.modules() if isinstance(m, GEGLU)]
+    return shapes
+
+
+ConvolutionShape = tuple[int, int, int, int, str, bool, str]
+
+
+def convolution_shapes(
+    unet: UNet, decoder: nn.Module
+) -> dict[ConvolutionShape, list[Conv3x3 | Upsample]]:
+    """Group resnets' and up-samplers' convolutions by (rows, channels, side, channels out, role,
+    whether a bias is added, by what the sum is).
+
+    Roles are "first" and "last" of a resnet, and "up", after a doubling. Without those that are in
+    int8, or in a tiny decoder.
+    """
+    shapes: dict[ConvolutionShape, list[Conv3x3 | Upsample]] = {}
+    for rows, side, level in _all_levels(unet, decoder):
+        for module in level.modules():
+            roles: list[tuple[str, Conv3x3 | Upsample, nn.Conv2d, Tensor | None, str]] = []
+            if isinstance(module, Upsample):
+                roles = [("up", module, module.conv, module.conv.bias, "")]
+            elif isinstance(module, Resnet):
+                first, last = module.conv1, module.conv2
+                roles = [
+                    ("first", first, first, first.bias, ""),
+                    ("last", last, last, module.bias, module.implementation),
+                ]
+            for role, layer, conv, bias, sum_by in roles:
+                if isinstance(conv.weight, Tensor):
+                    widths = (conv.in_channels, side, conv.out_channels)
+                    shape = (rows, *widths, role, bias is not None, sum_by)
+                    shapes.setdefault(shape, []).append(layer)
     return shapes
 
 

@@ -13,6 +13,7 @@ from fastsd.backends.base import Part, Shapes, dtype_of
 from fastsd.backends.choice import (
     fastest_attention,
     fastest_between,
+    fastest_convolutions,
     fastest_norms,
     fastest_sums,
 )
@@ -23,7 +24,7 @@ from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.models.clip import CLIPText
-from fastsd.models.layers import Attention, use_kernel
+from fastsd.models.layers import Attention, Upsample, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, PixelAttention, scale_activations_
 from fastsd.quant.weights import Int8Weight, keep_in_int8_
@@ -136,7 +137,7 @@ class EagerBackend(Graphed):
         for layer in unet.modules() if device.type in ("cpu", "cuda") else ():
             if isinstance(layer, Attention):
                 layer.upcast = False  # every kernel there has its scores in fp32 already
-        for op in ("attention", "group_norm", "layer_norm", "geglu", "residual"):
+        for op in ("attention", "conv3x3", "group_norm", "layer_norm", "geglu", "residual"):
             self._choices[op] = [str(dispatch.choose(op, device))]
         if device.type == "cuda":
             self._choices["attention"] = fastest_attention(
@@ -150,19 +151,23 @@ class EagerBackend(Graphed):
                 self._choices["group_norm"] = fastest_norms(unet, vae.decoder, self.dtype, device)
                 self._choices |= fastest_between(unet, self.dtype, device)
                 self._choices["residual"] = fastest_sums(unet, vae.decoder, self.dtype, device)
+                if precision != "fp32":
+                    self._choices["conv3x3"] = fastest_convolutions(
+                        unet, vae.decoder, self.dtype, device
+                    )
 
     def put_in_fp8(self, draw: Callable[[], object]) -> None:
-        """Put the UNet's linear layers in fp8, by the ranges of numbers that `draw` shows.
+        """Put the UNet's layers in fp8, by the ranges of numbers that `draw` shows.
 
         For good: adapters fit no longer.
         """
         unet = self.modules["unet"]
         assert isinstance(unet, UNet)
         count = put_in_fp8_(unet, draw)
-        self._choices["weights"] = [f"unet's linear layers: {count} in fp8, the others not"]
-        for op in ("layer_norm", "geglu"):
+        self._choices["weights"] = [f"unet's layers: {count} in fp8, the others not"]
+        for op in ("layer_norm", "geglu", "conv3x3"):
             if "triton" in dispatch.able(op, self.device):
-                self._choices[op] = [str(dispatch.Choice(op, "triton", "it rounds to fp8 as well"))]
+                self._choices[op] = [str(dispatch.Choice(op, "triton", "it has fp8"))]
         self._fp8 = True
 
     def use(self, op: str, implementation: str) -> None:
@@ -206,6 +211,12 @@ class EagerBackend(Graphed):
             **cast(dict[str, torch.Tensor], _in_int8(module)),
         }
         return {name: weight for name, weight in named.items() if name in names}
+
+    def changed(self, part: str) -> None:
+        """Sum the taps of up-samplers anew."""
+        for module in self.modules[part].modules():
+            if isinstance(module, Upsample) and module.phases is not None:
+                module.phase_()
 
     def unrounded(self, part: str) -> Mapping[str, torch.Tensor]:
         """Return as the checkpoint has them the weights that are kept in int8, on the host."""

@@ -1,9 +1,8 @@
-"""A GPU's UNet with linear layers in fp8, whose inputs are rounded by the kernel before them.
+"""A GPU's UNet in fp8, as far as the kernel before a layer rounds its input for nothing.
 
-Those are the products of self-attention's queries, keys and values, of cross-attention's queries
-and of the feed-forward layers: what they read comes from a norm or a gate, which round it for
-nothing. The other linear layers would need a pass of their own for that, which takes as long as
-their products win.
+What a norm or a gate writes does: the products of self-attention's queries, keys and values, of
+cross-attention's queries and of the feed-forward layers, and, on GPUs whose convolutions read fp8,
+those of resnets. Others would need a pass of their own, which takes as long as their products win.
 """
 
 from __future__ import annotations
@@ -16,13 +15,15 @@ from torch import Tensor, nn
 
 from fastsd.backends.cuda_graph import gpu_name
 from fastsd.errors import UsageError
-from fastsd.kernels import dispatch
-from fastsd.models.layers import GEGLU, LayerNorm, TransformerBlock
+from fastsd.kernels import convolution, dispatch
+from fastsd.models.layers import GEGLU, Conv3x3, GroupNorm, LayerNorm, Resnet, TransformerBlock
 from fastsd.models.unet import UNet
-from fastsd.quant.linear import FP8_WIDTHS, Fp8Linear
+from fastsd.quant.linear import FP8_WIDTHS, Fp8Conv3x3, Fp8Linear
 from fastsd.quant.spec import Rounding
 
 SINCE = (8, 9)  # compute capability
+LIBRARY = "library"
+_OPS = {GEGLU: "geglu", GroupNorm: "group_norm", LayerNorm: "layer_norm"}
 
 
 def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
@@ -68,12 +69,18 @@ def put_in_fp8_(unet: UNet, draw: Callable[[], object]) -> int:
             raise UsageError(
                 f"the UNet's activations are not finite before {name}; load it as bf16"
             )
-        rounded = Fp8Linear(layer.weight, layer.bias, Rounding.of(-high, high))  # type: ignore[arg-type]
+        rounding = Rounding.of(-high, high)
+        rounded: Fp8Linear | Fp8Conv3x3
+        if isinstance(layer, Conv3x3):
+            rounded = Fp8Conv3x3(layer, rounding)
+        else:
+            rounded = Fp8Linear(layer.weight, layer.bias, rounding)  # type: ignore[arg-type]
         owner.set_submodule(name, rounded)
         source.multiplier = rounded.multiplier
-        op = "geglu" if isinstance(source, GEGLU) else "layer_norm"
-        if "triton" in dispatch.able(op, rounded.weight.device):
-            source.implementation = "triton"  # the library's would round in passes of its own
+        # The library's would round in passes of its own.
+        ours = [n for n in dispatch.able(_OPS[type(source)], rounded.weight.device) if n != LIBRARY]
+        if source.implementation == LIBRARY and ours:
+            source.implementation = ours[0]
     for block in _blocks(unet):
         for letter in "qkv":  # they have views of the joined weights, which are used no more
             setattr(block.attn1, f"to_{letter}", None)
@@ -84,7 +91,7 @@ def _blocks(unet: UNet) -> Iterator[TransformerBlock]:
     return (module for module in unet.modules() if isinstance(module, TransformerBlock))
 
 
-def _spots(unet: UNet) -> Iterator[tuple[LayerNorm | GEGLU, nn.Module, str]]:
+def _spots(unet: UNet) -> Iterator[tuple[LayerNorm | GEGLU | GroupNorm, nn.Module, str]]:
     """Yield what rounds an input, and the layer that reads it, by its owner and name there."""
     for block in _blocks(unet):
         gate = block.ff.net[0]
@@ -99,3 +106,16 @@ def _spots(unet: UNet) -> Iterator[tuple[LayerNorm | GEGLU, nn.Module, str]]:
             assert isinstance(weight, Tensor)
             if not any(width % FP8_WIDTHS for width in weight.shape):
                 yield source, owner, name
+    exact = set(unet.up_blocks[-1].modules())  # its first convolutions, as for int8: quant/spec.py
+    for resnet in unet.modules():
+        if isinstance(resnet, Resnet):
+            if resnet not in exact and _has_kernel(resnet.conv1.weight):
+                yield resnet.norm1, resnet, "conv1"
+            if _has_kernel(resnet.conv2.weight):
+                yield resnet.norm2, resnet, "conv2"
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """Whether a convolution of such weights has a kernel for fp8; a CPU's is the formula."""
+    fits = convolution.fits(weight, torch.float8_e4m3fn)
+    return fits and (not weight.is_cuda or len(dispatch.able("conv3x3", weight.device)) > 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.kernels.attention import attention
+from fastsd.kernels.convolution import conv3x3, summed_taps
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.group_norm import group_norm
 from fastsd.kernels.layer_norm import layer_norm
@@ -128,16 +129,46 @@ class Conv1x1(nn.Conv2d):
 
 
 @final
+class Conv3x3(nn.Conv2d):
+    """A convolution of 3x3 pixels, and the sum after it.
+
+    implementation: which kernel computes it, as `fastsd.kernels.dispatch` has them.
+    """
+
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__(in_width, width, 3, padding=1)
+        self.implementation = "library"
+
+    @property
+    def adds(self) -> bool:
+        """Whether a sum costs no pass of its own."""
+        return self.implementation != "library"
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """(B, C_in, H, W), another bias than its own (C,) and a map to add -> (B, C, H, W)."""
+        if self.implementation == "library" and bias is None and residual is None:
+            return super().forward(x)  # what exporters and calibration watch
+        bias = self.bias if bias is None else bias
+        return conv3x3(x, self.weight, bias, residual=residual, implementation=self.implementation)
+
+
+@final
 class GroupNorm(nn.GroupNorm):
     """Group normalisation, and SiLU where a convolution follows.
 
-    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them.
+    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them. multiplier:
+    of the layer that reads what is normalised, if that one multiplies in fp8; else None.
     """
+
+    multiplier: Tensor | None
 
     def __init__(self, groups: int, width: int, *, eps: float, silu: bool = False) -> None:
         super().__init__(groups, width, eps=eps)
         self.silu = silu
         self.implementation = "library"
+        self.register_buffer("multiplier", None)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """(B, C, H, W), and what is first added to every pixel (B or 1, C) -> (B, C, H, W)."""
@@ -149,6 +180,7 @@ class GroupNorm(nn.GroupNorm):
             self.eps,
             added=added,
             silu=self.silu,
+            multiplier=self.multiplier,
             implementation=self.implementation,
         )
 
@@ -160,19 +192,25 @@ def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
     not while it runs.
     """
     dispatch.require(op, implementation)
-    kinds: dict[str, type[Attention | GroupNorm | LayerNorm | GEGLU | Resnet]]
+    kinds: dict[
+        str,
+        tuple[type[Attention | Conv3x3 | GEGLU | GroupNorm | LayerNorm | Resnet | Upsample], ...],
+    ]
     kinds = {
-        "attention": Attention,
-        "group_norm": GroupNorm,
-        "layer_norm": LayerNorm,
-        "geglu": GEGLU,
-        "residual": Resnet,
+        "attention": (Attention,),
+        "conv3x3": (Conv3x3, Upsample),
+        "group_norm": (GroupNorm,),
+        "layer_norm": (LayerNorm,),
+        "geglu": (GEGLU,),
+        "residual": (Resnet,),
     }
     if op not in kinds:
         raise UsageError(f"no layer leaves the choice of {op}; {', '.join(kinds)} are chosen")
     for module in model.modules():
         if isinstance(module, kinds[op]):
             module.implementation = implementation
+        if op == "conv3x3" and isinstance(module, Upsample) and implementation != "library":
+            module.phase_()
 
 
 @final
@@ -322,10 +360,10 @@ class Resnet(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, in_width, eps=eps, silu=True)
-        self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
+        self.conv1 = Conv3x3(in_width, width)
         self.time_emb_proj = None if time_width is None else nn.Linear(time_width, width)
         self.norm2 = GroupNorm(groups, width, eps=eps, silu=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = Conv3x3(width, width)
         self.conv_shortcut = None if in_width == width else Conv1x1(in_width, width)
         self.lead: nn.Parameter | None
         self.shift: nn.Parameter | None
@@ -337,13 +375,19 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W) and t (B or 1, C), already projected -> (B, C, H, W)."""
         h = self.conv1(self.norm1(x, self.lead))
-        h = self.conv2(self.norm2(h, self.shift if t is None else t))
+        h = self.norm2(h, self.shift if t is None else t)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return (
-            x + h
-            if self.bias is None
-            else residual(x, h, self.bias, implementation=self.implementation)
-        )
+        out: Tensor
+        if getattr(self.conv2, "adds", False):  # engines have layers of their own there
+            out = self.conv2(h, self.bias, x)
+            return out
+        return self.sum(x, self.conv2(h))
+
+    def sum(self, x: Tensor, h: Tensor) -> Tensor:
+        """Add what was read, or the shortcut of it, and the last convolution's result."""
+        if self.bias is None:
+            return x + h
+        return residual(x, h, self.bias, implementation=self.implementation)
 
 
 @final
@@ -365,27 +409,49 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Repeat pixels to a size, twice the own by default, then convolve.
 
-    as_copy: repeat the pixels of channels-last maps by a copy, to twice the size.
+    as_copy: repeat the pixels of channels-last maps by a copy, to twice the size. implementation:
+    which kernel does both then, as `fastsd.kernels.dispatch` has them; one of ours reads `phases`.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.as_copy = False
+        self.implementation = "library"
         self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.phases: nn.Parameter | None
+        self.register_parameter("phases", None)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size)."""
         twice = (2 * x.shape[-2], 2 * x.shape[-1])
         size = tuple(size or twice)
+        if self.implementation != "library" and size == twice:
+            return conv3x3(
+                x,
+                self.conv.weight,
+                self.conv.bias,
+                phases=self.phases,
+                upsample=True,
+                implementation=self.implementation,
+            )
         if self.as_copy and size == twice and x.shape[1] * x.element_size() % 8 == 0:
-            x = _doubled(x)
+            x = doubled(x)
         else:
             x = F.interpolate(x, size=size, mode="nearest")
         out: Tensor = self.conv(x)
         return out
 
+    @torch.no_grad()
+    def phase_(self) -> None:
+        """Make `phases` of the weights as they are now, in place if there are any."""
+        made = summed_taps(self.conv.weight)
+        if self.phases is None:
+            self.phases = nn.Parameter(made, requires_grad=False)
+        else:
+            self.phases.copy_(made)
 
-def _doubled(x: Tensor) -> Tensor:
+
+def doubled(x: Tensor) -> Tensor:
     """Repeat pixels to twice the size by a copy of 8 bytes at once, six times as fast as torch's
     kernel for it. (B, C, H, W) -> (B, C, 2 H, 2 W), channels-last."""
     B, C, H, W = x.shape
@@ -408,16 +474,11 @@ class PhasedUpsample(nn.Module):
         super().__init__()
         self.upsample = upsample
         conv = upsample.conv
-        kernels = [
-            weight
-            for rows in _summed_taps(conv.weight.detach(), 2)
-            for weight in _summed_taps(rows, 3)
-        ]
         self.phases = nn.utils.skip_init(  # type: ignore[no-untyped-call]
             nn.Conv2d, conv.in_channels, 4 * conv.out_channels, 2, padding=1
         ).requires_grad_(False)
         assert conv.bias is not None
-        self.phases.weight.copy_(torch.cat(kernels))
+        self.phases.weight.copy_(summed_taps(conv.weight))
         self.phases.bias.copy_(conv.bias.repeat(4))
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -433,12 +494,6 @@ class PhasedUpsample(nn.Module):
         j = torch.arange(2 * width, device=x.device)
         pixels: Tensor = phases[:, (i + 1) // 2, (j + 1) // 2, i % 2, j % 2]
         return pixels.permute(0, 3, 1, 2)
-
-
-def _summed_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return what two neighbours of one pixel make of three taps: (a, b + c) and (a + b, c)."""
-    a, b, c = weight.unbind(dim)
-    return torch.stack((a, b + c), dim), torch.stack((a + b, c), dim)
 
 
 @final

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from fastsd.errors import UsageError
+from fastsd.kernels import dispatch
+from fastsd.kernels.convolution import conv3x3
 from fastsd.kernels.fp8 import in_fp8
 from fastsd.quant.spec import E4M3, Rounding
 
@@ -185,6 +187,49 @@ class Fp8Linear(nn.Module):
         )
         out = out.view(*x.shape[:-1], -1)
         return out if fused or self.bias is None else out + self.bias
+
+
+@final
+class Fp8Conv3x3(nn.Module):
+    """A 3x3 convolution in fp8, with zero padding, and the sum after it.
+
+    weight: (C_out, C_in, 3, 3), channels-last. scale: (C_out,), fp32, of the products; bias:
+    (C_out,), or None; multiplier: (), fp32: what inputs are multiplied by when they are rounded.
+    """
+
+    adds = True  # a sum costs no pass of its own
+    weight: Tensor
+    scale: Tensor
+    multiplier: Tensor
+
+    def __init__(self, layer: nn.Conv2d, rounding: Rounding) -> None:
+        super().__init__()
+        weight = layer.weight.detach().float()
+        self.dtype = layer.weight.dtype
+        scale = torch.tensor(rounding.fp8(), device=weight.device)
+        by_channel = weight.abs().amax((1, 2, 3)).clamp_min(1e-12) / E4M3
+        rounded = (weight / by_channel.view(-1, 1, 1, 1)).to(torch.float8_e4m3fn)
+        last = torch.channels_last
+        self.register_buffer("weight", rounded.contiguous(memory_format=last))
+        self.register_buffer("scale", by_channel * scale)
+        self.register_buffer("multiplier", scale.reciprocal())
+        self.bias = layer.bias
+        self.implementation = dispatch.able("conv3x3", weight.device)[-1]
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """As `Conv3x3`, from numbers that are in fp8 already, in the weights' own dtype."""
+        bias = self.bias if bias is None else bias
+        return conv3x3(
+            x,
+            self.weight,
+            bias,
+            scale=self.scale,
+            residual=residual,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
 
 
 @final

@@ -16,11 +16,12 @@ from fastsd.artifact import cache_folder
 from fastsd.backends import choice
 from fastsd.backends.choice import attention_shapes, norm_shapes
 from fastsd.backends.eager import EagerBackend
+from fastsd.backends.for_gpu import spare_passes_
 from fastsd.backends.measured import measured
 from fastsd.checkpoints.weights import empty_module
 from fastsd.config import SD15, SDXL
-from fastsd.kernels import attention, dispatch, group_norm, sampler_step
-from fastsd.models.layers import Attention, GroupNorm
+from fastsd.kernels import attention, convolution, dispatch, group_norm, sampler_step
+from fastsd.models.layers import Attention, Conv3x3, GroupNorm, Upsample
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 
@@ -120,6 +121,37 @@ def test_every_norm_is_tried_at_the_shape_it_has(config: Any) -> None:
     assert seen == set(by_layer)
 
 
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=("sd15", "sdxl"))
+def test_every_convolution_is_tried_at_the_shape_it_has(config: Any) -> None:
+    """Held to what a forward pass really gives each of a resnet's, and each up-sampler."""
+    unet, vae = empty_module(lambda: UNet(config.unet)), empty_module(lambda: VAE(config.vae))
+    assert isinstance(unet, UNet) and isinstance(vae, VAE)
+    shapes = choice.convolution_shapes(unet, vae.decoder)
+    by_layer = {id(layer): shape for shape, layers in shapes.items() for layer in layers}
+    seen: set[int] = set()
+
+    def check(layer: Any, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        *shape, _, _, _ = by_layer[id(layer)]
+        assert shape == [*args[0].shape[:3], out.shape[1]]
+        seen.add(id(layer))
+
+    for model in (unet, vae.decoder):
+        for module in model.modules():
+            if isinstance(module, (Conv3x3, Upsample)):
+                module.register_forward_hook(check)
+    side = config.unet.sample_size
+    wide = {"text_embeds": config.unet.pooled_width, "time_ids": config.unet.size_ids}
+    with torch.device("meta"):
+        unet.standard(
+            torch.empty(2, 4, side, side),
+            torch.empty(1),
+            torch.empty(2, 77, config.unet.context_width),
+            **{name: torch.empty(2, width) for name, width in wide.items() if width},
+        )
+        vae.decoder(torch.empty(1, 4, choice.DECODED, choice.DECODED))
+    assert seen == set(by_layer)
+
+
 class Clock:
     """Stands for the GPU's: what a kernel takes is `ms`, by name; `tried` says what was timed."""
 
@@ -150,6 +182,7 @@ def a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(module, "candidates", candidates)
 
+    stand_in(convolution)
     stand_in(group_norm)
     stand_in(sampler_step)
     choice.fastest_step.cache_clear()
@@ -177,6 +210,28 @@ def test_the_fastest_that_agrees_is_used_and_remembered(
     assert len(clock.tried) == tried, "what is known is not tried again"
     step = choice.fastest_step(CPU)
     assert str(step) == "sampler_step: library (measured: library 500 us, triton 9000 us)"
+
+
+def test_convolutions_are_tried_with_what_they_save(
+    sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Pipeline.from_pretrained(sd1_folder)._backend
+    assert isinstance(backend, EagerBackend)
+    unet, vae = backend.modules["unet"], backend.modules["vae"]
+    assert isinstance(unet, UNet) and isinstance(vae, VAE)
+    spare_passes_(unet, norms_add=False)
+    monkeypatch.setattr(dispatch, "time_ms", Clock({"library": 2.0, "triton": 1.0}))
+    said = choice.fastest_convolutions(unet, vae.decoder, torch.float32, CPU)
+    assert all(line.endswith(": triton 1000 us, library 2000 us") for line in said)
+    layers = [m for part in (unet, vae.decoder) for m in part.modules()]
+    assert {m.implementation for m in layers if isinstance(m, (Conv3x3, Upsample))} == {"triton"}
+    assert {m.phases is None for m in layers if isinstance(m, Upsample)} == {False}
+    roles = {line.split(" to ")[1].split(":")[0].split(" ", 1)[1] for line in said}
+    assert roles == {"first", "last", "last, bias", "up, bias", "first, bias"}
+    monkeypatch.setattr(dispatch, "time_ms", Clock({"library": 0.5}))
+    other = choice.fastest_convolutions(unet, vae.decoder, torch.bfloat16, CPU)
+    assert all(": library 500 us" in line for line in other)
+    assert {m.implementation for m in layers if isinstance(m, Upsample)} == {"library"}
 
 
 def test_attention_too(sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastsd import Pipeline
 from fastsd.backends.eager import EagerBackend, locked_, visiting
 from fastsd.kernels import dispatch, reference
 from fastsd.kernels.attention import attention
-from fastsd.models.layers import Attention, split_heads
+from fastsd.models.layers import Attention, Upsample, split_heads, use_kernel
 from fastsd.models.vae import PixelAttention
 
 
@@ -108,3 +110,22 @@ def test_tiles_of_the_builtin_model_are_near_its_picture() -> None:
     error = float(((tiled - whole) / 2).square().mean())
     psnr_db = -10 * torch.log10(torch.tensor(error)).item()
     assert 25 <= psnr_db < 100, psnr_db
+
+
+def test_what_is_made_of_weights_follows_them(sd1_folder: Path) -> None:
+    backend = Pipeline.from_pretrained(sd1_folder)._backend
+    assert isinstance(backend, EagerBackend)
+    unet = backend.modules["unet"]
+    samplers = {n: m for n, m in unet.named_modules() if isinstance(m, Upsample)}
+    use_kernel(unet, "conv3x3", "triton")
+    before = {name: cast(Tensor, module.phases) for name, module in samplers.items()}
+    weights = backend.weights("unet")
+    assert not any("phases" in name for name in weights), "adapters do not see them"
+    for name in samplers:
+        weights[f"{name}.conv.weight"].mul_(2)
+    assert all(torch.equal(cast(Tensor, m.phases), before[n]) for n, m in samplers.items())
+    doubled = {name: 2 * phases for name, phases in before.items()}
+    backend.changed("unet")
+    for name, module in samplers.items():
+        assert module.phases is before[name], "where a captured graph reads them"
+        assert torch.equal(module.phases, doubled[name])

@@ -14,9 +14,9 @@ from fastsd.backends.eager import EagerBackend
 from fastsd.backends.for_gpu import JoinedUNet
 from fastsd.backends.fp8 import put_in_fp8_
 from fastsd.errors import UsageError
-from fastsd.models.layers import TransformerBlock
+from fastsd.models.layers import Resnet, TransformerBlock
 from fastsd.models.unet import UNet
-from fastsd.quant.linear import Fp8Linear
+from fastsd.quant.linear import Fp8Conv3x3, Fp8Linear
 from tests.backends.test_for_gpu import conditions
 from tests.fp8_pictures import judge_fp8
 from tests.models.oracles import relative_l2
@@ -37,7 +37,14 @@ def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
     expected = joined(x, row, kv)
     count = put_in_fp8_(joined.unet, lambda: joined(x, row, kv))
     blocks = [m for m in joined.modules() if isinstance(m, TransformerBlock)]
-    assert count == 4 * len(blocks) == sum(isinstance(m, Fp8Linear) for m in joined.modules())
+    first, last = (
+        sum(isinstance(m, Resnet) for m in of.modules())
+        for of in (joined, joined.unet.up_blocks[-1])
+    )
+    convolutions = 2 * first - last  # the last level's first ones stay
+    assert 4 * len(blocks) == sum(isinstance(m, Fp8Linear) for m in joined.modules())
+    assert convolutions == sum(isinstance(m, Fp8Conv3x3) for m in joined.modules())
+    assert count == 4 * len(blocks) + convolutions
     got = joined(x, row, kv)
     assert got.dtype == dtype
     assert 1e-4 < relative_l2(got.float(), expected.float()) < 0.1
@@ -63,7 +70,8 @@ def test_the_builtin_model_keeps_its_pictures() -> None:
         "unet_context": joined.context,
     }
     rounded._put_in_fp8()
-    assert any("16 in fp8" in line for line in rounded.explain())
+    said = [line for line in rounded.explain() if "fp8" in line]
+    assert any("layers: 36 in fp8" in line for line in said), said
     judge_fp8(rounded, exact)
 
 

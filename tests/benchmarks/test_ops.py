@@ -70,7 +70,8 @@ def test_unknown_names_are_refused() -> None:
     "case",
     [
         ops.group_norm_case("small", 2, 64, 9, torch.float32, "cpu"),
-        ops.conv3x3_case("small", 1, 16, 8, 16, 9, torch.float32, "cpu"),
+        ops.conv3x3_case("small", 1, 16, 8, 9, False, torch.float32, "cpu"),
+        ops.conv3x3_case("small", 1, 16, 8, 9, True, torch.float32, "cpu"),
         ops.sampler_step_case("small", 1, 8, 4, torch.float32, "cpu"),
     ],
     ids=lambda case: case.op,

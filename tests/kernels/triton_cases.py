@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsd.backends.for_gpu import spare_passes_
 from fastsd.config import SD15
 from fastsd.kernels import reference
 from fastsd.kernels.attention import attention as our_attention
@@ -61,11 +62,13 @@ def group_norm(
     channels_last: bool = True,
     rows: int = 0,
     silu: bool = True,
+    fp8: bool = False,
     implementation: str = "triton",
 ) -> Case:
     """offset, scale: x = scale * (normal + offset), where channels differ in mean and spread.
 
-    rows: how many rows are added to the channels, 1 or one a picture; 0: nothing is.
+    rows: how many rows are added to the channels, 1 or one a picture; 0: nothing is. fp8: return
+    fp8, some of it cut.
     """
 
     def run(device: str) -> float:
@@ -78,9 +81,11 @@ def group_norm(
         # as the UNet splits them off a row of all resnets
         wide = draw(max(1, rows), C + 24, seed=5).to(device, dtype)
         options: dict[str, Any] = dict(added=wide[:, 8:-16] if rows else None, silu=silu)
+        if fp8:
+            options["multiplier"] = torch.tensor(200.0, device=device)
         given = (x, weight, bias, 32, 1e-5)
         out = our_group_norm(*given, **options, implementation=implementation)
-        assert out.dtype == dtype and out.shape == x.shape
+        assert out.dtype == (torch.float8_e4m3fn if fp8 else dtype) and out.shape == x.shape
         assert out.is_contiguous(memory_format=torch.channels_last)
         return relative_l2(out, reference.group_norm(*given, **options))
 
@@ -180,28 +185,26 @@ def conv3x3(
     out_channels: int,
     *,
     dtype: torch.dtype = torch.float16,
-    skip: int = 0,
-    epilogue: bool = False,
-    **options: Any,
+    ends: bool = False,
+    fp8: bool = False,
+    upsample: bool = False,
 ) -> Case:
-    """skip: channels of a second source. epilogue: add a shift and a residual."""
+    """ends: add a residual. fp8: multiply in it, from what a norm wrote."""
 
     def run(device: str) -> float:
-        B, C, H, W = shape
-        x = draw(*shape)
-        weight = draw(out_channels, C + skip, 3, 3, seed=1) / (3 * (C + skip) ** 0.5)
-        bias = draw(out_channels, seed=2)
-        x, weight, bias = (t.to(device, dtype) for t in (x, weight, bias))
-        more = dict(options)
-        if skip:
-            more["skip"] = draw(B, skip, H, W, seed=3).to(device, dtype)
-        if epilogue:
-            out_shape = our_conv3x3(x, weight, bias, **more).shape
-            more["shift"] = draw(B, out_channels, seed=4).to(device, dtype)
-            more["residual"] = draw(*out_shape, seed=5).to(device, dtype)
-        out = our_conv3x3(x, weight, bias, **more, implementation="triton")
+        x, weight = draw(*shape), draw(out_channels, shape[1], 3, 3, seed=1) / 3 / shape[1] ** 0.5
+        bias = draw(out_channels, seed=2).to(device, dtype)
+        options: dict[str, Any] = dict(upsample=upsample)
+        if ends:
+            size = [(2 if upsample else 1) * side for side in shape[2:]]
+            options["residual"] = draw(shape[0], out_channels, *size, seed=3).to(device, dtype)
+        if fp8:
+            options["scale"] = (0.5 + draw(out_channels, seed=4).abs()).to(device)
+        x, weight = (t.to(device, torch.float8_e4m3fn if fp8 else dtype) for t in (x, weight))
+        more: dict[str, Any] = dict(dtype=dtype, implementation="triton")
+        out = our_conv3x3(x, weight, bias, **options, **more)
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
-        return relative_l2(out, reference.conv3x3(x, weight, bias, **more))
+        return relative_l2(out, reference.conv3x3(x, weight, bias, **options))
 
     return run
 
@@ -241,6 +244,28 @@ def unet(implementation: str) -> Case:
     return run
 
 
+def convolutions(device: str) -> float:
+    """A whole small UNet, rewritten for a GPU, with our convolutions and with the library's."""
+    torch.manual_seed(0)
+    small = replace(
+        SD15.unet,
+        widths=(32, 64),
+        depths=(0, 0),
+        heads=(2, 2),
+        layers_per_level=1,
+        context_width=16,
+        norm_groups=8,
+    )
+    model = UNet(small).requires_grad_(False).to(device, HALF)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    spare_passes_(model, norms_add=False)
+    x, text = draw(2, 4, 8, 8).to(device, HALF), draw(2, 7, 16, seed=1).to(device, HALF)
+    given = (x, model.time_rows(torch.tensor([10.0], device=device))[0], model.context(text))
+    expected = model(*given)
+    use_kernel(model, "conv3x3", "triton")
+    return relative_l2(model(*given), expected)
+
+
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 # Triton's interpreter cuts off what fp8 cannot hold, where GPUs round to the nearest.
 FP8_ERROR = 5e-3 if torch.cuda.is_available() else 5e-2
@@ -271,6 +296,13 @@ CASES: dict[str, tuple[Case, float]] = {
         group_norm(MAPS[1], FULL, offset=1000.0, implementation="triton-group"),
         2e-4,
     ),
+    **{
+        f"norm to fp8 by {name}": (
+            group_norm(MAPS[1], HALF, rows=1, fp8=True, implementation=name),
+            FP8_ERROR,
+        )
+        for name in ("triton", "triton-group")
+    },
     **{f"layer norm {C} fp16": (layer_norm((2, 9, C), HALF), 5e-4) for C in (320, 640, 1280)},
     "layer norm of one row": (layer_norm((1, 40), FULL, added=False), 1e-6),
     "layer norm bf16": (layer_norm((3, 96), BRAIN), 4e-3),
@@ -292,20 +324,22 @@ CASES: dict[str, tuple[Case, float]] = {
         for g in (False, True)
     },
     "conv 320 to 320": (conv3x3((1, 320, 16, 16), 320), 5e-4),
-    "conv odd sizes, all added": (conv3x3((2, 40, 9, 17), 72, epilogue=True), 5e-4),
-    "conv stride 2": (conv3x3((1, 64, 16, 16), 64, stride=2, epilogue=True), 5e-4),
-    "conv stride 2, odd": (conv3x3((1, 64, 9, 17), 32, stride=2), 5e-4),
-    "conv upsampled": (conv3x3((1, 64, 8, 8), 64, upsample=True, epilogue=True), 5e-4),
-    "conv of two sources": (conv3x3((2, 96, 8, 8), 64, skip=40, epilogue=True), 5e-4),
-    "conv from 4 channels": (conv3x3((2, 4, 16, 16), 64), 5e-4),
+    "conv odd sizes, a sum": (conv3x3((2, 40, 9, 17), 72, ends=True), 5e-4),
+    "conv of few pixels, in splits": (conv3x3((2, 320, 8, 8), 136, ends=True), 5e-4),
+    "conv of three small maps": (conv3x3((3, 64, 4, 4), 64, ends=True), 5e-4),
+    "conv upsampled": (conv3x3((1, 64, 8, 8), 64, upsample=True, ends=True), 1e-3),
+    "conv upsampled, odd sizes": (conv3x3((2, 24, 5, 19), 40, upsample=True), 1e-3),
     "conv to 3 channels": (conv3x3((1, 128, 12, 12), 3), 5e-4),
+    "conv of fp8": (conv3x3((2, 128, 9, 17), 64, ends=True, fp8=True), 5e-4),
+    "conv of fp8, in splits": (conv3x3((1, 320, 8, 8), 32, fp8=True), 5e-4),
     **{f"unet, {name}": (unet(name), 1e-5) for name in ("triton", "triton-group")},
+    "unet, our convolutions": (convolutions, 5e-3),
     "step fp32 NCHW": (sampler_step(4, True, dtype=FULL, channels_last=False), 1e-6),
     "step bf16": (sampler_step(2, True, dtype=BRAIN), 1e-6),
 }
 
 if torch.cuda.is_available():  # Triton's interpreter multiplies bf16's bit patterns as integers
-    CASES["conv bf16"] = (conv3x3((1, 64, 8, 8), 64, dtype=BRAIN, epilogue=True), 4e-3)
+    CASES["conv bf16"] = (conv3x3((1, 64, 8, 8), 64, dtype=BRAIN, ends=True), 4e-3)
 
 
 def measured(name: str, device: str) -> float:

@@ -266,8 +266,8 @@ def test_an_unknown_attention_is_refused_when_asked_for() -> None:
         use_kernel(ours, "attention", "flash9")
     with pytest.raises(UsageError, match="op 'atention' is unknown"):
         use_kernel(ours, "atention", "sdpa")
-    with pytest.raises(UsageError, match="no layer leaves the choice of conv3x3"):
-        use_kernel(ours, "conv3x3", "triton")
+    with pytest.raises(UsageError, match="no layer leaves the choice of sampler_step"):
+        use_kernel(ours, "sampler_step", "triton")
 
 
 def test_a_kernel_is_used_where_its_op_is() -> None:
