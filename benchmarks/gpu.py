@@ -86,11 +86,12 @@ def _against(
     )
 
 
-def _profile(model: str) -> Stage:
+def _profile(model: str, *, fp8: bool = False) -> Stage:
     command = ["fastsd.benchmarks.step_profile", "--model", f"random:{model}"]
     command += ["--precision", "fp16", "--output", "{folder}/profile.md"]
+    command += ["--weights", "fp8"] if fp8 else []
     what = "where a step's time goes, kernel by kernel"
-    return Stage(f"{model}-profile", what, tuple(command), takes_s=60.0)
+    return Stage(f"{model}-profile{'-fp8' * fp8}", what, tuple(command), takes_s=60.0)
 
 
 # What says most comes first: a machine may be lent for minutes only. A profile loads a model for
@@ -109,6 +110,7 @@ STAGES = (
         takes_s=60,
     ),
     _profile("sdxl"),
+    _profile("sdxl", fp8=True),
     _bench("sdxl", "SDXL at 1024", "--model", "random:sdxl", "--steps", "20", *_HALF, takes_s=280),
     _against("sd15", "20", *_QUICKLY, takes_s=200),
     _bench(

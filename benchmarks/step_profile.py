@@ -17,13 +17,21 @@ from fastsd import Pipeline
 
 
 def profile_steps(
-    model: str, *, precision: str, device: str, steps: int = 5, rows: int = 40
+    model: str,
+    *,
+    precision: str,
+    device: str,
+    weights: str | None = None,
+    steps: int = 5,
+    rows: int = 40,
 ) -> list[list[str]]:
     """Sample `steps` steps and return a table: kernel, calls, ms, share of the whole.
 
     The text encoders' few kernels are among them, the decoder's are not.
     """
-    pipeline = Pipeline.from_pretrained(model, precision=precision, device=device, graph="none")
+    pipeline = Pipeline.from_pretrained(
+        model, precision=precision, device=device, weights=weights, graph="none"
+    )
     pipeline.set_progress_bar_config(disable=True)
     pipeline("", num_inference_steps=1, seed=0, output_type="latent")
     gpu = device.startswith("cuda")
@@ -51,10 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--weights", help="fp8: with the UNet's layers in it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
-    table = profile_steps(given.model, precision=given.precision, device=given.device)
+    table = profile_steps(
+        given.model, precision=given.precision, device=given.device, weights=given.weights
+    )
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text("\n".join(markdown(table)) + "\n", "utf-8")
     print(given.output)
