@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch, native
+from fastsd.kernels.fp8 import in_fp8
 
 IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS["attention"]
 MOST_KEYS = 128  # of our kernel for few
@@ -22,23 +23,34 @@ SCORES = 2**26  # that "products" holds at once, in fp32
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, implementation: str = "sdpa"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    multiplier: Tensor | None = None,
+    implementation: str = "sdpa",
 ) -> Tensor:
     """Attend: out = softmax(q k^T / sqrt(K)) v, over the N keys of each head.
 
     q: (B, M, Nq, K); k, v: (B, M, N, K); any strides, one dtype. Returns (B, M, Nq, K).
-    causal: query i sees keys 0..i only. implementation: "sdpa" (torch's choice); on GPUs also
-    "flash", "efficient" or "cudnn" (torch's kernels by name), "flash3", "xformers", or "triton" (in
-    half precision, to at most MOST_KEYS keys; to more, or causal, it is sdpa), or "products" (in
-    half precision, two products and a softmax, SCORES at a time; not causal); on CPUs, once
+    causal: query i sees keys 0..i only. multiplier: (), fp32: return fp8 (e4m3), times this, which
+    "triton" does in the same pass. implementation: "sdpa" (torch's choice); on GPUs also "flash",
+    "efficient" or "cudnn" (torch's kernels by name), "flash3", "xformers", or "triton" (in half
+    precision, to at most MOST_KEYS keys; to more, or causal, it is sdpa), or "products" (in half
+    precision, two products and a softmax, SCORES at a time; not causal); on CPUs, once
     `native.load` was called, "avx512" or "vnni" (not causal).
     Raises MissingDependency if what is asked for is absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
     """
     require_implementation(implementation)
-    if implementation == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return _BY_NAME[implementation](q, k, v, causal)
+    if implementation == "triton" and not causal and k.shape[2] <= MOST_KEYS:
+        return _triton(q, k, v, multiplier)
+    if implementation in ("sdpa", "triton"):  # a longer text's chunks, or a map's own pixels
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    else:
+        out = _BY_NAME[implementation](q, k, v, causal)
+    return out if multiplier is None else in_fp8(out, multiplier)
 
 
 def require_implementation(name: str) -> None:
@@ -140,26 +152,25 @@ def _products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return torch.cat(parts, dim=1).view(q.shape)
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    if causal or k.shape[2] > MOST_KEYS:  # a longer text's chunks, or a map's own pixels
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+def _triton(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None) -> Tensor:
     if q.dtype == torch.float32:
         raise UsageError("attention implementation 'triton' is for fp16 and bf16; use 'sdpa'")
     dispatch.require("attention", "triton", q.device)
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     B, heads, queries, width = q.shape
-    out = torch.empty((B, queries, heads, width), dtype=q.dtype, device=q.device)
-    torch.ops.fastsd.attention(q, k, v, out)
+    dtype = q.dtype if multiplier is None else torch.float8_e4m3fn
+    out = torch.empty((B, queries, heads, width), dtype=dtype, device=q.device)
+    torch.ops.fastsd.attention(q, k, v, multiplier, out)
     return out.transpose(1, 2)
 
 
 @torch.library.custom_op("fastsd::attention", mutates_args=("out",))
-def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+def _attend(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None, out: Tensor) -> None:
     from fastsd.kernels import triton_attention  # triton may be absent, and is slow to import
 
     # Triton launches on the current device.
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        triton_attention.launch(q, k, v, out)
+        triton_attention.launch(q, k, v, multiplier, out)
 
 
 _attend.register_fake(lambda *_: None)  # it writes into `out`
@@ -167,7 +178,6 @@ _attend.register_fake(lambda *_: None)  # it writes into `out`
 
 _BY_NAME = {
     "products": _products,
-    "triton": _triton,
     "flash": _flash,
     "flash3": _flash3,
     "efficient": _efficient,

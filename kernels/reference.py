@@ -11,14 +11,21 @@ from fastsd.kernels.fp8 import in_fp8
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, implementation: str = "reference"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    multiplier: Tensor | None = None,
+    implementation: str = "reference",
 ) -> Tensor:
     """Attend as `kernels.attention.attention` does, from the formula; `implementation` is moot."""
     scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
-    return (scores.softmax(dim=-1) @ v.float()).to(q.dtype)
+    out = scores.softmax(dim=-1) @ v.float()
+    return out.to(q.dtype) if multiplier is None else in_fp8(out, multiplier)
 
 
 def conv3x3(

@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
+from fastsd.kernels.triton_fp8 import factor_of, rounded
+
 BLOCK_Q = 64
 
 
@@ -15,6 +17,7 @@ def attend(
     q,
     k,
     v,
+    multiplier,
     out,
     q_b,
     q_h,
@@ -30,6 +33,7 @@ def attend(
     keys,
     scale,
     WIDTH: tl.constexpr,
+    FP8: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -38,6 +42,7 @@ def attend(
 
     x_b, x_h, x_n: strides of pictures, heads and tokens; a head's numbers lie side by side.
     """
+    factor = factor_of(multiplier, FP8)
     b = tl.program_id(1) // heads
     h = tl.program_id(1) % heads
     i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -56,10 +61,10 @@ def attend(
     value = tl.load(v + n[:, None] * v_n + w[None, :], mask=given, other=0.0)
     attended = tl.dot(parts.to(value.dtype), value) / tl.sum(parts, axis=1)[:, None]
     at = ((b.to(tl.int64) * queries + i[:, None]) * heads + h) * WIDTH + w[None, :]
-    tl.store(out + at, attended.to(out.dtype.element_ty), mask=own)
+    tl.store(out + at, rounded(attended, factor, out.dtype.element_ty, FP8), mask=own)
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+def launch(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None, out: Tensor) -> None:
     """Attend from q (B, M, Nq, K) to k, v (B, M, N, K), N <= 128, into out (B, Nq, M, K)."""
     B, heads, queries, width = q.shape
     keys, block_w = k.shape[2], max(16, next_power_of_2(width))
@@ -67,6 +72,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         q,
         k,
         v,
+        q if multiplier is None else multiplier,
         out,
         *q.stride()[:3],
         *k.stride()[:3],
@@ -76,6 +82,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         keys,
         width**-0.5,
         WIDTH=width,
+        FP8=multiplier is not None,
         BLOCK_Q=BLOCK_Q,
         BLOCK_N=max(16, next_power_of_2(keys)),
         BLOCK_W=block_w,

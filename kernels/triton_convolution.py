@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 GROUP = 8  # rectangles whose channels are computed near each other in time: they share weights
 BLOCK_C = 64  # channels of a tap that are multiplied at once; twice as many in fp8
-SUM_TILE = 1024  # elements of the sum of parts that a program has
+SUM_TILE = 256  # elements of the sum of parts that a program has
 
 
 # Not specialised are sizes that no address is aligned by.
@@ -129,16 +129,16 @@ def sum_parts(
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the splits' sums, and to them what `convolve` adds."""
+    """Add the splits' sums, read all at once, and to them what `convolve` adds."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
-    y = tl.zeros([BLOCK], dtype=tl.float32)
-    part = parts + at
-    for _ in range(splits):
-        y += tl.load(part, mask=mask, other=0.0)
-        part += elements
+    split = tl.arange(0, SPLITS)
+    from_ = parts + split[:, None].to(tl.int64) * elements + at[None, :]
+    read = (split < splits)[:, None] & mask[None, :]
+    y = tl.sum(tl.load(from_, mask=read, other=0.0), axis=0)
     n = at % O
     if HAS_SCALE:
         y *= tl.load(scale + n)
@@ -286,7 +286,7 @@ def launch(
     )
     if parts is not None:
         sum_parts[(cdiv(out.numel(), SUM_TILE),)](
-            parts, *added, out, O, out.numel(), splits, **flags, BLOCK=SUM_TILE
+            parts, *added, out, O, out.numel(), splits, **flags, SPLITS=SPLITS, BLOCK=SUM_TILE
         )
 
 

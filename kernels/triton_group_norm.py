@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor, empty, float32
 from triton import cdiv, next_power_of_2
 
-from fastsd.kernels.triton_fp8 import rounded
+from fastsd.kernels.triton_fp8 import factor_of, rounded
 
 PROGRAMS = 528  # four for each of an H100's or H200's 132 multiprocessors
 LANES = 128  # channels of a tile, padding counted: what is read of a pixel is 128 bytes or more
@@ -124,6 +124,7 @@ def normalise(
     b = tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     g = tl.program_id(2) * BLOCK_C // WIDTH + tl.arange(0, BLOCK_G)
+    factor = factor_of(multiplier, FP8)
 
     # As many splits as fit at a time, each lot joined to those before by Chan et al.
     mean = tl.zeros([BLOCK_G], dtype=tl.float32)
@@ -165,7 +166,7 @@ def normalise(
         at = picture + p[:, None].to(tl.int64) * C + c[None, :]
         y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         y = activated(y * scale[None, :] + offset[None, :], SILU)
-        tl.store(out + at, rounded(y, multiplier, out.dtype.element_ty, FP8), mask=mask)
+        tl.store(out + at, rounded(y, factor, out.dtype.element_ty, FP8), mask=mask)
 
 
 @triton.jit(do_not_specialize=["pixels", "groups", "added_stride"])
@@ -196,6 +197,7 @@ def one_group(
     mask = (p < pixels)[:, None] & (w < WIDTH)[None, :]
     picture = b.to(tl.int64) * pixels * C
     at = p[:, None] * C + c[None, :]
+    factor = factor_of(multiplier, FP8)
     v = tl.load(x + picture + at, mask=mask, other=0.0).to(tl.float32)
     if ADDED:
         more = tl.load(added + b * added_stride + c, mask=w < WIDTH, other=0.0).to(tl.float32)
@@ -206,7 +208,7 @@ def one_group(
     scale = tl.load(weight + c, mask=w < WIDTH, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
     offset = tl.load(bias + c, mask=w < WIDTH, other=0.0).to(tl.float32)
     y = activated(v * scale[None, :] + offset[None, :], SILU)
-    y = rounded(y, multiplier, out.dtype.element_ty, FP8)
+    y = rounded(y, factor, out.dtype.element_ty, FP8)
     tl.store(out + picture + at, y, mask=mask)
 
 

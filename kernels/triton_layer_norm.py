@@ -7,9 +7,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from fastsd.kernels.triton_fp8 import rounded
+from fastsd.kernels.triton_fp8 import factor_of, rounded
 
 TILE = 2048  # elements that a program holds at once
+WARPS = 4
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -34,6 +35,9 @@ def add_layer_norm(
     c = tl.arange(0, BLOCK_C)
     mask = (r < rows)[:, None] & (c < C)[None, :]
     at = r[:, None].to(tl.int64) * C + c[None, :]
+    factor = factor_of(multiplier, FP8)
+    gain = tl.load(weight + c, mask=c < C, other=0.0)
+    offset = tl.load(bias + c, mask=c < C, other=0.0)
     v = tl.load(x + at, mask=mask, other=0.0)
     if ADDED:
         more = tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
@@ -42,9 +46,8 @@ def add_layer_norm(
     v = v.to(tl.float32)
     v = tl.where(mask, v - (tl.sum(v, axis=1) / C)[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(v * v, axis=1) / C + eps)
-    y = v * scale[:, None] * tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + at, rounded(y, multiplier, out.dtype.element_ty, FP8), mask=mask)
+    y = v * scale[:, None] * gain.to(tl.float32)[None, :] + offset.to(tl.float32)[None, :]
+    tl.store(out + at, rounded(y, factor, out.dtype.element_ty, FP8), mask=mask)
 
 
 def launch(
@@ -77,4 +80,5 @@ def launch(
         FP8=multiplier is not None,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
+        num_warps=WARPS,
     )

@@ -1,8 +1,9 @@
 """A GPU's UNet in fp8, as far as the kernel before a layer rounds its input for nothing.
 
-What a norm or a gate writes does: the products of self-attention's queries, keys and values, of
-cross-attention's queries and of the feed-forward layers, and, on GPUs whose convolutions read fp8,
-those of resnets. Others would need a pass of their own, which takes as long as their products win.
+What a norm, a gate or the attention to a text's few keys writes does: the products of
+self-attention's queries, keys and values, all of cross-attention's, the feed-forward layers', and,
+on GPUs whose convolutions read fp8, those of resnets. Others would need a pass of their own, which
+takes as long as their products win.
 """
 
 from __future__ import annotations
@@ -16,14 +17,23 @@ from torch import Tensor, nn
 from fastsd.backends.cuda_graph import gpu_name
 from fastsd.errors import UsageError
 from fastsd.kernels import convolution, dispatch
-from fastsd.models.layers import GEGLU, Conv3x3, GroupNorm, LayerNorm, Resnet, TransformerBlock
+from fastsd.models.layers import (
+    GEGLU,
+    Attention,
+    Conv3x3,
+    GroupNorm,
+    LayerNorm,
+    Resnet,
+    Transformer,
+    TransformerBlock,
+)
 from fastsd.models.unet import UNet
 from fastsd.quant.linear import FP8_WIDTHS, Fp8Conv3x3, Fp8Linear
 from fastsd.quant.spec import Rounding
 
 SINCE = (8, 9)  # compute capability
-LIBRARY = "library"
-_OPS = {GEGLU: "geglu", GroupNorm: "group_norm", LayerNorm: "layer_norm"}
+Source = Attention | GEGLU | GroupNorm | LayerNorm
+_OPS = {Attention: "attention", GEGLU: "geglu", GroupNorm: "group_norm", LayerNorm: "layer_norm"}
 
 
 def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
@@ -77,10 +87,10 @@ def put_in_fp8_(unet: UNet, draw: Callable[[], object]) -> int:
             rounded = Fp8Linear(layer.weight, layer.bias, rounding)  # type: ignore[arg-type]
         owner.set_submodule(name, rounded)
         source.multiplier = rounded.multiplier
-        # The library's would round in passes of its own.
-        ours = [n for n in dispatch.able(_OPS[type(source)], rounded.weight.device) if n != LIBRARY]
-        if source.implementation == LIBRARY and ours:
-            source.implementation = ours[0]
+        # Others would round in passes of their own.
+        able = dispatch.able(_OPS[type(source)], rounded.weight.device)
+        if not source.implementation.startswith("triton") and "triton" in able:
+            source.implementation = "triton"
     for block in _blocks(unet):
         for letter in "qkv":  # they have views of the joined weights, which are used no more
             setattr(block.attn1, f"to_{letter}", None)
@@ -91,7 +101,7 @@ def _blocks(unet: UNet) -> Iterator[TransformerBlock]:
     return (module for module in unet.modules() if isinstance(module, TransformerBlock))
 
 
-def _spots(unet: UNet) -> Iterator[tuple[LayerNorm | GEGLU | GroupNorm, nn.Module, str]]:
+def _spots(unet: UNet) -> Iterator[tuple[Source, nn.Module, str]]:
     """Yield what rounds an input, and the layer that reads it, by its owner and name there."""
     for block in _blocks(unet):
         gate = block.ff.net[0]
@@ -99,13 +109,17 @@ def _spots(unet: UNet) -> Iterator[tuple[LayerNorm | GEGLU | GroupNorm, nn.Modul
         for source, owner, name in (
             (block.norm1, block.attn1, "to_qkv"),
             (block.norm2, block.attn2, "to_q"),
+            (block.attn2, block.attn2.to_out, "0"),
             (block.norm3, gate, "proj"),
             (gate, block.ff.net, "2"),
         ):
-            weight = owner.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            if not any(width % FP8_WIDTHS for width in weight.shape):
+            if _has_product(owner.get_submodule(name)):
                 yield source, owner, name
+    for transformer in unet.modules():
+        # The first product of a transformer over channels-last pixels reads what its norm writes.
+        if isinstance(transformer, Transformer) and transformer.linear:
+            if _has_product(transformer.proj_in):
+                yield transformer.norm, transformer, "proj_in"
     exact = set(unet.up_blocks[-1].modules())  # its first convolutions, as for int8: quant/spec.py
     for resnet in unet.modules():
         if isinstance(resnet, Resnet):
@@ -113,6 +127,13 @@ def _spots(unet: UNet) -> Iterator[tuple[LayerNorm | GEGLU | GroupNorm, nn.Modul
                 yield resnet.norm1, resnet, "conv1"
             if _has_kernel(resnet.conv2.weight):
                 yield resnet.norm2, resnet, "conv2"
+
+
+def _has_product(layer: nn.Module) -> bool:
+    """Whether a linear layer's widths are what fp8 products take."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return not any(width % FP8_WIDTHS for width in weight.shape)
 
 
 def _has_kernel(weight: Tensor) -> bool:

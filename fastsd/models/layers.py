@@ -72,7 +72,10 @@ class Attention(nn.Module):
     upcast: attend in fp32 whatever the weights' dtype (SD2.1's fp16 scores overflow).
     implementation: which kernel attends, one of `fastsd.kernels.attention.IMPLEMENTATIONS`.
     to_qkv: makes queries, keys and values of x side by side, where those are one product.
+    multiplier: of the layer that reads what is attended, if that one multiplies in fp8; else None.
     """
+
+    multiplier: Tensor | None
 
     def __init__(
         self, width: int, heads: int, *, context_width: int | None = None, upcast: bool = False
@@ -87,6 +90,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_width or width, width, bias=False)
         self.to_v = nn.Linear(context_width or width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.register_buffer("multiplier", None)
 
     def keys_values(self, context: Tensor) -> KV:
         """Return what `context` (B, N, C) is attended by: K and V, each (B, M, N, K)."""
@@ -99,7 +103,7 @@ class Attention(nn.Module):
         else:
             k, v = kv or self.keys_values(x)
             q = widen(self.by_heads(self.to_q(x)), k.shape[0])
-        out = attention(q, k, v, implementation=self.implementation)
+        out = attention(q, k, v, multiplier=self.multiplier, implementation=self.implementation)
         joined = join_heads(out).to(x.dtype) if self.upcast else join_heads(out)
         projected: Tensor = self.to_out[0](joined)
         return projected

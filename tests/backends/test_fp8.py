@@ -1,4 +1,4 @@
-"""A UNet's linear layers in fp8, on the CPU, whose fp8 products are the formula's."""
+"""A UNet's layers in fp8, on the CPU, whose fp8 products are the formula's."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
         for of in (joined, joined.unet.up_blocks[-1])
     )
     convolutions = 2 * first - last  # the last level's first ones stay
-    assert 4 * len(blocks) == sum(isinstance(m, Fp8Linear) for m in joined.modules())
+    products = 5 * len(blocks)
+    assert products == sum(isinstance(m, Fp8Linear) for m in joined.modules())
     assert convolutions == sum(isinstance(m, Fp8Conv3x3) for m in joined.modules())
-    assert count == 4 * len(blocks) + convolutions
+    assert count == products + convolutions
     got = joined(x, row, kv)
     assert got.dtype == dtype
     assert 1e-4 < relative_l2(got.float(), expected.float()) < 0.1
@@ -71,7 +72,7 @@ def test_the_builtin_model_keeps_its_pictures() -> None:
     }
     rounded._put_in_fp8()
     said = [line for line in rounded.explain() if "fp8" in line]
-    assert any("layers: 36 in fp8" in line for line in said), said
+    assert any("layers: 40 in fp8" in line for line in said), said
     judge_fp8(rounded, exact)
 
 

@@ -85,8 +85,8 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         "triton_attention",
         dict.fromkeys(("q", "k", "v", "out"), "*fp16")
         | {f"{x}_{axis}": "i32" for x in "qkv" for axis in "bhn"}
-        | dict(heads="i32", queries="i32", keys="i32", scale="fp32"),
-        dict(WIDTH=64, BLOCK_Q=64, BLOCK_N=128, BLOCK_W=64),
+        | dict(heads="i32", queries="i32", keys="i32", scale="fp32", **_ROUNDED),
+        dict(WIDTH=64, FP8=False, BLOCK_Q=64, BLOCK_N=128, BLOCK_W=64),
     ),
     "residual_sum": (
         "triton_residual",
