@@ -395,7 +395,7 @@ class Pipeline:
         side = self.config.default_size
         settings = {
             **draw_settings(self.config, (side, side), WATCHED_STEPS),
-            "output_type": "latent",
+            "output_type": "np",
         }
 
         def draw() -> None:

@@ -133,7 +133,7 @@ def sum_parts(
     BLOCK: tl.constexpr,
 ):
     """Add the splits' sums, read all at once, and to them what `convolve` adds."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # 32 bits: maps are small where it pays
     mask = at < elements
     split = tl.arange(0, SPLITS)
     from_ = parts + split[:, None].to(tl.int64) * elements + at[None, :]

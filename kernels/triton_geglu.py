@@ -9,8 +9,7 @@ from triton import cdiv
 
 from fastsd.kernels.triton_fp8 import factor_of, rounded
 
-BLOCK_R, BLOCK_C = 8, 256
-WARPS = 4
+TILE = 1024  # elements that a program has
 
 
 @triton.jit
@@ -56,14 +55,15 @@ def launch(x: Tensor, multiplier: Tensor | None, out: Tensor) -> None:
     """Write x (…, 2 C), gated, to out (…, C)."""
     C = out.shape[-1]
     rows = out.numel() // C
-    gated[(cdiv(rows, BLOCK_R), cdiv(C, BLOCK_C))](
+    block_c = 512 if C % 512 == 0 else 256
+    block_r = TILE // block_c
+    gated[(cdiv(rows, block_r), cdiv(C, block_c))](
         x,
         x if multiplier is None else multiplier,
         out,
         C,
         rows,
         FP8=multiplier is not None,
-        BLOCK_R=BLOCK_R,
-        BLOCK_C=BLOCK_C,
-        num_warps=WARPS,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
     )

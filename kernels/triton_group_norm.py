@@ -20,9 +20,11 @@ from triton import cdiv, next_power_of_2
 
 from fastsd.kernels.triton_fp8 import factor_of, rounded
 
-PROGRAMS = 528  # four for each of an H100's or H200's 132 multiprocessors
 LANES = 128  # channels of a tile, padding counted: what is read of a pixel is 128 bytes or more
-TILE = 2048  # elements that a program holds at once
+# Elements that a program holds at once, and about how many programs there are: four or eight for
+# each of an H100's or H200's 132 multiprocessors. Of maps of FEW pixels first.
+FEW = 1024
+TILES = ((1024, 1056), (4096, 528))
 WARPS = 4
 SPLITS = 64  # that are put together at once
 GROUP_TILE = 32768  # the most elements of a group that a program holds; 64 a thread
@@ -229,7 +231,8 @@ def launch(
     block_w = next_power_of_2(width)
     block_g = max(1, min(LANES // block_w, next_power_of_2(groups)))
     block_c = min(LANES, next_power_of_2(gcd(C, LANES)) if C > LANES else next_power_of_2(C))
-    splits, per_split = _splits(B * cdiv(groups, block_g), pixels, TILE // LANES)
+    tile, programs = TILES[pixels > FEW]
+    splits, per_split = _splits(programs, B * cdiv(groups, block_g), pixels, tile // LANES)
     partial = empty((B, splits, 2, groups), dtype=float32, device=x.device)
     given = bias if added is None else added
     sizes = (C, pixels, per_split, splits, _stride(added))
@@ -240,7 +243,7 @@ def launch(
         partial,
         *sizes,
         **group,
-        BLOCK_P=max(1, TILE // (block_g * block_w)),
+        BLOCK_P=max(1, tile // (block_g * block_w)),
         BLOCK_G=block_g,
         BLOCK_W=block_w,
     )
@@ -258,16 +261,19 @@ def launch(
         **group,
         SILU=silu,
         FP8=multiplier is not None,
-        BLOCK_P=TILE // block_c,
+        BLOCK_P=tile // block_c,
         BLOCK_C=block_c,
         BLOCK_G=next_power_of_2(touched),
         BLOCK_S=SPLITS,
     )
 
 
-def _splits(programs: int, pixels: int, tile: int) -> tuple[int, int]:
-    """Return into how many parts pixels are split, and the pixels of each, whole tiles."""
-    splits = max(1, min(cdiv(PROGRAMS, programs), cdiv(pixels, tile)))
+def _splits(programs: int, alike: int, pixels: int, tile: int) -> tuple[int, int]:
+    """Return into how many parts pixels are split, and the pixels of each, whole tiles.
+
+    programs: that there are to be, of which each part has `alike`.
+    """
+    splits = max(1, min(cdiv(programs, alike), cdiv(pixels, tile)))
     per_split = cdiv(cdiv(pixels, splits), tile) * tile
     return cdiv(pixels, per_split), per_split
 

@@ -9,8 +9,7 @@ from triton import cdiv, next_power_of_2
 
 from fastsd.kernels.triton_fp8 import factor_of, rounded
 
-TILE = 2048  # elements that a program holds at once
-WARPS = 4
+TILE = 4096  # elements that a program holds at once
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -80,5 +79,4 @@ def launch(
         FP8=multiplier is not None,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        num_warps=WARPS,
     )

@@ -72,6 +72,7 @@ class EagerBackend(Graphed):
         if weights == "fp8":
             require_fp8(device, self.dtype)
         self._checkpoint = checkpoint
+        self._on_host = tuple(on_host)
         if device.type == "cpu":
             keep_freed_memory()
         host = torch.device("cpu")
@@ -157,14 +158,16 @@ class EagerBackend(Graphed):
                     )
 
     def put_in_fp8(self, draw: Callable[[], object]) -> None:
-        """Put the UNet's layers in fp8, by the ranges of numbers that `draw` shows.
+        """Put the UNet's and the decoder's layers in fp8, by the ranges of numbers `draw` shows.
 
         For good: adapters fit no longer.
         """
-        unet = self.modules["unet"]
+        unet, vae = self.modules["unet"], self.modules["vae"]
         assert isinstance(unet, UNet)
-        count = put_in_fp8_(unet, draw)
-        self._choices["weights"] = [f"unet's layers: {count} in fp8, the others not"]
+        # What visits the GPU stays as it is, and a tiny decoder has no norms to round in.
+        decoder = vae.decoder if isinstance(vae, VAE) and "vae" not in self._on_host else None
+        count = put_in_fp8_(unet, decoder, draw)
+        self._choices["weights"] = [f"layers: {count} of unet and decoder in fp8, the others not"]
         for op in ("layer_norm", "geglu", "conv3x3"):
             if "triton" in dispatch.able(op, self.device):
                 self._choices[op] = [str(dispatch.Choice(op, "triton", "it has fp8"))]

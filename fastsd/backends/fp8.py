@@ -1,4 +1,4 @@
-"""A GPU's UNet in fp8, as far as the kernel before a layer rounds its input for nothing.
+"""A GPU's UNet and decoder in fp8, as far as the kernel before a layer rounds its input for nothing.
 
 What a norm, a gate or the attention to a text's few keys writes does: the products of
 self-attention's queries, keys and values, all of cross-attention's, the feed-forward layers', and,
@@ -52,14 +52,14 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def put_in_fp8_(unet: UNet, draw: Callable[[], object]) -> int:
+def put_in_fp8_(unet: UNet, decoder: nn.Module | None, draw: Callable[[], object]) -> int:
     """Put in fp8 what is worth it; return how many layers that is.
 
-    unet: one whose products of one input are joined (`JoinedUNet`). draw: runs it on inputs like
-    those to come, by which the ranges of the layers' inputs are found: what is four times as large
-    fits as well.
+    unet: one whose products of one input are joined (`JoinedUNet`). decoder: a VAE's, None to leave
+    it as it is. draw: runs both on inputs like those to come, by which the ranges of the layers'
+    inputs are found: what is four times as large fits as well.
     """
-    found = list(_spots(unet))
+    found = [*_spots(unet), *([] if decoder is None else _convolutions(decoder))]
     largest: dict[nn.Module, Tensor] = {}
 
     def watch(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -77,7 +77,7 @@ def put_in_fp8_(unet: UNet, draw: Callable[[], object]) -> int:
         high = float(largest[layer])
         if not high < float("inf"):
             raise UsageError(
-                f"the UNet's activations are not finite before {name}; load it as bf16"
+                f"the model's activations are not finite before {name}; load it as bf16"
             )
         rounding = Rounding.of(-high, high)
         rounded: Fp8Linear | Fp8Conv3x3
@@ -120,10 +120,18 @@ def _spots(unet: UNet) -> Iterator[tuple[Source, nn.Module, str]]:
         if isinstance(transformer, Transformer) and transformer.linear:
             if _has_product(transformer.proj_in):
                 yield transformer.norm, transformer, "proj_in"
-    exact = set(unet.up_blocks[-1].modules())  # its first convolutions, as for int8: quant/spec.py
-    for resnet in unet.modules():
+    # The last level's first convolutions stay, as for int8: fastsd/quant/spec.py.
+    yield from _convolutions(unet, but_first=unet.up_blocks[-1])
+
+
+def _convolutions(
+    model: nn.Module, *, but_first: nn.Module | None = None
+) -> Iterator[tuple[Source, nn.Module, str]]:
+    """Yield the norms and convolutions of resnets, without the first ones within `but_first`."""
+    kept = set() if but_first is None else set(but_first.modules())
+    for resnet in model.modules():
         if isinstance(resnet, Resnet):
-            if resnet not in exact and _has_kernel(resnet.conv1.weight):
+            if resnet not in kept and _has_kernel(resnet.conv1.weight):
                 yield resnet.norm1, resnet, "conv1"
             if _has_kernel(resnet.conv2.weight):
                 yield resnet.norm2, resnet, "conv2"

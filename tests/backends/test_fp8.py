@@ -35,7 +35,7 @@ def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
     times, x = torch.tensor([900.0, 3.5]), torch.randn(2, unet.config.in_channels, 16, 8).to(dtype)
     row, kv = joined.time_rows(times)[1], joined.context(text.to(dtype))
     expected = joined(x, row, kv)
-    count = put_in_fp8_(joined.unet, lambda: joined(x, row, kv))
+    count = put_in_fp8_(joined.unet, None, lambda: joined(x, row, kv))
     blocks = [m for m in joined.modules() if isinstance(m, TransformerBlock)]
     first, last = (
         sum(isinstance(m, Resnet) for m in of.modules())
@@ -72,7 +72,7 @@ def test_the_builtin_model_keeps_its_pictures() -> None:
     }
     rounded._put_in_fp8()
     said = [line for line in rounded.explain() if "fp8" in line]
-    assert any("layers: 40 in fp8" in line for line in said), said
+    assert any("layers: 60 of unet and decoder in fp8" in line for line in said), said
     judge_fp8(rounded, exact)
 
 
