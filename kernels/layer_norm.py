@@ -23,18 +23,20 @@ def layer_norm(
     eps: float,
     *,
     added: Tensor | None = None,
+    lead: Tensor | None = None,
     multiplier: Tensor | None = None,
     implementation: str = "library",
 ) -> tuple[Tensor, Tensor]:
-    """Return t = x + added, and t normalised over its last axis, times weight, plus bias.
+    """Return t = x + added + lead, and t normalised over its last axis, times weight, plus bias.
 
     x, added: (…, C), any float dtype; t is in it; statistics are fp32. added: None for nothing, and
-    then t is x. weight, bias: (C,). multiplier: (), fp32: return what is normalised in fp8 (e4m3),
-    times this. implementation: "library" (torch) or "triton" (one launch). Raises UsageError for an
-    unknown name.
+    then t is x. lead: (C,), to be added with added, or None. weight, bias: (C,). multiplier: (),
+    fp32: return what is normalised in fp8 (e4m3), times this. implementation: "library" (torch) or
+    "triton" (one launch). Raises UsageError for an unknown name.
     """
     if implementation == "library":
-        total = x if added is None else x + added
+        more = added if added is None or lead is None else added + lead
+        total = x if more is None else x + more
         y = F.layer_norm(total, (x.shape[-1],), weight, bias, eps)
         return total, y if multiplier is None else in_fp8(y, multiplier)
     dispatch.require("layer_norm", implementation, x.device)
@@ -43,17 +45,23 @@ def layer_norm(
     total = x if added is None else torch.empty_like(x)
     out = torch.empty_like(x, dtype=None if multiplier is None else torch.float8_e4m3fn)
     sum_ = None if added is None else total
-    torch.ops.fastsd.layer_norm(x, added, weight, bias, eps, multiplier, sum_, out)
+    torch.ops.fastsd.layer_norm(x, added, lead, weight, bias, eps, multiplier, sum_, out)
     return total, out
 
 
 def candidates(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, added: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    added: Tensor | None = None,
+    lead: Tensor | None = None,
 ) -> dict[str, Callable[[], Tensor]]:
     """Return what can compute this on its device, by name, ready to be tried."""
     return {
         name: lambda name=name: layer_norm(  # type: ignore[misc]
-            x, weight, bias, eps, added=added, implementation=name
+            x, weight, bias, eps, added=added, lead=lead, implementation=name
         )[1]
         for name in dispatch.able("layer_norm", x.device)
     }
@@ -63,6 +71,7 @@ def candidates(
 def _layer_norm(
     x: Tensor,
     added: Tensor | None,
+    lead: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -75,7 +84,7 @@ def _layer_norm(
     # Triton launches on the current device.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_layer_norm.launch(
-            x, added, weight, bias, eps, multiplier, x if total is None else total, out
+            x, added, lead, weight, bias, eps, multiplier, x if total is None else total, out
         )
 
 

@@ -89,11 +89,15 @@ def layer_norm(
     eps: float,
     *,
     added: Tensor | None = None,
+    lead: Tensor | None = None,
     multiplier: Tensor | None = None,
     implementation: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """Normalise as `kernels.layer_norm.layer_norm` does, in fp64, from the formula."""
-    total = x if added is None else x + added
+    total = x
+    if added is not None:
+        more = added.double() if lead is None else added.double() + lead.double()
+        total = (x.double() + more).to(x.dtype)
     t = total.double()
     apart = t - t.mean(dim=-1, keepdim=True)
     variance = apart.square().mean(dim=-1, keepdim=True)

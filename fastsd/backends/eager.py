@@ -18,7 +18,7 @@ from fastsd.backends.choice import (
     fastest_sums,
 )
 from fastsd.backends.cuda_graph import Graphed, convolves_in_tf32
-from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
+from fastsd.backends.for_gpu import JoinedUNet, join_text_, spare_passes_
 from fastsd.backends.fp8 import put_in_fp8_, require_fp8
 from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
@@ -103,6 +103,9 @@ class EagerBackend(Graphed):
         run: UNet | JoinedUNet = unet
         if device.type == "cuda":
             run = JoinedUNet(unet, device)
+            for name, text in texts.items():
+                if name not in on_host:  # what visits the GPU would take its weights twice
+                    join_text_(text, device)
             for model in (unet, vae):  # the CPU's own convolutions measured slower channels-last
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             # A compiler does that itself; in fp32, convolutions may be in TF32 and products not.

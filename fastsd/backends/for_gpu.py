@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsd.models.layers import KV, Conv1x1, Level, Resnet, TransformerBlock, Upsample
+from fastsd.models.clip import CausalAttention, CLIPText
+from fastsd.models.layers import (
+    KV,
+    Conv1x1,
+    Level,
+    Resnet,
+    Transformer,
+    TransformerBlock,
+    Upsample,
+)
 from fastsd.models.unet import UNet
 from fastsd.models.vae import Decoder
 from fastsd.quant.weights import Int8Weight
@@ -113,6 +122,13 @@ class JoinedUNet(nn.Module):
         return [(a.by_heads(next(each)), a.by_heads(next(each))) for a in attentions]
 
 
+def join_text_(text: CLIPText, device: torch.device) -> None:
+    """Make one product of each attention's three in a text encoder on `device`."""
+    for layer in text.modules():
+        if isinstance(layer, CausalAttention):
+            layer.to_qkv = Joined([layer.q_proj, layer.k_proj, layer.v_proj], device)
+
+
 def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
     """Rewrite a channels-last UNet, or a half of a VAE, so that fewer kernels pass over its maps.
 
@@ -121,7 +137,8 @@ def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
     of single pixels, adds it for nothing, or else to the sum that ends the resnet; the first one's
     to what the norm after it adds: a UNet's row of time, and in a VAE the bias alone, if its norms
     add that for nothing (norms_add). An upsampler's in such a VAE goes to all in the next resnet
-    that read it.
+    that read it. Of a transformer's products those whose bias costs a launch of its own, as
+    NVIDIA's library has it, leave theirs to the norm after them, which adds anyway.
     """
     for module in model.modules():
         if isinstance(module, Conv1x1):
@@ -130,6 +147,8 @@ def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
             module.as_copy = True
         elif isinstance(module, Resnet):
             _spare_biases_(module, norms_add=norms_add)
+        elif isinstance(module, Transformer):
+            _lead_norms_(module)
     for decoder in [m for m in model.modules() if isinstance(m, Decoder) and norms_add]:
         for level, after in pairwise(decoder.up_blocks):
             assert isinstance(level, Level) and isinstance(after, Level)
@@ -153,6 +172,20 @@ def _spare_biases_(resnet: Resnet, *, norms_add: bool) -> None:
     else:
         resnet.bias = cast(nn.Parameter, conv2.bias)
     conv2.bias = None
+
+
+def _lead_norms_(transformer: Transformer) -> None:
+    """Move biases from attentions and feed-forward layers to the norms that read their sums."""
+    before: nn.Linear | None = None
+    for block in transformer.transformer_blocks:
+        assert isinstance(block, TransformerBlock)
+        products = (before, block.attn1.to_out[0], block.attn2.to_out[0])
+        norms = (block.norm1, block.norm2, block.norm3)
+        for layer, norm in zip(products, norms, strict=True):
+            if layer is not None:
+                norm.lead = cast(nn.Parameter, layer.bias)
+                layer.bias = None  # type: ignore[assignment]
+        before = cast(nn.Linear, block.ff.net[2])
 
 
 def _give_on_bias_(conv: nn.Conv2d, resnet: Resnet) -> None:

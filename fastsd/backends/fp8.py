@@ -1,4 +1,4 @@
-"""A GPU's UNet and decoder in fp8, as far as the kernel before a layer rounds its input for nothing.
+"""A GPU's UNet and decoder in fp8, where the kernel before a layer rounds its input for nothing.
 
 What a norm, a gate or the attention to a text's few keys writes does: the products of
 self-attention's queries, keys and values, all of cross-attention's, the feed-forward layers', and,

@@ -67,10 +67,15 @@ class Embeddings(nn.Module):
 
 @final
 class CausalAttention(nn.Module):
-    """Self-attention in which a token sees itself and those before it."""
+    """Self-attention in which a token sees itself and those before it.
+
+    to_qkv: makes queries, keys and values of x side by side, where those are one product.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        self.to_qkv: nn.Module | None
+        self.register_module("to_qkv", None)
         self.heads = heads
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -79,7 +84,11 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        q, k, v = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.to_qkv is None:
+            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            parts = self.to_qkv(x).chunk(3, dim=-1)
+        q, k, v = (split_heads(part, self.heads) for part in parts)
         out: Tensor = self.out_proj(join_heads(attention(q, k, v, causal=True)))
         return out
 

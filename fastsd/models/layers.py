@@ -221,8 +221,9 @@ def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation, and the residual sum before it.
 
-    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them. multiplier:
-    of the layer that reads what is normalised, if that one multiplies in fp8; else None.
+    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them. lead: (C,),
+    what is to be added to what is added, or None. multiplier: of the layer that reads what is
+    normalised, if that one multiplies in fp8; else None.
     """
 
     multiplier: Tensor | None
@@ -230,6 +231,8 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.implementation = "library"
+        self.lead: nn.Parameter | None
+        self.register_parameter("lead", None)
         self.register_buffer("multiplier", None)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -240,6 +243,7 @@ class LayerNorm(nn.LayerNorm):
             self.bias,
             self.eps,
             added=added,
+            lead=self.lead,
             multiplier=self.multiplier,
             implementation=self.implementation,
         )

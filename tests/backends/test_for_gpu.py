@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastsd.backends.for_gpu import JoinedUNet, spare_passes_
-from fastsd.config import VAEConfig
-from fastsd.models.layers import Conv1x1, Resnet, Upsample
+from fastsd.backends.for_gpu import JoinedUNet, join_text_, spare_passes_
+from fastsd.config import SD15, VAEConfig
+from fastsd.models.clip import CausalAttention, CLIPText
+from fastsd.models.layers import (
+    Conv1x1,
+    LayerNorm,
+    Resnet,
+    Transformer,
+    TransformerBlock,
+    Upsample,
+)
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from tests.models.oracles import relative_l2
@@ -97,6 +106,23 @@ def test_weights_are_the_models_own_and_take_no_memory_twice() -> None:
     assert all(t.is_contiguous() for t in tree_leaves(ours))
 
 
+@torch.no_grad()
+def test_a_joined_text_encoder_computes_what_it_did() -> None:
+    torch.manual_seed(0)
+    text = CLIPText(replace(SD15.text_encoders[0], layers=2, width=32, mlp_width=64, heads=2))
+    ids = torch.randint(0, 1000, (2, 9))
+    expected = text(ids)
+    names = {name for name, _ in text.named_parameters()}
+    join_text_(text, CPU)
+    assert names <= {name for name, _ in text.named_parameters()}
+    assert relative_l2(text(ids).last, expected.last) < ALIKE
+    for layer in text.modules():
+        if isinstance(layer, CausalAttention):
+            layer.v_proj.weight.zero_()  # as a LoRA changes them
+            layer.v_proj.bias.zero_()
+    assert relative_l2(text(ids).last, expected.last) > 0.01
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.no_grad()
 def test_a_unet_of_fewer_passes_computes_the_same(family: str) -> None:
@@ -112,6 +138,13 @@ def test_a_unet_of_fewer_passes_computes_the_same(family: str) -> None:
     row, kv = joined.time_rows(times, *told)[1], joined.context(text)
     assert relative_l2(joined(x, row, kv), expected) < ALIKE
     assert relative_l2(changed(x, row, changed.context(text)), expected) < ALIKE, "a UNet still"
+    norms = [m for m in changed.modules() if isinstance(m, LayerNorm)]
+    blocks = [m for m in changed.modules() if isinstance(m, TransformerBlock)]
+    assert all(block.attn2.to_out[0].bias is None for block in blocks)
+    transformers = sum(
+        isinstance(m, Transformer) and bool(len(m.transformer_blocks)) for m in changed.modules()
+    )
+    assert sum(norm.lead is not None for norm in norms) == 3 * len(blocks) - transformers
     resnets = [module for module in changed.modules() if isinstance(module, Resnet)]
     assert all(resnet.conv1.bias is None for resnet in resnets)
     assert all(resnet.conv2.bias is None for resnet in resnets)

@@ -59,12 +59,12 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "moments": (
         "triton_group_norm",
         dict(x="*fp16", added="*fp16", **_MAP, **_SPLIT),
-        dict(BLOCK_P=16, BLOCK_G=8, BLOCK_W=16, **_GROUP),
+        dict(BLOCK_P=32, BLOCK_G=8, BLOCK_W=16, **_GROUP),
     ),
     "normalise": (
         "triton_group_norm",
         {**_NORM, **_MAP, **_SPLIT, **_ROUNDED},
-        dict(SILU=True, FP8=False, BLOCK_P=32, BLOCK_C=64, BLOCK_G=8, BLOCK_S=64, **_GROUP),
+        dict(SILU=True, FP8=False, BLOCK_P=64, BLOCK_C=64, BLOCK_G=8, BLOCK_S=64, **_GROUP),
     ),
     "one_group": (
         "triton_group_norm",
@@ -73,13 +73,13 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     ),
     "add_layer_norm": (
         "triton_layer_norm",
-        {**_NORM, **_ROWS, "total": "*fp16"},
-        dict(ADDED=True, FP8=False, BLOCK_R=4, BLOCK_C=512),
+        {**_NORM, **_ROWS, "total": "*fp16", "lead": "*fp16"},
+        dict(ADDED=True, LED=True, FP8=False, BLOCK_R=8, BLOCK_C=512),
     ),
     "gated": (
         "triton_geglu",
         dict(x="*fp16", out="*fp16", **_ROWS),
-        dict(FP8=False, BLOCK_R=8, BLOCK_C=256),
+        dict(FP8=False, BLOCK_R=2, BLOCK_C=512),
     ),
     "attend": (
         "triton_attention",
