@@ -269,6 +269,7 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "attention-efficient": {"use": {"attention": "efficient"}},
     "attention-cudnn": {"use": {"attention": "cudnn"}},
     "norm-library": {"use": {"group_norm": "library"}},
+    "convolution-library": {"use": {"conv3x3": "library"}},
     "norm-triton": {"use": {"group_norm": "triton"}},
     "between-library": {
         "use": {"layer_norm": "library", "geglu": "library", "residual": "library"}
