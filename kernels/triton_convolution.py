@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastsd.kernels.sizes import cdiv
 
 GROUP = 8  # rectangles whose channels are computed near each other in time: they share weights
 BLOCK_C = 64  # channels of a tap that are multiplied at once; twice as many in fp8

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
+from fastsd.kernels.sizes import cdiv
 from fastsd.kernels.triton_fp8 import factor_of, rounded
 
 TILE = 1024  # elements that a program has

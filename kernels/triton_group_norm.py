@@ -16,8 +16,8 @@ from math import gcd
 import triton
 import triton.language as tl
 from torch import Tensor, empty, float32
-from triton import cdiv, next_power_of_2
 
+from fastsd.kernels.sizes import cdiv, next_power_of_2
 from fastsd.kernels.triton_fp8 import factor_of, rounded
 
 LANES = 128  # channels of a tile, padding counted: what is read of a pixel is 128 bytes or more

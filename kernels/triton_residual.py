@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+
+from fastsd.kernels.sizes import cdiv, next_power_of_2
 
 LANES = 128  # channels of a tile
 TILE = 2048
