@@ -113,9 +113,7 @@ def exact_pipeline(
     """
     pipeline = Pipeline(checkpoint, name=name, device=device, sampler=sampler, graph="none")
     pipeline.set_progress_bar_config(disable=True)
-    # conv3x3 is used by no model.
-    first = {op: known[0] for op, known in IMPLEMENTATIONS.items() if op != "conv3x3"}
-    return pipeline.use(**first)
+    return pipeline.use(**{op: known[0] for op, known in IMPLEMENTATIONS.items()})
 
 
 class Calibrator:

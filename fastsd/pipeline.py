@@ -249,8 +249,9 @@ class Pipeline:
         weights: "int8" keeps the UNet's weights in int8, but the first and last layer's, and widens
         a layer's whenever it runs: half of fp16's memory, a quarter of fp32's, for the time that
         takes and a near picture. "fp8", on GPUs since Ada, has most of the UNet's linear layers in
-        fp8 and multiplies in it, for a near picture; two pictures of a few steps are drawn while it
-        loads, to find the ranges of numbers, and LoRAs cannot be loaded.
+        fp8 and multiplies in it, since Hopper the convolutions of the UNet's and the decoder's
+        resnets too, for a near picture; two pictures of a few steps are drawn while it loads, to
+        find the ranges of numbers, and LoRAs cannot be loaded.
         Raises CheckpointError for a model that cannot be read, ArtifactError for an engine that
         cannot be used, UsageError for a wrong argument.
         """
@@ -916,10 +917,9 @@ class Pipeline:
 
     def _table(self, steps: int | None, *, sampler: str | None = None, **options: Any) -> StepTable:
         given = {"sampler": sampler or self.sampler, **options}
-        try:
-            return _built(self.config.schedule, steps, **given)
-        except TypeError:  # a list of timesteps has no hash, nor has what is no number
-            return build_table(self.config.schedule, steps, **given)
+        # Others may change, and keep their hash.
+        plain = all(v is None or type(v) in (int, float, str) for v in (steps, *given.values()))
+        return (_built if plain else build_table)(self.config.schedule, steps, **given)
 
     def _sampler_titles(self, name: str) -> dict[str, str | None]:
         """What people's tools call a sampler, and the spacing of its noise levels if it has one."""
@@ -977,9 +977,9 @@ class Pipeline:
 _built = lru_cache(maxsize=32, typed=True)(build_table)
 
 
-def _on_host(pictures: Tensor) -> Tensor:
+def _to_host(pictures: Tensor) -> Tensor:
     """Copy pictures to the host, from a GPU through locked memory: ten times as fast."""
-    copy = pictures.to("cpu", non_blocking=True)
+    copy = pictures.to("cpu", non_blocking=pictures.is_cuda)
     if pictures.is_cuda:
         torch.cuda.current_stream(pictures.device).synchronize()
     return copy
@@ -1102,7 +1102,7 @@ class Call:
             return pictures
         if output_type == "np":
             return pictures.permute(0, 2, 3, 1).cpu().numpy()
-        return to_pil(_on_host(pictures).numpy() if finish.rounded else pictures)
+        return to_pil(_to_host(pictures).numpy() if finish.rounded else pictures)
 
     @property
     def _guidance(self) -> float | None:

@@ -37,11 +37,13 @@ def conv3x3(
     x, weight: of one dtype, floating point or fp8 (e4m3). bias: (O,). scale: (O,), fp32, what the
     products of fp8 numbers are multiplied by. residual: of the result's shape. upsample: repeat
     each pixel 2x2 first; phases: `summed_taps` of the weight, if they are at hand. dtype: the
-    result's, None for x's. implementation: "library" (torch, any layout, fp8 in fp32) or "triton",
-    which computes half precision and fp8, channels-last.
-    Returns (B, O, H', W'); sums are fp32. Raises UsageError for an unknown name, or for what triton
-    does not compute.
+    result's, None for x's; it has to be given for fp8. implementation: "library" (torch, any
+    layout, fp8 in fp32) or "triton", which computes half precision and fp8, channels-last.
+    Returns (B, O, H', W'); sums are fp32, of fp8 on Hopper of 14 bits. Raises UsageError for an
+    unknown name, or for what triton does not compute.
     """
+    if dtype is None and not x.dtype.itemsize > 1:
+        raise UsageError(f"conv3x3 of {x.dtype} needs the result's dtype; pass dtype")
     dtype = dtype or x.dtype
     if implementation == "library":
         if upsample:

@@ -255,7 +255,7 @@ def launch(
     added = [out if t is None else t for t in (bias, scale, residual)]
     result, parts = out, None
     if splits > 1:
-        result = parts = torch.empty(splits, out.numel(), device=x.device)
+        result = parts = torch.empty(splits, out.numel(), dtype=torch.float32, device=x.device)
     convolve[(patches * cdiv(O, tiling.channels), 4 if up else 1, splits)](
         TensorDescriptor(
             x, [B, H, W, C], [H * W * C, W * C, C, 1], [pictures, height, width, block]

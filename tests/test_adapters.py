@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,8 @@ from fastsd.adapters import SharedLock
 from fastsd.backends import Backend
 from fastsd.checkpoints import convert, open_checkpoint
 from fastsd.errors import CheckpointError, FastsdError, UsageError
+from fastsd.kernels.convolution import summed_taps
+from fastsd.models.layers import Upsample
 from fastsd.pipeline import Pipeline
 from tests.checkpoints.loras import ATTENTION, EVERYTHING, kohya, old_diffusers, peft, write_lora
 
@@ -101,6 +103,24 @@ def test_pictures_equal_diffusers(
     ours = draw(pipe)
     assert psnr(ours, draw(theirs)) > 80
     assert psnr(ours, plain) < 35  # it did something
+
+
+def test_what_is_made_of_weights_follows_a_lora(
+    pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    unet = pipe._backend.modules["unet"]  # type: ignore[attr-defined]
+    samplers = [m for m in unet.modules() if isinstance(m, Upsample)]
+    for sampler in samplers:
+        sampler.phase_()  # as for a GPU's kernel
+    before = [cast(Tensor, sampler.phases).clone() for sampler in samplers]
+    file = write_lora(tmp_path / "lora.safetensors", theirs, kohya)
+    pipe.load_lora_weights(file)
+    for sampler, old in zip(samplers, before, strict=True):
+        assert sampler.phases is not None and not torch.equal(sampler.phases, old)
+        assert torch.equal(sampler.phases, summed_taps(sampler.conv.weight))
+    pipe.unload_lora_weights()
+    for sampler, old in zip(samplers, before, strict=True):
+        assert torch.equal(cast(Tensor, sampler.phases), old)
 
 
 @pytest.mark.parametrize("sgm", [False, True])

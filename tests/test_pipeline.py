@@ -275,6 +275,22 @@ def test_batches_agree_and_batch_invariant_is_exact(sd1: Pipeline, sampler: str)
                         assert psnr(picture, alone[seed]) >= 60
 
 
+def test_a_schedule_that_changed_is_walked_anew(sd1: Pipeline) -> None:
+    """Tables are kept for the next call; a tensor keeps its hash when its numbers change."""
+    sigmas: Any = torch.tensor([10.0, 3.0, 1.0, 0.0])
+
+    def draw() -> torch.Tensor:
+        options: dict[str, Any] = dict(sampler="euler", sigmas=sigmas, height=64, width=64)
+        picture = sd1("x", seed=1, output_type="pt", **options).images
+        assert isinstance(picture, torch.Tensor)
+        return picture
+
+    first = draw()
+    assert torch.equal(draw(), first)
+    sigmas.copy_(torch.tensor([5.0, 2.0, 0.5, 0.0]))
+    assert not torch.equal(draw(), first)
+
+
 def test_seed_plus_i(sd1: Pipeline) -> None:
     output = sd1(PROMPT, seed=20, num_images_per_prompt=3, num_inference_steps=2)
     assert [m["seed"] for m in output.metadata] == [20, 21, 22]

@@ -62,7 +62,7 @@ def open_backend(
     """Load `checkpoint` into the backend called `name`.
 
     on_host: parts of the checkpoint that move to the device only while they run. weights: what the
-    UNet's are kept in, "int8" or, to multiply in, "fp8"; None: in the precision.
+    UNet's are kept in, "int8", or "fp8", to multiply in, the decoder's too; None: the precision.
     """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is unknown; it is one of {', '.join(BACKENDS)}")

@@ -135,8 +135,9 @@ def fastest_between(unet: UNet, dtype: torch.dtype, device: torch.device) -> dic
             return torch.randn(2, tokens, width, dtype=dtype, device=device)  # noqa: B023
 
         def norm() -> Candidates:
-            x, added, affine = (numbers(width) for _ in range(3))  # noqa: B023
-            return layer_norm.candidates(x, affine[0, 0], affine[0, 1], 1e-5, added=added)
+            x, added, rows = (numbers(width) for _ in range(3))  # noqa: B023
+            lead = rows[0, 2] if any(layer.lead is not None for layer in norms) else None  # noqa: B023
+            return layer_norm.candidates(x, rows[0, 0], rows[0, 1], 1e-5, added=added, lead=lead)
 
         def gate() -> Candidates:
             return geglu.candidates(numbers(8 * width))  # noqa: B023

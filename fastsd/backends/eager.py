@@ -23,8 +23,9 @@ from fastsd.backends.fp8 import put_in_fp8_, require_fp8
 from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
+from fastsd.kernels.convolution import fits
 from fastsd.models.clip import CLIPText
-from fastsd.models.layers import Attention, Upsample, use_kernel
+from fastsd.models.layers import Attention, Conv3x3, Upsample, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, PixelAttention, scale_activations_
 from fastsd.quant.weights import Int8Weight, keep_in_int8_
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 _PARTS_OF = {"vae": ("vae_decoder", "vae_encoder")}
-WEIGHT_FORMATS = ("int8", "fp8")  # what a UNet's weights can be kept in, beside the precision
+WEIGHT_FORMATS = ("int8", "fp8")  # what weights can be kept in, beside the precision
 FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
 
 
@@ -44,7 +45,7 @@ class EagerBackend(Graphed):
 
     on_host: modules whose weights stay in the host's memory and visit the GPU while they run.
     weights: "int8" keeps the UNet's in int8, and widens each layer's whenever it runs; "fp8" lets
-    `put_in_fp8` be called.
+    `put_in_fp8` be called, for the UNet and the decoder.
     to_compile: parts will be: norms are left to the compiler, and attention is one of torch's.
     """
 
@@ -110,7 +111,7 @@ class EagerBackend(Graphed):
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             # A compiler does that itself; in fp32, convolutions may be in TF32 and products not.
             if not to_compile and precision != "fp32":
-                spare_passes_(unet, norms_add=False)
+                spare_passes_(unet, norms_add="triton" in dispatch.able("layer_norm", device))
                 spare_passes_(vae.encoder, norms_add=False)  # its norms are the library's
                 spare_passes_(
                     vae.decoder, norms_add="triton" in dispatch.able("group_norm", device)
@@ -156,9 +157,9 @@ class EagerBackend(Graphed):
                 self._choices |= fastest_between(unet, self.dtype, device)
                 self._choices["residual"] = fastest_sums(unet, vae.decoder, self.dtype, device)
                 if precision != "fp32":
-                    self._choices["conv3x3"] = fastest_convolutions(
-                        unet, vae.decoder, self.dtype, device
-                    )
+                    # A VAE that visits the GPU would bring the sums of its taps every time too.
+                    here = nn.Identity() if "vae" in on_host else vae.decoder
+                    self._choices["conv3x3"] = fastest_convolutions(unet, here, self.dtype, device)
 
     def put_in_fp8(self, draw: Callable[[], object]) -> None:
         """Put the UNet's and the decoder's layers in fp8, by the ranges of numbers `draw` shows.
@@ -170,21 +171,40 @@ class EagerBackend(Graphed):
         # What visits the GPU stays as it is, and a tiny decoder has no norms to round in.
         decoder = vae.decoder if isinstance(vae, VAE) and "vae" not in self._on_host else None
         count = put_in_fp8_(unet, decoder, draw)
-        self._choices["weights"] = [f"layers: {count} of unet and decoder in fp8, the others not"]
-        for op in ("layer_norm", "geglu", "conv3x3"):
-            if "triton" in dispatch.able(op, self.device):
-                self._choices[op] = [str(dispatch.Choice(op, "triton", "it has fp8"))]
+        kinds = [f"{count.pop(kind)} {kind}" for kind in ("linear layers", "convolutions")]
+        where = "unet" if decoder is None else "unet and decoder"
+        self._choices["fp8"] = [f"fp8: {' and '.join(kinds)} of {where} multiply in it"]
+        self._choices["fp8"] += [f"fp8: {n} inputs are rounded by {op}" for op, n in count.items()]
         self._fp8 = True
 
     def use(self, op: str, implementation: str) -> None:
         """Compute `op` by `implementation` in every part."""
         choice = dispatch.choose(op, self.device, implementation)
+        if op == "conv3x3":
+            self._require_convolutions(implementation)
         for module in self.modules.values():
             use_kernel(module, op, implementation)
             for layer in module.modules() if op == "attention" else ():
                 if isinstance(layer, PixelAttention):  # its heads are too wide for most
                     layer.implementation = "products" if implementation == "products" else "sdpa"
         self._choices[op] = [str(choice)]
+
+    def _require_convolutions(self, implementation: str) -> None:
+        """Raise UsageError unless every resnet's and up-sampler's can be computed so."""
+        if self._fp8:
+            raise UsageError(
+                "the convolutions multiply in fp8, which one kernel does; load the model without "
+                "weights='fp8' to choose another"
+            )
+        for module in self.modules["unet"].modules() if implementation != "library" else ():
+            if isinstance(module, (Conv3x3, Upsample)):
+                weight = (module.conv if isinstance(module, Upsample) else module).weight
+                if not isinstance(weight, torch.Tensor) or not fits(weight, self.dtype):
+                    raise UsageError(
+                        f"conv3x3 by {implementation!r} takes fp16 and bf16, on GPUs since Hopper, "
+                        f"not {self.precision} of weights kept in int8 or another GPU's; use "
+                        "'library'"
+                    )
 
     def explain(self) -> list[str]:
         """Say what runs, and which kernels."""
@@ -208,8 +228,8 @@ class EagerBackend(Graphed):
             raise UsageError(f"the model has no {part}; it has {', '.join(self.modules)}")
         if self._fp8:
             raise UsageError(
-                "the UNet's weights were rounded to fp8, and take no adapters; load the model "
-                "without weights='fp8'"
+                "the weights were rounded to fp8, and take no adapters; load the model without "
+                "weights='fp8'"
             )
         module, names = self.modules[part], self._names[part]
         named = {

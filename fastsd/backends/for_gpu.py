@@ -132,13 +132,14 @@ def join_text_(text: CLIPText, device: torch.device) -> None:
 def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
     """Rewrite a channels-last UNet, or a half of a VAE, so that fewer kernels pass over its maps.
 
+    norms_add: its norms add a row for nothing; the library's do not.
     torch adds a convolution's bias in a kernel of its own, which reads and writes the whole map.
     The second one's of a resnet goes to the shortcut's, which as a product, like every convolution
     of single pixels, adds it for nothing, or else to the sum that ends the resnet; the first one's
-    to what the norm after it adds: a UNet's row of time, and in a VAE the bias alone, if its norms
-    add that for nothing (norms_add). An upsampler's in such a VAE goes to all in the next resnet
-    that read it. Of a transformer's products those whose bias costs a launch of its own, as
-    NVIDIA's library has it, leave theirs to the norm after them, which adds anyway.
+    to what the norm after it adds: a UNet's row of time, and in a VAE the bias alone (norms_add).
+    An upsampler's in such a VAE goes to all in the next resnet that read it. Of a transformer's
+    products those whose bias costs a launch of its own, as NVIDIA's library has it, leave theirs to
+    the norm after them (norms_add).
     """
     for module in model.modules():
         if isinstance(module, Conv1x1):
@@ -147,7 +148,7 @@ def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
             module.as_copy = True
         elif isinstance(module, Resnet):
             _spare_biases_(module, norms_add=norms_add)
-        elif isinstance(module, Transformer):
+        elif isinstance(module, Transformer) and norms_add:
             _lead_norms_(module)
     for decoder in [m for m in model.modules() if isinstance(m, Decoder) and norms_add]:
         for level, after in pairwise(decoder.up_blocks):

@@ -8,7 +8,9 @@ takes as long as their products win.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -52,8 +54,13 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def put_in_fp8_(unet: UNet, decoder: nn.Module | None, draw: Callable[[], object]) -> int:
-    """Put in fp8 what is worth it; return how many layers that is.
+def put_in_fp8_(
+    unet: UNet, decoder: nn.Module | None, draw: Callable[[], object]
+) -> dict[str, int]:
+    """Put in fp8 what is worth it.
+
+    Returns how many "linear layers" and "convolutions" that is, and of each op ("group_norm", …)
+    how many kernels round for them.
 
     unet: one whose products of one input are joined (`JoinedUNet`). decoder: a VAE's, None to leave
     it as it is. draw: runs both on inputs like those to come, by which the ranges of the layers'
@@ -94,7 +101,9 @@ def put_in_fp8_(unet: UNet, decoder: nn.Module | None, draw: Callable[[], object
     for block in _blocks(unet):
         for letter in "qkv":  # they have views of the joined weights, which are used no more
             setattr(block.attn1, f"to_{letter}", None)
-    return len(found)
+    convolutions = sum(isinstance(layer, Conv3x3) for layer in layers)
+    count = Counter(_OPS[type(source)] for source, _, _ in found)
+    return {"linear layers": len(found) - convolutions, "convolutions": convolutions, **count}
 
 
 def _blocks(unet: UNet) -> Iterator[TransformerBlock]:
@@ -121,14 +130,14 @@ def _spots(unet: UNet) -> Iterator[tuple[Source, nn.Module, str]]:
             if _has_product(transformer.proj_in):
                 yield transformer.norm, transformer, "proj_in"
     # The last level's first convolutions stay, as for int8: fastsd/quant/spec.py.
-    yield from _convolutions(unet, but_first=unet.up_blocks[-1])
+    yield from _convolutions(unet, without_first_of=unet.up_blocks[-1])
 
 
 def _convolutions(
-    model: nn.Module, *, but_first: nn.Module | None = None
+    model: nn.Module, *, without_first_of: nn.Module | None = None
 ) -> Iterator[tuple[Source, nn.Module, str]]:
-    """Yield the norms and convolutions of resnets, without the first ones within `but_first`."""
-    kept = set() if but_first is None else set(but_first.modules())
+    """Yield the norms and convolutions of resnets, without the first ones in `without_first_of`."""
+    kept = set() if without_first_of is None else set(without_first_of.modules())
     for resnet in model.modules():
         if isinstance(resnet, Resnet):
             if resnet not in kept and _has_kernel(resnet.conv1.weight):
@@ -147,4 +156,28 @@ def _has_product(layer: nn.Module) -> bool:
 def _has_kernel(weight: Tensor) -> bool:
     """Whether a convolution of such weights has a kernel for fp8; a CPU's is the formula."""
     fits = convolution.fits(weight, torch.float8_e4m3fn)
-    return fits and (not weight.is_cuda or len(dispatch.able("conv3x3", weight.device)) > 1)
+    return fits and (not weight.is_cuda or _convolves(weight.device))
+
+
+@cache
+def _convolves(device: torch.device) -> bool:
+    """Whether our convolution of fp8 runs on this GPU, and is right."""
+    if "triton" not in dispatch.able("conv3x3", device):
+        return False
+    x, weight = (torch.randn(size, device=device) for size in ((1, 128, 24, 24), (128, 128, 3, 3)))
+    given = (x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn))
+    scale = torch.ones(128, device=device) / 64
+    tried = dispatch.try_out(
+        "conv3x3 of fp8",
+        {
+            name: partial(
+                convolution.conv3x3,
+                *given,
+                scale=scale,
+                dtype=torch.float16,
+                implementation=name,
+            )
+            for name in ("library", "triton")
+        },
+    )
+    return "triton" in tried

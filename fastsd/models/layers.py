@@ -152,8 +152,6 @@ class Conv3x3(nn.Conv2d):
         self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """(B, C_in, H, W), another bias than its own (C,) and a map to add -> (B, C, H, W)."""
-        if self.implementation == "library" and bias is None and residual is None:
-            return super().forward(x)  # what exporters and calibration watch
         bias = self.bias if bias is None else bias
         return conv3x3(x, self.weight, bias, residual=residual, implementation=self.implementation)
 

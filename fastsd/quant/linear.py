@@ -6,8 +6,9 @@ int8: q(x) = clamp(round(x / scale) + zero point, 0, 255). Eager torch runs this
 floating point, exactly as rounded; oneDNN (through Inductor) and the ONNX runtimes fold quantise,
 product and dequantise into one int8 product. Weights are int8 around zero, one scale an output
 channel (Jacob et al. 2018).
-fp8: q(x) = clamp(x / scale, -448, 448) in e4m3 (Micikevicius et al. 2022), one scale for all
-weights, in one product of torch's own, which GPUs have from Ada and Hopper on.
+fp8: q(x) = clamp(x / scale, -448, 448) in e4m3 (Micikevicius et al. 2022). A linear layer has one
+scale for all weights and is one product of torch's own, which GPUs have from Ada and Hopper on; a
+convolution has one a channel and is a kernel of ours, for Hopper and later.
 """
 
 from __future__ import annotations
@@ -162,8 +163,8 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.dtype = weight.dtype
         weight, shrink = grown(weight.detach().float(), rounding)
-        scale = torch.tensor(rounding.fp8(), device=weight.device)
-        # One for all channels: fp8's numbers are as fine where they are small.
+        scale = torch.tensor(rounding.fp8(), dtype=torch.float32, device=weight.device)
+        # One for all channels, as torch's products take it: fp8 is as fine where it is small.
         weight_scale = weight.abs().amax().clamp_min(1e-12) / E4M3
         self.register_buffer("weight", (weight / weight_scale).to(torch.float8_e4m3fn))
         self.register_buffer("weight_scale", weight_scale)
@@ -206,7 +207,7 @@ class Fp8Conv3x3(nn.Module):
         super().__init__()
         weight = layer.weight.detach().float()
         self.dtype = layer.weight.dtype
-        scale = torch.tensor(rounding.fp8(), device=weight.device)
+        scale = torch.tensor(rounding.fp8(), dtype=torch.float32, device=weight.device)
         by_channel = weight.abs().amax((1, 2, 3)).clamp_min(1e-12) / E4M3
         rounded = (weight / by_channel.view(-1, 1, 1, 1)).to(torch.float8_e4m3fn)
         last = torch.channels_last

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastsd import Pipeline
 from fastsd.backends.eager import EagerBackend, locked_, visiting
+from fastsd.errors import UsageError
 from fastsd.kernels import dispatch, reference
 from fastsd.kernels.attention import attention
-from fastsd.models.layers import Attention, Upsample, split_heads, use_kernel
+from fastsd.models.layers import Attention, Conv3x3, Upsample, split_heads, use_kernel
 from fastsd.models.vae import PixelAttention
 
 
@@ -110,6 +111,19 @@ def test_tiles_of_the_builtin_model_are_near_its_picture() -> None:
     error = float(((tiled - whole) / 2).square().mean())
     psnr_db = -10 * torch.log10(torch.tensor(error)).item()
     assert 25 <= psnr_db < 100, psnr_db
+
+
+def test_a_convolution_that_cannot_run_is_refused_at_once(
+    sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton's kernels may be asked for then
+    pytest.importorskip("triton", reason="there is no Triton but for Linux")
+    pipe = Pipeline.from_pretrained(sd1_folder)
+    with pytest.raises(UsageError, match="takes fp16 and bf16, on GPUs since Hopper, not fp32"):
+        pipe.use(conv3x3="triton")
+    kinds = [m for m in pipe._backend.modules["unet"].modules() if isinstance(m, Conv3x3)]  # type: ignore[attr-defined]
+    assert {layer.implementation for layer in kinds} == {"library"}
+    pipe.use(conv3x3="library")
 
 
 def test_what_is_made_of_weights_follows_them(sd1_folder: Path) -> None:

@@ -45,7 +45,8 @@ def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
     products = 5 * len(blocks)
     assert products == sum(isinstance(m, Fp8Linear) for m in joined.modules())
     assert convolutions == sum(isinstance(m, Fp8Conv3x3) for m in joined.modules())
-    assert count == products + convolutions
+    assert (count["linear layers"], count["convolutions"]) == (products, convolutions)
+    assert count["group_norm"] >= convolutions and count["attention"] == len(blocks)
     got = joined(x, row, kv)
     assert got.dtype == dtype
     assert 1e-4 < relative_l2(got.float(), expected.float()) < 0.1
@@ -72,7 +73,7 @@ def test_the_builtin_model_keeps_its_pictures() -> None:
     }
     rounded._put_in_fp8()
     said = [line for line in rounded.explain() if "fp8" in line]
-    assert any("layers: 60 of unet and decoder in fp8" in line for line in said), said
+    assert any("of unet and decoder multiply in it" in line for line in said), said
     judge_fp8(rounded, exact)
 
 

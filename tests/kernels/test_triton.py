@@ -109,17 +109,24 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
             | dict.fromkeys(
                 ("B", "H", "W", "across", "down", "patches", "elements", "splits"), "i32"
             ),
-            dict(UP=up, PARTS=False, HAS_BIAS=True, HAS_RESIDUAL=True, HAS_SCALE=kind != "fp16")
-            | dict(PICTURES=1, BLOCK_H=pixels // 16, BLOCK_W=16, BLOCK_O=128, BLOCK_C=block)
-            | dict(GROUP=8),
+            dict(UP=up, PARTS=pixels == 64, HAS_BIAS=True, HAS_RESIDUAL=True)
+            | dict(HAS_SCALE=kind != "fp16", PICTURES=1, BLOCK_H=pixels // 16, BLOCK_W=16)
+            | dict(BLOCK_O=128, BLOCK_C=block, GROUP=8),
         )
         for name, pixels, up in (
             ("convolve", 256, False),
             ("convolve 128", 128, False),
+            ("convolve 64 in parts", 64, False),
             ("convolve up", 256, True),
         )
         for kind, block in (("fp16", 64), ("fp8e4nv", 128))
     },
+    "sum_parts": (
+        "triton_convolution",
+        dict(parts="*fp32", bias="*fp16", scale="*fp32", residual="*fp16", out="*fp16")
+        | dict.fromkeys(("O", "elements", "splits"), "i32"),
+        dict(HAS_BIAS=True, HAS_SCALE=True, HAS_RESIDUAL=True, SPLITS=16, BLOCK=256),
+    ),
 }
 # name -> (warps, stages, registers, shared memory), where not (4, 3, 128, 48 KiB): what a product
 # may take of a multiprocessor; and a group's program
@@ -127,6 +134,7 @@ LARGE = {
     "attend": (4, 3, 255, 99 << 10),
     **{name: (8, 4, 255, 227 << 10) for name in KERNELS if name.startswith("convolve")},
     **{name: (4, 3, 255, 113 << 10) for name in KERNELS if name.startswith("convolve 128")},
+    **{name: (4, 4, 128, 113 << 10) for name in KERNELS if name.startswith("convolve 64")},
     "one_group": (16, 3, 128, 48 << 10),
 }
 # What a launch finds to be multiples of 16: every map's address, and channels, which all families
@@ -139,6 +147,7 @@ ALIGNED = {
     "gated": ("x", "out", "C"),
     "residual_sum": ("x", "h", "bias", "out", "C"),
     "one_group": ("x", "out", "weight", "bias", "added", "C"),
+    "sum_parts": ("parts", "bias", "scale", "residual", "out", "O"),
     "convolve": ("bias", "scale", "residual", "out", "C", "O"),
 }
 ARCHITECTURES = (80, 89, 90, 100)
@@ -271,6 +280,8 @@ def test_the_kernels_trace() -> None:
         x, weight = torch.empty(2, 320, 8, 8), torch.empty(320)
         out = torch.empty_like(x)
         torch.ops.fastsd.group_norm(x, weight, weight, 32, 1e-5, None, True, None, False, out)
+        taps = torch.empty(320, 9 * 320)
+        torch.ops.fastsd.conv3x3(x, taps, weight, None, x, False, out)
         sources = torch.empty(5, 2, 4, 8, 8)
         row = torch.empty(1, dtype=torch.int64)
         torch.ops.fastsd.sampler_step(sources, sources[0], torch.empty(9, 9), row, None)
