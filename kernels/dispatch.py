@@ -1,8 +1,8 @@
 """Which implementations an op has, which of them can run here, and how fast each is.
 
 Nothing falls back in silence: what cannot run as asked is an error. A kernel of ours is in use
-where somebody asked for it, or where it was tried on this very GPU, gave what the library gives and
-took less time (fastsd.backends.choice). Knows no model.
+where somebody asked for it, or where it was tried on this model of GPU, gave what the library gives
+and took less time (fastsd.backends.choice). Knows no model.
 """
 
 from __future__ import annotations

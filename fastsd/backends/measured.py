@@ -1,6 +1,8 @@
 """What was measured once on this kind of GPU, remembered for the next time.
 
 A JSON file in the user's cache. It holds names and times, so losing it costs a second's measuring.
+Another comes with fastsd, of the GPUs and models that its makers measured (`measured.json`, written
+by `python -m fastsd.benchmarks.shipped`).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,25 @@ from fastsd.files import read_json, write_json
 Timed = Callable[[], Mapping[str, float]]
 
 
-def measured(key: str, measure: Timed) -> dict[str, float]:
+def measured(key: str, measure: Timed, *, shipped: str | None = None) -> dict[str, float]:
     """Return what `measure` times (name -> ms), the fastest first, measured once a key.
 
     key: all that the times depend on: the op, its shape and dtype, the GPU model, versions.
+    shipped: the key in the table that comes with fastsd, which knows nothing of our kernels' state.
     """
     file = cache_folder() / "measured.json"
-    times = _times(_read(file).get(key))
+    times = _times(_read(file).get(key)) or _times(_shipped().get(shipped or key))
     if not times:
         times = dict(measure())
         _write(file, {**_read(file), key: times})  # read anew: others may have measured meanwhile
     return dict(sorted(times.items(), key=lambda row: row[1]))
+
+
+@cache
+def _shipped() -> dict[str, Any]:
+    """Read the times that come with fastsd, by key."""
+    times: dict[str, Any] = read_json(Path(__file__).with_name("measured.json"))["times"]
+    return times
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -18,8 +18,11 @@ from fastsd.backends.choice import attention_shapes, norm_shapes
 from fastsd.backends.eager import EagerBackend
 from fastsd.backends.for_gpu import spare_passes_
 from fastsd.backends.measured import measured
+from fastsd.benchmarks.shipped import TABLE
+from fastsd.benchmarks.shipped import main as shipped_main
 from fastsd.checkpoints.weights import empty_module
 from fastsd.config import SD15, SDXL
+from fastsd.files import read_json
 from fastsd.kernels import attention, convolution, dispatch, group_norm, sampler_step
 from fastsd.models.layers import Attention, Conv3x3, GroupNorm, Upsample
 from fastsd.models.unet import UNet
@@ -232,6 +235,46 @@ def test_convolutions_are_tried_with_what_they_save(
     other = choice.fastest_convolutions(unet, vae.decoder, torch.bfloat16, CPU)
     assert all(": library 500 us" in line for line in other)
     assert {m.implementation for m in layers if isinstance(m, Upsample)} == {"library"}
+
+
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=("sd15", "sdxl"))
+def test_what_an_h200_measured_comes_along(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shape of SD1.5 and SDXL in fp16 is in the table, so that nothing is tried there."""
+    keys = [key.split(" of ") for key in read_json(TABLE)["times"]]
+    able = {ran.split()[0]: tried.split(", ") for ran, tried in keys}
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(dispatch, "able", lambda op, device: able[op])
+    monkeypatch.setattr(dispatch, "try_out", lambda what, _: pytest.fail(f"{what} is tried"))
+    choice.fastest_step.cache_clear()
+    unet, vae = empty_module(lambda: UNet(config.unet)), empty_module(lambda: VAE(config.vae))
+    assert isinstance(unet, UNet) and isinstance(vae, VAE)
+    for model in (unet, vae.decoder):
+        spare_passes_(model.requires_grad_(False), norms_add=True)
+    half, said = torch.float16, [str(choice.fastest_step(CPU))]
+    said += choice.fastest_attention(unet, half, CPU, decoder=vae.decoder)
+    said += choice.fastest_norms(unet, vae.decoder, half, CPU)
+    said += sum(choice.fastest_between(unet, half, CPU).values(), [])
+    said += choice.fastest_sums(unet, vae.decoder, half, CPU)
+    said += choice.fastest_convolutions(unet, vae.decoder, half, CPU)
+    assert any("up, bias: triton" in line for line in said)
+    assert all(" us" in line for line in said)
+    choice.fastest_step.cache_clear()
+
+
+def test_a_caches_times_are_shipped(tmp_path: Path) -> None:
+    ran, tried = "geglu 2x4096x640 torch.float16 NVIDIA L4 torch 2.12.0+cu130", "of library, triton"
+    caches = [tmp_path / name for name in ("a.json", "b.json")]
+    caches[0].write_text(json.dumps({f"{ran} fastsd 0.1.0 0123abcd {tried}": {"library": 0.12345}}))
+    caches[1].write_text(json.dumps({"of no known kind": {"library": 1.0}}))
+    table = tmp_path / "table.json"
+    for _ in range(2):
+        shipped_main([*map(str, caches), "--commit", "abc", "--table", str(table)])
+        expected = {"commit": "abc", "times": {f"{ran} {tried}": {"library": 0.1235}}}
+        assert read_json(table) == expected
 
 
 def test_attention_too(sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
