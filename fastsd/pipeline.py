@@ -249,7 +249,7 @@ class Pipeline:
         weights: "int8" keeps the UNet's weights in int8, but the first and last layer's, and widens
         a layer's whenever it runs: half of fp16's memory, a quarter of fp32's, for the time that
         takes and a near picture. "fp8", on GPUs since Ada, has most of the UNet's linear layers in
-        fp8 and multiplies in it, since Hopper the convolutions of the UNet's and the decoder's
+        fp8 and multiplies in it, since Hopper most convolutions of the UNet's and the decoder's
         resnets too, for a near picture; two pictures of a few steps are drawn while it loads, to
         find the ranges of numbers, and LoRAs cannot be loaded.
         Raises CheckpointError for a model that cannot be read, ArtifactError for an engine that

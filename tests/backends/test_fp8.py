@@ -37,11 +37,11 @@ def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
     expected = joined(x, row, kv)
     count = put_in_fp8_(joined.unet, None, lambda: joined(x, row, kv))
     blocks = [m for m in joined.modules() if isinstance(m, TransformerBlock)]
-    first, last = (
+    all_, last = (
         sum(isinstance(m, Resnet) for m in of.modules())
         for of in (joined, joined.unet.up_blocks[-1])
     )
-    convolutions = 2 * first - last  # the last level's first ones stay
+    convolutions = 2 * (all_ - last)  # the last level's stay
     products = 5 * len(blocks)
     assert products == sum(isinstance(m, Fp8Linear) for m in joined.modules())
     assert convolutions == sum(isinstance(m, Fp8Conv3x3) for m in joined.modules())
