@@ -99,8 +99,8 @@ def test_int8_layers_become_integer_products_of_onednn(tmp_path: Path, cpu_kerne
         backend = AotiBackend.__new__(AotiBackend)
         backend.artifact = Artifact(tmp_path, None, "")  # type: ignore[arg-type]
         got = backend._open(moved)(x)
-        # A rounding may fall the other way; without VNNI oneDNN's sums of two products are cut to 16
-        # bits as well.
+        # A rounding may fall the other way, and without VNNI oneDNN cuts sums of two products to
+        # 16 bits.
         far = 0.02 if torch.cpu._is_vnni_supported() else 0.1
         assert _relative(got, rounded) < far
         assert 1e-4 < _relative(got, expected) < max(far, 0.05)
