@@ -19,6 +19,7 @@ from fastsd.export.build import export
 from fastsd.export.calibration import calibrate_checkpoint
 from fastsd.export.parts import Request
 from fastsd.export.to_aoti_cuda import FORM
+from fastsd.kernels.convolution import SINCE as CONVOLUTIONS_SINCE
 from fastsd.quality import psnr
 from fastsd.quant.calibrate import relative_error
 from fastsd.quant.linear import Fp8Linear
@@ -115,12 +116,15 @@ def test_our_attention_to_few_keys_leaves_longer_texts_to_torch() -> None:
         assert psnr(draw(ours, **settings), draw(plain, **settings)) >= 35
 
 
-def test_linear_layers_in_fp8_draw_a_near_picture() -> None:
+def test_a_model_in_fp8_draws_a_near_picture() -> None:
     if torch.cuda.get_device_capability() < FP8_SINCE:
         pytest.skip("this GPU has no fp8 products")
     rounded = open_on_gpu("builtin", precision="fp16", weights="fp8")
     plain = open_on_gpu("builtin", precision="fp16")
-    assert any("16 in fp8" in line for line in rounded.explain())
+    said = [line for line in rounded.explain() if line.startswith("fp8: ")]
+    assert "fp8: 20 linear layers and " in said[0], said
+    if torch.cuda.get_device_capability() >= CONVOLUTIONS_SINCE:
+        assert "38 convolutions of unet and decoder" in said[0], said
     for seed in (0, 1):
         assert 25 <= psnr(draw(rounded, seed=seed), draw(plain, seed=seed)) < 100
     with pytest.raises(UsageError, match="rounded to fp8, and take no adapters"):
@@ -132,9 +136,12 @@ def test_linear_layers_in_fp8_draw_a_near_picture() -> None:
 @pytest.mark.parametrize(
     ("op", "kernel"),
     [("group_norm", "triton"), ("group_norm", "triton-group"), ("sampler_step", "triton")]
-    + [("layer_norm", "triton"), ("geglu", "triton"), ("residual", "triton")],
+    + [("layer_norm", "triton"), ("geglu", "triton"), ("residual", "triton")]
+    + [("conv3x3", "triton")],
 )
 def test_our_kernels_draw_the_same_picture(sd1_folder: Path, op: str, kernel: str) -> None:
+    if op == "conv3x3" and torch.cuda.get_device_capability() < CONVOLUTIONS_SINCE:
+        pytest.skip("this GPU does not load rectangles")
     ours = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: kernel}))
     librarys = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: "library"}))
     assert psnr(ours, librarys) >= 35
