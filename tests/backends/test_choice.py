@@ -91,6 +91,20 @@ def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
         assert measured("a", measure(efficient=0.4)) == {"efficient": 0.4}
 
 
+def predict_and_decode(unet: UNet, vae: VAE) -> None:
+    """Pass a guidance pair of the model's own size through it, and a picture, without numbers."""
+    side = unet.config.sample_size
+    wide = {"text_embeds": unet.config.pooled_width, "time_ids": unet.config.size_ids}
+    with torch.device("meta"):
+        unet.standard(
+            torch.empty(2, 4, side, side),
+            torch.empty(1),
+            torch.empty(2, 77, unet.config.context_width),
+            **{name: torch.empty(2, width) for name, width in wide.items() if width},
+        )
+        vae.decoder(torch.empty(1, 4, choice.DECODED, choice.DECODED))
+
+
 @pytest.mark.parametrize("config", [SD15, SDXL], ids=("sd15", "sdxl"))
 def test_every_norm_is_tried_at_the_shape_it_has(config: Any) -> None:
     """Held to what a forward pass over a guidance pair, and a decode, really give each norm."""
@@ -111,16 +125,7 @@ def test_every_norm_is_tried_at_the_shape_it_has(config: Any) -> None:
         for module in model.modules():
             if isinstance(module, GroupNorm):
                 module.register_forward_pre_hook(check)
-    side = config.unet.sample_size
-    wide = {"text_embeds": config.unet.pooled_width, "time_ids": config.unet.size_ids}
-    with torch.device("meta"):
-        unet.standard(
-            torch.empty(2, 4, side, side),
-            torch.empty(1),
-            torch.empty(2, 77, config.unet.context_width),
-            **{name: torch.empty(2, width) for name, width in wide.items() if width},
-        )
-        vae.decoder(torch.empty(1, 4, choice.DECODED, choice.DECODED))
+    predict_and_decode(unet, vae)
     assert seen == set(by_layer)
 
 
@@ -142,16 +147,7 @@ def test_every_convolution_is_tried_at_the_shape_it_has(config: Any) -> None:
         for module in model.modules():
             if isinstance(module, (Conv3x3, Upsample)):
                 module.register_forward_hook(check)
-    side = config.unet.sample_size
-    wide = {"text_embeds": config.unet.pooled_width, "time_ids": config.unet.size_ids}
-    with torch.device("meta"):
-        unet.standard(
-            torch.empty(2, 4, side, side),
-            torch.empty(1),
-            torch.empty(2, 77, config.unet.context_width),
-            **{name: torch.empty(2, width) for name, width in wide.items() if width},
-        )
-        vae.decoder(torch.empty(1, 4, choice.DECODED, choice.DECODED))
+    predict_and_decode(unet, vae)
     assert seen == set(by_layer)
 
 

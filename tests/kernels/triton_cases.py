@@ -31,6 +31,7 @@ from fastsd.models.layers import use_kernel
 from fastsd.models.unet import UNet
 
 Case = Callable[[str], float]  # device -> relative L2 error
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
 # (B, C, H, W): SD1.5 and SDXL at every width of a group (10 to 80 channels) and odd sizes, a VAE's
 MAPS = (
@@ -218,22 +219,26 @@ def conv3x3(
     return run
 
 
+def small_unet(device: str, dtype: torch.dtype) -> UNet:
+    torch.manual_seed(0)
+    small = replace(
+        SD15.unet,
+        widths=(32, 64),
+        depths=(1, 0),
+        heads=(2, 2),
+        layers_per_level=1,
+        context_width=16,
+        norm_groups=8,
+    )
+    return UNet(small).requires_grad_(False).to(device, dtype)
+
+
 def unet(implementation: str) -> Case:
     """A whole small UNet with our norms against itself with the library's: every way they are
     called there, with rows for each picture and one for all."""
 
     def run(device: str) -> float:
-        torch.manual_seed(0)
-        small = replace(
-            SD15.unet,
-            widths=(32, 64),
-            depths=(1, 0),
-            heads=(2, 2),
-            layers_per_level=1,
-            context_width=16,
-            norm_groups=8,
-        )
-        model = UNet(small).requires_grad_(False).to(device)
+        model = small_unet(device, FULL)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in model.modules():
             if isinstance(module, torch.nn.GroupNorm):
@@ -254,28 +259,19 @@ def unet(implementation: str) -> Case:
 
 
 def convolutions(device: str) -> float:
-    """A whole small UNet, rewritten for a GPU, with our convolutions and with the library's."""
-    torch.manual_seed(0)
-    small = replace(
-        SD15.unet,
-        widths=(32, 64),
-        depths=(0, 0),
-        heads=(2, 2),
-        layers_per_level=1,
-        context_width=16,
-        norm_groups=8,
-    )
-    model = UNet(small).requires_grad_(False).to(device, HALF)
+    """A whole small UNet, rewritten for a GPU, with our convolutions and with the library's; norms
+    of tokens add the biases that were moved to them."""
+    model = small_unet(device, HALF)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    spare_passes_(model, norms_add=False)
+    spare_passes_(model, norms_add=True)
     x, text = draw(2, 4, 8, 8).to(device, HALF), draw(2, 7, 16, seed=1).to(device, HALF)
     given = (x, model.time_rows(torch.tensor([10.0], device=device))[0], model.context(text))
     expected = model(*given)
-    use_kernel(model, "conv3x3", "triton")
+    for op in ("conv3x3", "layer_norm"):
+        use_kernel(model, op, "triton")
     return relative_l2(model(*given), expected)
 
 
-HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 # Triton's interpreter cuts off what fp8 cannot hold, where GPUs round to the nearest.
 FP8_ERROR = 5e-3 if torch.cuda.is_available() else 1e-1
 # name -> (case, the largest error that passes)
