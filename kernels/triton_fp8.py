@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def factor_of(multiplier, FP8: tl.constexpr):
-    """What `rounded` multiplies by. Read first in a kernel: waiting for it costs a microsecond."""
+    """What `rounded` multiplies by, to be read before all else, so that nothing waits for it."""
     if FP8:
         return tl.load(multiplier)
     else:

@@ -201,9 +201,10 @@ class EagerBackend(Graphed):
                 weight = (module.conv if isinstance(module, Upsample) else module).weight
                 if not isinstance(weight, torch.Tensor) or not fits(weight, self.dtype):
                     raise UsageError(
-                        f"conv3x3 by {implementation!r} takes fp16 and bf16, on GPUs since Hopper, "
-                        f"not {self.precision} of weights kept in int8 or another GPU's; use "
-                        "'library'"
+                        f"conv3x3 by {implementation!r} takes fp16 and bf16 that are not kept in "
+                        f"int8, on GPUs since Hopper; this model is in {self.precision} on "
+                        f"{self.device}{' and int8' if _in_int8(self.modules['unet']) else ''}; "
+                        "use 'library'"
                     )
 
     def explain(self) -> list[str]:

@@ -25,10 +25,11 @@ def measured(key: str, measure: Timed, *, shipped: str | None = None) -> dict[st
     """Return what `measure` times (name -> ms), the fastest first, measured once a key.
 
     key: all that the times depend on: the op, its shape and dtype, the GPU model, versions.
-    shipped: the key in the table that comes with fastsd, which knows nothing of our kernels' state.
+    shipped: the key in the table that comes with fastsd, which knows nothing of our kernels' state;
+    None: it is not in there.
     """
     file = cache_folder() / "measured.json"
-    times = _times(_read(file).get(key)) or _times(_shipped().get(shipped or key))
+    times = _times(_read(file).get(key)) or _times(_shipped().get(shipped) if shipped else None)
     if not times:
         times = dict(measure())
         _write(file, {**_read(file), key: times})  # read anew: others may have measured meanwhile

@@ -187,13 +187,18 @@ def a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice.fastest_step.cache_clear()
 
 
-def test_the_fastest_that_agrees_is_used_and_remembered(
-    sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backend = Pipeline.from_pretrained(sd1_folder)._backend
+def loaded(folder: Path) -> tuple[UNet, VAE]:
+    backend = Pipeline.from_pretrained(folder)._backend
     assert isinstance(backend, EagerBackend)
     unet, vae = backend.modules["unet"], backend.modules["vae"]
     assert isinstance(unet, UNet) and isinstance(vae, VAE)
+    return unet, vae
+
+
+def test_the_fastest_that_agrees_is_used_and_remembered(
+    sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, vae = loaded(sd1_folder)
     norms = [m for part in (unet, vae.decoder) for m in part.modules() if isinstance(m, GroupNorm)]
     clock = Clock({"library": 2.0, "triton": 1.0})
     monkeypatch.setattr(dispatch, "time_ms", clock)
@@ -214,10 +219,7 @@ def test_the_fastest_that_agrees_is_used_and_remembered(
 def test_convolutions_are_tried_with_what_they_save(
     sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = Pipeline.from_pretrained(sd1_folder)._backend
-    assert isinstance(backend, EagerBackend)
-    unet, vae = backend.modules["unet"], backend.modules["vae"]
-    assert isinstance(unet, UNet) and isinstance(vae, VAE)
+    unet, vae = loaded(sd1_folder)
     spare_passes_(unet, norms_add=False)
     monkeypatch.setattr(dispatch, "time_ms", Clock({"library": 2.0, "triton": 1.0}))
     said = choice.fastest_convolutions(unet, vae.decoder, torch.float32, CPU)
