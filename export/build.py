@@ -281,9 +281,7 @@ def _spec(
             floor=request.floor,
             tell=tell,
         )
-        draft = file.with_suffix(".tmp")
-        write_json(draft, calibration.to_json())
-        draft.replace(file)
+        write_json(file, calibration.to_json())
     return QuantSpec.from_json(read_json(file)["spec"])
 
 

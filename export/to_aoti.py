@@ -31,6 +31,7 @@ from fastsd.errors import ArtifactError, MissingDependency, UsageError
 from fastsd.export.build import Exporter
 from fastsd.export.for_cpu import bf16_pays, for_cpu, in_bf16
 from fastsd.export.parts import GraphPart, Request, load_part
+from fastsd.files import replaced
 from fastsd.kernels import native
 
 COMMON = {
@@ -108,9 +109,8 @@ class AotiExporter(Exporter):
         library = folder / _REWRITTEN[0] / LIBRARY
         if self._obstacle is None and not library.exists():
             library.parent.mkdir(exist_ok=True)
-            draft = library.with_suffix(".tmp")
-            native.build(draft)
-            draft.replace(library)
+            with replaced(library) as draft:
+                native.build(draft)
 
     def write(self, part: str, folder: Path) -> PartEntry:
         """Compile one part into `<part>/package/`."""

@@ -22,6 +22,7 @@ from fastsd.checkpoints import Checkpoint
 from fastsd.errors import ArtifactError, MissingDependency, OutOfMemory
 from fastsd.export.build import Exporter
 from fastsd.export.parts import Request, load_part
+from fastsd.files import replaced
 
 try:
     try:
@@ -120,9 +121,8 @@ class TensorrtExporter(Exporter):
                 f"TensorRT {trt.__version__} could not build {part}; its own message stands above"
             )
         self._timings.parent.mkdir(parents=True, exist_ok=True)
-        draft = self._timings.with_suffix(f".{os.getpid()}")
-        draft.write_bytes(config.get_timing_cache().serialize())
-        draft.replace(self._timings)
+        with replaced(self._timings) as draft:
+            draft.write_bytes(config.get_timing_cache().serialize())
         return engine
 
 

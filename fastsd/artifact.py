@@ -13,6 +13,7 @@ Knows no target, vendor or model: exporters write artifacts, backends read them.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -211,14 +212,6 @@ class Artifact:
                         + AGAIN
                     )
 
-    def check_source(self, source: str) -> None:
-        """Raise StaleArtifact unless it was exported from weights and configs of that digest."""
-        if self.manifest.source != source:
-            raise StaleArtifact(
-                f"{self.path} was exported from other weights of {self.manifest.model} "
-                f"({self.manifest.source[:12]}, now {source[:12]}); {AGAIN}"
-            )
-
 
 def read_manifest(folder: Path) -> Manifest:
     """Read a manifest, checked by itself; no other file. Raises DamagedArtifact, StaleArtifact."""
@@ -258,14 +251,15 @@ def check_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:
-    """Hash every file below `folder` but the manifest and dot files, by name."""
+    """Hash every file below `folder` but the manifest and what is hidden, by name."""
     return {name: FileEntry(digest_of(path), path.stat().st_size) for name, path in _walk(folder)}
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name != Path(MANIFEST) and not name.parts[0].startswith("."):
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and name != Path(MANIFEST) and not hidden:
             yield name.as_posix(), path
 
 
@@ -350,17 +344,18 @@ class Draft:
             for file in (entry.file, *entry.weights)
         }
         record = self.folder / ".parts" / f"{name}.json"
-        draft = record.with_suffix(".tmp")
         write_json(
-            draft,
+            record,
             {"part": asdict(entry), "files": {file: asdict(e) for file, e in files.items()}},
         )
-        draft.replace(record)
 
     def publish(self, manifest: Manifest) -> Artifact:
         """Write the manifest and put the folder in its place, whole; record native code as ours."""
-        for scratch in self.folder.glob(".*"):
-            shutil.rmtree(scratch)
+        for scratch in sorted(self.folder.rglob(".*"), reverse=True):  # what is inside comes first
+            if scratch.is_dir():
+                shutil.rmtree(scratch)
+            else:
+                scratch.unlink()
         raw = manifest.to_bytes()
         (self.folder / MANIFEST).write_bytes(raw)
         sync(self.folder)
@@ -387,7 +382,7 @@ class Draft:
         if self._aside.exists() and not self.path.exists():
             self._aside.rename(self.path)
         self._forget_aside()
-        for folder in self.path.parent.glob(f".{_literal(self.path.name)}.*.draft"):
+        for folder in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.draft"):
             between = folder.name[len(self.path.name) + 2 : -len(".draft")]
             if folder != self.folder and "." not in between:  # else the draft of a longer name
                 _remove(folder)
@@ -403,11 +398,6 @@ class Draft:
     def _release(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
-
-
-def _literal(name: str) -> str:
-    """Escape what `glob` would read as a pattern."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _remove(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that cross the border: JSON that others wrote, and folders published whole or not at all.
+"""Files that cross the border: JSON that others wrote, and what is published whole or not at all.
 
 Knows nothing of what the files mean.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +38,28 @@ def read_json(path: Path, error_type: type[FastsdError] = CheckpointError) -> di
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON for people: indented, keys as given, UTF-8."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    """Write JSON for people: indented, keys as given, UTF-8; as `replaced` does, at once."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    with replaced(path) as draft:
+        draft.write_text(text, "utf-8")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a name to write to; on success that file becomes `path`, on failure it is gone.
+
+    A reader of `path` sees the old file or the new one, and writers do not meet: the name is hidden
+    beside it, of this process and thread alone. A link, pipe or device is written to as it is.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        yield path
+        return
+    draft = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -69,9 +69,7 @@ def remember(checkpoint: Checkpoint, rows: list[Measured]) -> Path:
     """Keep what was measured of a model in place of what was known before; return the file."""
     file = _file(checkpoint)
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".tmp")
-    write_json(draft, {"measured_with": _here(), "rows": [asdict(row) for row in rows]})
-    draft.replace(file)
+    write_json(file, {"measured_with": _here(), "rows": [asdict(row) for row in rows]})
     return file
 
 

@@ -1,14 +1,12 @@
 """What was measured once on this kind of GPU, remembered for the next time.
 
-A JSON file in the user's cache. It holds names and times, so losing it costs a second's measuring.
+A JSON file in the user's cache. It holds names and times, so losing it costs a minute's measuring.
 Another comes with fastsd, of the GPUs and models that its makers measured (`measured.json`, written
 by `python -m fastsd.benchmarks.shipped`).
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -32,7 +30,8 @@ def measured(key: str, measure: Timed, *, shipped: str | None = None) -> dict[st
     times = _times(_read(file).get(key)) or _times(_shipped().get(shipped) if shipped else None)
     if not times:
         times = dict(measure())
-        _write(file, {**_read(file), key: times})  # read anew: others may have measured meanwhile
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**_read(file), key: times})  # read anew: others may have measured too
     return dict(sorted(times.items(), key=lambda row: row[1]))
 
 
@@ -55,12 +54,3 @@ def _times(given: object) -> dict[str, float]:
     if not isinstance(given, dict):
         return {}
     return {str(name): float(ms) for name, ms in given.items() if isinstance(ms, int | float)}
-
-
-def _write(file: Path, data: Mapping[str, Any]) -> None:
-    """Replace the file at once: a reader sees the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    os.close(handle)
-    write_json(Path(draft), data)
-    os.replace(draft, file)
