@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.kernels import native
-from fastsd.kernels.attention import attention
 from fastsd.models.layers import (
     Attention,
     GroupNorm,
@@ -23,8 +22,6 @@ from fastsd.models.layers import (
     Transformer,
     TransformerBlock,
     Upsample,
-    join_heads,
-    split_heads,
 )
 from fastsd.models.vae import Decoder, PixelAttention
 from fastsd.quant.apply import layers, quantised
@@ -89,12 +86,22 @@ def _join_self_attention(
             alike, *others = {roundings.get(layer) for layer in three}
             if others:  # one of them is to stay in floating point
                 continue
-            block.register_module("attn1", SelfAttention(block.attn1))
+            _join(block.attn1)
             for layer in three:
                 joined.pop(layer, None)
             if alike is not None:
                 joined[f"{name}.attn1.to_qkv"] = alike
     return joined
+
+
+def _join(own: Attention) -> None:
+    """Make one product, `to_qkv`, of the three that read one input."""
+    weight = torch.cat([one.weight.detach() for one in (own.to_q, own.to_k, own.to_v)])
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    own.to_qkv, own.upcast = whole, False  # scores are in fp32 on a CPU
+    for name in ("to_q", "to_k", "to_v"):
+        own.register_module(name, None)
 
 
 def _phase_upsamplers(module: nn.Module) -> None:
@@ -145,29 +152,6 @@ def _products(module: nn.Module) -> Iterator[tuple[str, Bf16Layer | Int8Conv2d |
 def _runs(norm: GroupNorm) -> bool:
     """Whether our kernel takes it."""
     return norm.num_channels % 16 == 0
-
-
-@final
-class SelfAttention(nn.Module):
-    """Self-attention whose queries, keys and values, all of one input, are one product."""
-
-    def __init__(self, whole: Attention) -> None:
-        super().__init__()
-        self.heads, self.implementation = whole.heads, whole.implementation
-        three = (whole.to_q, whole.to_k, whole.to_v)
-        self.to_qkv = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, whole.to_q.in_features, sum(one.out_features for one in three), bias=False
-        ).requires_grad_(False)
-        self.to_qkv.weight.copy_(torch.cat([one.weight.detach() for one in three]))
-        self.to_out = whole.to_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C), fp32."""
-        q, k, v = (split_heads(each, self.heads) for each in self.to_qkv(x).chunk(3, dim=-1))
-        out: Tensor = self.to_out[0](
-            join_heads(attention(q, k, v, implementation=self.implementation))
-        )
-        return out
 
 
 class Norm(nn.Module):

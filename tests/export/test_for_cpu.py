@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.config import VAEConfig
-from fastsd.export.for_cpu import Norm, NormThen, SelfAttention, for_cpu
+from fastsd.export.for_cpu import Norm, NormThen, for_cpu
 from fastsd.kernels import native
-from fastsd.models.layers import PhasedUpsample, Resnet, Upsample
+from fastsd.models.layers import Attention, PhasedUpsample, Resnet, Upsample
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, Decoder, PixelAttention
 from fastsd.quant.apply import layers, quantised
@@ -139,9 +139,9 @@ def test_self_attention_is_one_product_where_its_three_round_alike(kept: str) ->
         del roundings[names[0]]
     rounded = quantised(module, roundings)(*call)
     rewritten = for_cpu(copy.deepcopy(module), roundings or None, bf16=False, own_kernels=False)
-    joined = [m for m in rewritten.modules() if isinstance(m, SelfAttention)]
+    joined = [m.to_qkv for m in rewritten.modules() if isinstance(m, Attention) and m.to_qkv]
     assert len(joined) == len(names) // 3 - (kept == "one")
-    assert all(isinstance(m.to_qkv, nn.Linear) == (kept == "all") for m in joined)
+    assert all(isinstance(whole, nn.Linear) == (kept == "all") for whole in joined)
     assert relative_l2(rewritten(*call), rounded) < (2e-6 if kept == "all" else 1e-3)
 
 
