@@ -22,7 +22,7 @@ from fastsd.benchmarks.timing import Latency, paired_ratio
 from fastsd.errors import UsageError
 from fastsd.kernels import reference
 from fastsd.kernels.attention import attention
-from fastsd.kernels.convolution import conv3x3, summed_taps
+from fastsd.kernels.conv3x3 import conv3x3, summed_taps
 from fastsd.kernels.dispatch import IMPLEMENTATIONS
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.group_norm import group_norm

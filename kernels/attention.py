@@ -164,16 +164,9 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None) -> Tenso
     return out.transpose(1, 2)
 
 
-@torch.library.custom_op("fastsd::attention", mutates_args=("out",))
-def _attend(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None, out: Tensor) -> None:
-    from fastsd.kernels import triton_attention  # triton may be absent, and is slow to import
-
-    # Triton launches on the current device.
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        triton_attention.launch(q, k, v, multiplier, out)
-
-
-_attend.register_fake(lambda *_: None)  # it writes into `out`
+dispatch.launched(
+    "attention", "(Tensor q, Tensor k, Tensor v, Tensor? multiplier, Tensor(a!) out) -> ()"
+)
 
 
 _BY_NAME = {

@@ -7,14 +7,16 @@ and took less time (fastsd.backends.choice). Knows no model.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,6 +140,24 @@ def _known(op: str) -> tuple[str, ...]:
     if op not in IMPLEMENTATIONS:
         raise UsageError(f"op {op!r} is unknown; it is one of {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[op]
+
+
+def launched(op: str, signature: str, *, writes: Sequence[str] = ("out",)) -> None:
+    """Make `torch.ops.fastsd.<op>`, one node to compilers and exporters, of our Triton kernel.
+
+    It is `fastsd.kernels.triton_<op>.launch`. signature: both's, as torch has schemas; writes: its
+    arguments that are written to.
+    """
+
+    def call(*given: Any) -> None:
+        # Triton may be absent, and is slow to import.
+        module = importlib.import_module(f"fastsd.kernels.triton_{op}")
+        # It launches on the current device.
+        with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
+            module.launch(*given)
+
+    made = torch.library.custom_op(f"fastsd::{op}", call, mutates_args=writes, schema=signature)
+    made.register_fake(lambda *_: None)
 
 
 def try_out(what: str, candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:

@@ -40,13 +40,4 @@ def candidates(x: Tensor) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-@torch.library.custom_op("fastsd::geglu", mutates_args=("out",))
-def _geglu(x: Tensor, multiplier: Tensor | None, out: Tensor) -> None:
-    from fastsd.kernels import triton_geglu  # triton may be absent, and is slow to import
-
-    # Triton launches on the current device.
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_geglu.launch(x, multiplier, out)
-
-
-_geglu.register_fake(lambda *_: None)  # it writes into `out`
+dispatch.launched("geglu", "(Tensor x, Tensor? multiplier, Tensor(a!) out) -> ()")

@@ -89,25 +89,8 @@ def _fits(x: Tensor, groups: int) -> bool:
     return triton_group_norm.fits(x.shape[1], groups, x.shape[2] * x.shape[3])
 
 
-@torch.library.custom_op("fastsd::group_norm", mutates_args=("out",))
-def _group_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    added: Tensor | None,
-    silu: bool,
-    multiplier: Tensor | None,
-    by_group: bool,
-    out: Tensor,
-) -> None:
-    from fastsd.kernels import triton_group_norm  # triton may be absent, and is slow to import
-
-    kernel = triton_group_norm.launch_by_group if by_group else triton_group_norm.launch
-    # Triton launches on the current device.
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        kernel(x, weight, bias, groups, eps, added, silu, multiplier, out)
-
-
-_group_norm.register_fake(lambda *_: None)  # it writes into `out`, and makes nothing
+dispatch.launched(
+    "group_norm",
+    "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? added, bool silu, "
+    "Tensor? multiplier, bool by_group, Tensor(a!) out) -> ()",
+)

@@ -67,25 +67,9 @@ def candidates(
     }
 
 
-@torch.library.custom_op("fastsd::layer_norm", mutates_args=("total", "out"))
-def _layer_norm(
-    x: Tensor,
-    added: Tensor | None,
-    lead: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    multiplier: Tensor | None,
-    total: Tensor | None,
-    out: Tensor,
-) -> None:
-    from fastsd.kernels import triton_layer_norm  # triton may be absent, and is slow to import
-
-    # Triton launches on the current device.
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_layer_norm.launch(
-            x, added, lead, weight, bias, eps, multiplier, x if total is None else total, out
-        )
-
-
-_layer_norm.register_fake(lambda *_: None)  # it writes into what it is given
+dispatch.launched(
+    "layer_norm",
+    "(Tensor x, Tensor? added, Tensor? lead, Tensor weight, Tensor bias, float eps, "
+    "Tensor? multiplier, Tensor(a!)? total, Tensor(b!) out) -> ()",
+    writes=("total", "out"),
+)

@@ -38,7 +38,7 @@ def conv3x3(
     upsample: bool = False,
     implementation: str = "reference",
 ) -> Tensor:
-    """Convolve as `kernels.convolution.conv3x3` does, in fp64, tap by tap."""
+    """Convolve as `kernels.conv3x3.conv3x3` does, in fp64, tap by tap."""
     x, weight = x.double(), weight.double()
     if upsample:
         x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)

@@ -33,13 +33,4 @@ def candidates(x: Tensor, h: Tensor, bias: Tensor) -> dict[str, Callable[[], Ten
     }
 
 
-@torch.library.custom_op("fastsd::residual", mutates_args=("out",))
-def _residual(x: Tensor, h: Tensor, bias: Tensor, out: Tensor) -> None:
-    from fastsd.kernels import triton_residual  # triton may be absent, and is slow to import
-
-    # Triton launches on the current device.
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_residual.launch(x, h, bias, out)
-
-
-_residual.register_fake(lambda *_: None)  # it writes into `out`
+dispatch.launched("residual", "(Tensor x, Tensor h, Tensor bias, Tensor(a!) out) -> ()")

@@ -67,27 +67,9 @@ def candidates(
     }
 
 
-@torch.library.custom_op("fastsd::sampler_step", mutates_args=("sources",))
-def _sampler_step(
-    sources: Tensor,
-    prediction: Tensor,
-    coefficients: Tensor,
-    row: Tensor,
-    guidance: Tensor | None,
-) -> None:
-    from fastsd.kernels import triton_sampler_step  # triton may be absent, and is slow to import
-
-    # Triton launches on the current device.
-    with torch.cuda.device_of(sources):  # type: ignore[no-untyped-call]
-        triton_sampler_step.launch(sources, prediction, coefficients, row, guidance)
-
-
-@_sampler_step.register_fake
-def _(
-    sources: Tensor,
-    prediction: Tensor,
-    coefficients: Tensor,
-    row: Tensor,
-    guidance: Tensor | None,
-) -> None:
-    return None
+dispatch.launched(
+    "sampler_step",
+    "(Tensor(a!) sources, Tensor prediction, Tensor coefficients, Tensor row, Tensor? guidance) "
+    "-> ()",
+    writes=("sources",),
+)

@@ -4,7 +4,7 @@ A group's channels lie side by side in every pixel, 4 to 80 of them. `launch` sp
 among as many programs as fill the GPU. Each finds its split's means and squared distances, in tiles
 of (pixels, groups, channels of a group), the last padded to a power of two: padding is not read. In
 the second launch each puts all splits' together anew, which takes less than a launch between the
-two, and has tiles of (pixels, channels), which are read 16 bytes at once. `launch_by_group` has one
+two, and has tiles of (pixels, channels), which are read 16 bytes at once. `one_group` has one
 program a group, which holds it in its registers.
 Nothing is lost where a mean is far from 0: distances are from a mean, or from the first pixel.
 """
@@ -223,9 +223,16 @@ def launch(
     added: Tensor | None,
     silu: bool,
     multiplier: Tensor | None,
+    by_group: bool,
     out: Tensor,
 ) -> None:
-    """Normalise channels-last x (B, C, H, W) into out, like it or fp8, in two launches."""
+    """Normalise channels-last x (B, C, H, W) into out, like it or fp8, in two launches.
+
+    by_group: in one launch of a program a group, if it `fits`.
+    """
+    if by_group:
+        _by_group(x, weight, bias, groups, eps, added, silu, multiplier, out)
+        return
     B, C, H, W = x.shape
     pixels, width = H * W, C // groups
     block_w = next_power_of_2(width)
@@ -284,7 +291,7 @@ def fits(channels: int, groups: int, pixels: int) -> bool:
     return elements <= GROUP_TILE
 
 
-def launch_by_group(
+def _by_group(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -295,7 +302,6 @@ def launch_by_group(
     multiplier: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Normalise as `launch` does, in one launch of a program a group, if it `fits`."""
     B, C, H, W = x.shape
     block_w, block_p = next_power_of_2(C // groups), next_power_of_2(H * W)
     one_group[(B * groups,)](

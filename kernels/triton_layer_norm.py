@@ -61,10 +61,10 @@ def launch(
     bias: Tensor,
     eps: float,
     multiplier: Tensor | None,
-    total: Tensor,
+    total: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write x + added + lead to total, unless added is None, and its LayerNorm to out.
+    """Write x + added + lead to total, if that is asked for, and its LayerNorm to out.
 
     lead, weight, bias: (C,). All others (…, C).
     """
@@ -79,7 +79,7 @@ def launch(
         weight,
         bias,
         weight if multiplier is None else multiplier,
-        total,
+        x if total is None else total,
         out,
         C,
         rows,

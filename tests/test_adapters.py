@@ -19,7 +19,7 @@ from fastsd.adapters import SharedLock
 from fastsd.backends import Backend
 from fastsd.checkpoints import convert, open_checkpoint
 from fastsd.errors import CheckpointError, FastsdError, UsageError
-from fastsd.kernels.convolution import summed_taps
+from fastsd.kernels.conv3x3 import summed_taps
 from fastsd.models.layers import Upsample
 from fastsd.pipeline import Pipeline
 from tests.checkpoints.loras import ATTENTION, EVERYTHING, kohya, old_diffusers, peft, write_lora

@@ -21,7 +21,7 @@ import fastsd
 from fastsd.backends.measured import measured
 from fastsd.kernels import (
     attention,
-    convolution,
+    conv3x3,
     dispatch,
     geglu,
     group_norm,
@@ -201,11 +201,11 @@ def fastest_convolutions(
             weight /= 3 * channels**0.5  # noqa: B023
             bias = torch.ones(out, dtype=dtype, device=device) if biased else None  # noqa: B023
             if role == "up":  # noqa: B023
-                found = convolution.candidates(x, weight, bias, upsample=True)
+                found = conv3x3.candidates(x, weight, bias, upsample=True)
                 return found | {"library": lambda: F.conv2d(doubled(x), weight, bias, padding=1)}
             if role == "first":  # noqa: B023
-                return convolution.candidates(x, weight, bias)
-            found = convolution.candidates(x, weight, bias, residual=summed)
+                return conv3x3.candidates(x, weight, bias)
+            found = conv3x3.candidates(x, weight, bias, residual=summed)
 
             def library() -> Tensor:
                 y = F.conv2d(x, weight, padding=1)

@@ -23,7 +23,7 @@ from fastsd.backends.fp8 import put_in_fp8_, require_fp8
 from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
-from fastsd.kernels.convolution import fits
+from fastsd.kernels.conv3x3 import fits
 from fastsd.models.clip import CLIPText
 from fastsd.models.layers import Attention, Conv3x3, Upsample, use_kernel
 from fastsd.models.unet import UNet

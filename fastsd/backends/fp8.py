@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastsd.backends.cuda_graph import gpu_name
 from fastsd.errors import UsageError
-from fastsd.kernels import convolution, dispatch
+from fastsd.kernels import conv3x3, dispatch
 from fastsd.models.layers import (
     GEGLU,
     Attention,
@@ -156,7 +156,7 @@ def _has_product(layer: nn.Module) -> bool:
 
 def _has_kernel(weight: Tensor) -> bool:
     """Whether a convolution of such weights has a kernel for fp8; a CPU's is the formula."""
-    fits = convolution.fits(weight, torch.float8_e4m3fn)
+    fits = conv3x3.fits(weight, torch.float8_e4m3fn)
     return fits and (not weight.is_cuda or _convolves(weight.device))
 
 
@@ -172,7 +172,7 @@ def _convolves(device: torch.device) -> bool:
         "conv3x3 of fp8",
         {
             name: partial(
-                convolution.conv3x3,
+                conv3x3.conv3x3,
                 *given,
                 scale=scale,
                 dtype=torch.float16,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.kernels.attention import attention
-from fastsd.kernels.convolution import conv3x3, summed_taps
+from fastsd.kernels.conv3x3 import conv3x3, summed_taps
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.group_norm import group_norm
 from fastsd.kernels.layer_norm import layer_norm

@@ -24,7 +24,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quant
 
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
-from fastsd.kernels.convolution import conv3x3
+from fastsd.kernels.conv3x3 import conv3x3
 from fastsd.kernels.fp8 import in_fp8
 from fastsd.quant.spec import E4M3, Rounding
 

@@ -23,7 +23,7 @@ from fastsd.benchmarks.shipped import main as shipped_main
 from fastsd.checkpoints.weights import empty_module
 from fastsd.config import SD15, SDXL
 from fastsd.files import read_json
-from fastsd.kernels import attention, convolution, dispatch, group_norm, sampler_step
+from fastsd.kernels import attention, conv3x3, dispatch, group_norm, sampler_step
 from fastsd.models.layers import Attention, Conv3x3, GroupNorm, Upsample
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
@@ -181,7 +181,7 @@ def a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(module, "candidates", candidates)
 
-    stand_in(convolution)
+    stand_in(conv3x3)
     stand_in(group_norm)
     stand_in(sampler_step)
     choice.fastest_step.cache_clear()

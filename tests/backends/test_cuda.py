@@ -19,7 +19,7 @@ from fastsd.export.build import export
 from fastsd.export.calibration import calibrate_checkpoint
 from fastsd.export.parts import Request
 from fastsd.export.to_aoti_cuda import FORM
-from fastsd.kernels.convolution import SINCE as CONVOLUTIONS_SINCE
+from fastsd.kernels.conv3x3 import SINCE as CONVOLUTIONS_SINCE
 from fastsd.quality import psnr
 from fastsd.quant.calibrate import relative_error
 from fastsd.quant.linear import Fp8Linear

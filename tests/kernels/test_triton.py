@@ -102,7 +102,7 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     ),
     **{
         f"{name}{' of fp8' if kind == 'fp8e4nv' else ''}": (
-            "triton_convolution",
+            "triton_conv3x3",
             dict(x=f"tensordesc<{kind}[1,{pixels // 16},16,{block}]>")
             | dict(weight=f"tensordesc<{kind}[128,{block}]>")
             | dict(bias="*fp16", scale="*fp32", residual="*fp16", out="*fp16", C="i32", O="i32")
@@ -122,7 +122,7 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         for kind, block in (("fp16", 64), ("fp8e4nv", 128))
     },
     "sum_parts": (
-        "triton_convolution",
+        "triton_conv3x3",
         dict(parts="*fp32", bias="*fp16", scale="*fp32", residual="*fp16", out="*fp16")
         | dict.fromkeys(("O", "elements", "splits"), "i32"),
         dict(HAS_BIAS=True, HAS_SCALE=True, HAS_RESIDUAL=True, SPLITS=16, BLOCK=256),

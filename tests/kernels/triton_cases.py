@@ -21,7 +21,7 @@ from fastsd.backends.for_gpu import spare_passes_
 from fastsd.config import SD15
 from fastsd.kernels import reference
 from fastsd.kernels.attention import attention as our_attention
-from fastsd.kernels.convolution import conv3x3 as our_conv3x3
+from fastsd.kernels.conv3x3 import conv3x3 as our_conv3x3
 from fastsd.kernels.geglu import geglu as our_geglu
 from fastsd.kernels.group_norm import group_norm as our_group_norm
 from fastsd.kernels.layer_norm import layer_norm as our_layer_norm

@@ -126,21 +126,8 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("fastsd::conv3x3", mutates_args=("out",))
-def _conv3x3(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
-    upsample: bool,
-    out: Tensor,
-) -> None:
-    from fastsd.kernels import triton_convolution  # triton may be absent, and is slow to import
-
-    # Triton launches on the current device.
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_convolution.launch(x, weight, bias, scale, residual, upsample, out)
-
-
-_conv3x3.register_fake(lambda *_: None)  # it writes into `out`, and makes nothing
+dispatch.launched(
+    "conv3x3",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, bool upsample, "
+    "Tensor(a!) out) -> ()",
+)

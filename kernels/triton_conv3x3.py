@@ -237,7 +237,7 @@ def launch(
     up: bool,
     out: Tensor,
 ) -> None:
-    """Convolve as `kernels.convolution.conv3x3` says; every map channels-last.
+    """Convolve as `kernels.conv3x3.conv3x3` says; every map channels-last.
 
     weight: (O, 9 C), or (4 O, 4 C) if up, contiguous.
     """
