@@ -250,7 +250,7 @@ class _Watched(Backend):
     def __init__(self, backend: Backend, watch: Watch) -> None:
         self._inner = backend
         self._watch = watch
-        self._parts: dict[Function, Function] = {}  # another wrapper would be another capture
+        self._wrapped: dict[Function, Function] = {}  # another wrapper would be another capture
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -262,11 +262,11 @@ class _Watched(Backend):
     def memory_bytes(self) -> int:
         return self._inner.memory_bytes()
 
-    def part(self, name: str, shapes: Any = None) -> Function:
-        part = self._inner.part(name, shapes)
+    def part(self, name: str) -> Function:
+        part = self._inner.part(name)
         if name not in _PARTS:
             return part
-        return self._parts.setdefault(part, self._watch.wrap(_PARTS[name], part))
+        return self._wrapped.setdefault(part, self._watch.wrap(_PARTS[name], part))
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         # Of what is captured, the text encoders alone are no steps of a loop.

@@ -28,16 +28,16 @@ from torch.utils import cpp_extension
 from fastsd.artifact import PartEntry
 from fastsd.backends.aoti import PACKAGE, gpu_machine
 from fastsd.backends.base import PRECISIONS
-from fastsd.backends.choice import fastest_attention
 from fastsd.backends.cuda_graph import convolves_in_tf32, gpu_name
+from fastsd.backends.fastest import attentions, use_fastest_
 from fastsd.backends.for_gpu import Joined, JoinedUNet
 from fastsd.backends.fp8 import SINCE as FP8_SINCE
 from fastsd.backends.inductor import COMPILED, TUNED
 from fastsd.checkpoints import Checkpoint
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.export.build import Exporter
-from fastsd.export.parts import Request, load_part
-from fastsd.export.to_aoti import COMMON, compile_program, moved, quiet, trace
+from fastsd.export.parts import Request, load_part, quiet
+from fastsd.export.to_aoti import COMMON, compile_program, moved, trace
 from fastsd.kernels import native
 from fastsd.models.layers import Attention
 from fastsd.models.unet import UNet
@@ -129,7 +129,8 @@ class AotiCudaExporter(Exporter):
             for layer in module.modules():
                 if isinstance(layer, Attention):
                     layer.upcast = False  # every kernel on a GPU has its scores in fp32 already
-            fastest_attention(module, self._dtype, self._device, torchs=True)
+            shapes = attentions(module, torchs=True)
+            use_fastest_("attention", shapes, self._dtype, self._device)
             joined = JoinedUNet(module, self._device)
             if part == "unet" and self.spec is not None:
                 put_in_fp8_(module, self.spec.only("unet"))

@@ -31,7 +31,7 @@ from fastsd.adapters import Adapters
 from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends import ENGINES, PRECISIONS, Backend, open_artifact, open_backend
 from fastsd.backends.auto import choose
-from fastsd.backends.choice import fastest_step
+from fastsd.backends.fastest import fastest_step
 from fastsd.checkpoints import (
     Checkpoint,
     Embedding,
@@ -44,6 +44,7 @@ from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import to_pil
 from fastsd.kernels import dispatch
+from fastsd.models.layers import LAYERS
 from fastsd.models.tiny_vae import TinyVAE
 from fastsd.models.vae import VAE
 from fastsd.prompts import SYNTAXES
@@ -352,7 +353,7 @@ class Pipeline:
                 opened = self._open_backend(name, precision, device)
                 for op, implementation in self._kernels.items():
                     dispatch.require(op, implementation, device)
-                    if op != "sampler_step":  # the loop's own, see _new_loops
+                    if op in LAYERS:  # the sampler's step is the loop's own, see _new_loops
                         opened.use(op, implementation)
                 self._backend.close()
                 self._backend = opened
@@ -519,10 +520,13 @@ class Pipeline:
         """
         for op, implementation in implementations.items():
             dispatch.require(op, implementation, self.device)
-            if op != "sampler_step":
-                self._backend.use(op, implementation)
-            self._kernels[op] = implementation
-        self._loops = self._new_loops(self._backend)  # what is captured are the old kernels
+        try:
+            for op, implementation in implementations.items():
+                if op in LAYERS:
+                    self._backend.use(op, implementation)
+                self._kernels[op] = implementation
+        finally:  # what is captured are the old kernels
+            self._loops = self._new_loops(self._backend)
         return self
 
     def prepare(

@@ -56,7 +56,7 @@ NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 # Relative L2 between two right implementations is below these; a wrong one is far beyond.
 AGREEMENT: Mapping[torch.dtype, float] = MappingProxyType(
-    {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+    {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float8_e4m3fn: 3e-2}
 )
 
 
@@ -161,7 +161,14 @@ def launched(op: str, signature: str, *, writes: Sequence[str] = ("out",)) -> No
 
 
 def try_out(what: str, candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Time the candidates that run and agree with the first that does, in ms (`time_ms`).
+    """Time those candidates that are `agreeing`, in ms (`time_ms`)."""
+    return time_ms(agreeing(what, candidates))
+
+
+def agreeing(
+    what: str, candidates: Mapping[str, Callable[[], Tensor]]
+) -> dict[str, Callable[[], Tensor]]:
+    """Return the candidates that run and agree with the first that does.
 
     what: the op and its shape. candidates: the library's comes first. One that fails, or disagrees,
     is named in a warning and left out. Where none runs the first one's error is raised, and at once
@@ -169,7 +176,7 @@ def try_out(what: str, candidates: Mapping[str, Callable[[], Tensor]]) -> dict[s
     """
     truth: Tensor | None = None
     failure: Exception | None = None
-    agreeing: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, Callable[[], Tensor]] = {}
     for name, candidate in candidates.items():
         try:
             out = candidate()
@@ -187,14 +194,17 @@ def try_out(what: str, candidates: Mapping[str, Callable[[], Tensor]]) -> dict[s
         elif not (error_ := relative_l2(out, truth)) <= AGREEMENT[truth.dtype]:  # NaN is not
             log.warning("%s: %s is not used: it is %.1e from the first", what, name, error_)
             continue
-        agreeing[name] = candidate
-    if failure is not None and not agreeing:
+        found[name] = candidate
+    if failure is not None and not found:
         raise failure
-    return time_ms(agreeing)
+    return found
 
 
 def relative_l2(ours: Tensor, truth: Tensor) -> float:
-    """Return |ours - truth| / |truth|; NaN where either has one. No copy is in a wider dtype."""
+    """Return |ours - truth| / |truth|; NaN where either has one. No copy is in a wider dtype, but
+    for fp8's, which torch does not subtract."""
+    if truth.dtype.itemsize == 1:
+        ours, truth = ours.half(), truth.half()
     norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
     return float(norm(ours - truth) / norm(truth))
 

@@ -39,7 +39,6 @@ from fastsd.models.clip import CLIPOutput
 from fastsd.models.layers import sinusoid, widen
 
 Part = Callable[..., Any]
-Shapes = Mapping[str, tuple[int, ...]]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -56,12 +55,19 @@ class Backend(ABC):
     device: torch.device
     dtype: torch.dtype  # of the UNet's and the text encoders' inputs
 
-    @abstractmethod
-    def part(self, name: str, shapes: Shapes | None = None) -> Part:
-        """Return the part called `name`, ready for inputs of `shapes` (None: of any shape).
+    _parts: dict[str, Part]
 
-        Raises UsageError if the checkpoint has no such part.
+    def part(self, name: str) -> Part:
+        """Return the part called `name`. Sizes that an engine fixed are checked when it runs.
+
+        Raises UsageError if the model has no such part.
         """
+        try:
+            return self._parts[name]
+        except KeyError:
+            raise UsageError(
+                f"this model has no part {name!r}; it has {', '.join(self._parts)}"
+            ) from None
 
     @property
     def captures(self) -> bool:
@@ -146,7 +152,7 @@ class ArtifactBackend(Backend):
         self.entries = artifact.manifest.parts
         self.dtype = _dtype_of(self.entries["unet"], "sample")
         standard = artifact.manifest.layout == "standard"
-        self._parts: dict[str, Part] = {
+        parts: dict[str, Part] = {
             **{
                 name: partial(self._encode, name)
                 for name in self.entries
@@ -162,9 +168,10 @@ class ArtifactBackend(Backend):
             "unet": self._unet_standard if standard else self._unet_fast,
         }
         if "vae_decoder" in self.entries:
-            self._parts["vae_decoder"] = partial(self._only, "vae_decoder", "latent_sample")
+            parts["vae_decoder"] = partial(self._only, "vae_decoder", "latent_sample")
         if "vae_encoder" in self.entries:
-            self._parts["vae_encoder"] = partial(self._only, "vae_encoder", "sample")
+            parts["vae_encoder"] = partial(self._only, "vae_encoder", "sample")
+        self._parts = parts
 
     @classmethod
     def machine(cls, device: torch.device) -> dict[str, str]:
@@ -183,15 +190,6 @@ class ArtifactBackend(Backend):
         """Say what runs, and what its exporter chose."""
         choices = self.artifact.manifest.choices
         return [*super().explain(), *(f"{what}: {choice}" for what, choice in choices.items())]
-
-    def part(self, name: str, shapes: Shapes | None = None) -> Part:
-        """Return the part. Sizes that the graph fixed are checked when it runs."""
-        try:
-            return self._parts[name]
-        except KeyError:
-            raise UsageError(
-                f"{self.artifact.path} has no part {name!r}; it has {', '.join(self._parts)}"
-            ) from None
 
     # --- the contract's parts -------------------------------------------------------------------
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import nn
 
-from fastsd.backends.base import Part, Shapes, dtype_of
-from fastsd.backends.choice import (
-    fastest_attention,
-    fastest_between,
-    fastest_convolutions,
-    fastest_norms,
-    fastest_sums,
-)
+from fastsd.backends.base import Part, dtype_of
 from fastsd.backends.cuda_graph import Graphed, convolves_in_tf32
+from fastsd.backends.fastest import (
+    attentions,
+    convolutions,
+    gates,
+    group_norms,
+    layer_norms,
+    sums,
+    use_fastest_,
+)
 from fastsd.backends.for_gpu import JoinedUNet, join_text_, spare_passes_
 from fastsd.backends.fp8 import put_in_fp8_, require_fp8
 from fastsd.backends.heap import keep_freed_memory
@@ -25,7 +28,7 @@ from fastsd.errors import UsageError
 from fastsd.kernels import dispatch
 from fastsd.kernels.conv3x3 import fits
 from fastsd.models.clip import CLIPText
-from fastsd.models.layers import Attention, Conv3x3, Upsample, use_kernel
+from fastsd.models.layers import LAYERS, Attention, Conv3x3, Upsample, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, PixelAttention, scale_activations_
 from fastsd.quant.weights import Int8Weight, keep_in_int8_
@@ -116,7 +119,7 @@ class EagerBackend(Graphed):
                 spare_passes_(
                     vae.decoder, norms_add="triton" in dispatch.able("group_norm", device)
                 )
-        self._parts: dict[str, Part] = {
+        self._parts = parts = {
             **texts,
             **{f"{name}_norm": text.final_layer_norm for name, text in texts.items()},
             "unet": run,
@@ -131,7 +134,7 @@ class EagerBackend(Graphed):
             if name not in modules:
                 continue
             for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
-                self._parts[part] = visiting(modules[name], self._parts[part], device)
+                parts[part] = visiting(modules[name], parts[part], device)
             where = "locked memory" if locked_(modules[name]) else "memory"
             self._choices[name] = [f"{name}: in the host's {where}, on the GPU while it runs"]
         if device.type == "cuda" and precision == "fp32" and convolves_in_tf32():
@@ -142,24 +145,28 @@ class EagerBackend(Graphed):
         for layer in unet.modules() if device.type in ("cpu", "cuda") else ():
             if isinstance(layer, Attention):
                 layer.upcast = False  # every kernel there has its scores in fp32 already
-        for op in ("attention", "conv3x3", "group_norm", "layer_norm", "geglu", "residual"):
+        for op in LAYERS:
             self._choices[op] = [str(dispatch.choose(op, device))]
         if device.type == "cuda":
-            self._choices["attention"] = fastest_attention(
-                unet,
-                self.dtype,
-                device,
-                torchs=to_compile,
-                decoder=None if to_compile else vae.decoder,
-            )
-            if not to_compile:
-                self._choices["group_norm"] = fastest_norms(unet, vae.decoder, self.dtype, device)
-                self._choices |= fastest_between(unet, self.dtype, device)
-                self._choices["residual"] = fastest_sums(unet, vae.decoder, self.dtype, device)
-                if precision != "fp32":
-                    # A VAE that visits the GPU would bring the sums of its taps every time too.
-                    here = nn.Identity() if "vae" in on_host else vae.decoder
-                    self._choices["conv3x3"] = fastest_convolutions(unet, here, self.dtype, device)
+            self._use_fastest(to_compile=to_compile)
+
+    def _use_fastest(self, *, to_compile: bool) -> None:
+        """Let every layer use the kernels that are fastest on this GPU."""
+        use = partial(use_fastest_, dtype=self.dtype, device=self.device)
+        unet, vae = cast(UNet, self.modules["unet"]), cast(VAE, self.modules["vae"])
+        if to_compile:
+            self._choices["attention"] = use("attention", attentions(unet, torchs=True))
+            return
+        decoder = vae.decoder
+        self._choices["attention"] = use("attention", attentions(unet, decoder))
+        self._choices["group_norm"] = use("group_norm", group_norms(unet, decoder))
+        self._choices["layer_norm"] = use("layer_norm", layer_norms(unet))
+        self._choices["geglu"] = use("geglu", gates(unet))
+        self._choices["residual"] = use("residual", sums(unet, decoder))
+        if self.dtype != torch.float32:
+            # A VAE that visits the GPU would bring the sums of its taps every time too.
+            here = nn.Identity() if "vae" in self._on_host else decoder
+            self._choices["conv3x3"] = use("conv3x3", convolutions(unet, here))
 
     def put_in_fp8(self, draw: Callable[[], object]) -> None:
         """Put the UNet's and the decoder's layers in fp8, by the ranges of numbers `draw` shows.
@@ -210,15 +217,6 @@ class EagerBackend(Graphed):
     def explain(self) -> list[str]:
         """Say what runs, and which kernels."""
         return [*super().explain(), *(line for said in self._choices.values() for line in said)]
-
-    def part(self, name: str, shapes: Shapes | None = None) -> Part:
-        """Return the part; torch takes any shape."""
-        try:
-            return self._parts[name]
-        except KeyError:
-            raise UsageError(
-                f"this checkpoint has no part {name!r}; it has {', '.join(self._parts)}"
-            ) from None
 
     def weights(self, part: str) -> Mapping[str, torch.Tensor]:
         """Return the modules' own parameters: what is written to them is used at once.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastsd.backends.base import Part, Shapes
+from fastsd.backends.base import Part
 from fastsd.backends.cuda_graph import Graphed
 from fastsd.backends.eager import EagerBackend
 from fastsd.errors import UsageError
@@ -68,9 +68,9 @@ class InductorBackend(Graphed):
             for name in COMPILED
         }
 
-    def part(self, name: str, shapes: Shapes | None = None) -> Part:
+    def part(self, name: str) -> Part:
         """Return the part, compiled or as it is."""
-        return self._compiled.get(name) or self._eager.part(name, shapes)
+        return self._compiled.get(name) or self._eager.part(name)
 
     def weights(self, part: str) -> Mapping[str, Tensor]:
         """Return the modules' own parameters: what is written to them is used at once."""

@@ -7,8 +7,9 @@ many threads at once and may be built on the meta device. Knows no file and no s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import final
 
 import torch
@@ -185,34 +186,6 @@ class GroupNorm(nn.GroupNorm):
             multiplier=self.multiplier,
             implementation=self.implementation,
         )
-
-
-def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
-    """Make every layer of `model` that computes `op` ("attention", …) use `implementation`.
-
-    One of `fastsd.kernels.dispatch.IMPLEMENTATIONS`, else UsageError. For when a model is loaded,
-    not while it runs.
-    """
-    dispatch.require(op, implementation)
-    kinds: dict[
-        str,
-        tuple[type[Attention | Conv3x3 | GEGLU | GroupNorm | LayerNorm | Resnet | Upsample], ...],
-    ]
-    kinds = {
-        "attention": (Attention,),
-        "conv3x3": (Conv3x3, Upsample),
-        "group_norm": (GroupNorm,),
-        "layer_norm": (LayerNorm,),
-        "geglu": (GEGLU,),
-        "residual": (Resnet,),
-    }
-    if op not in kinds:
-        raise UsageError(f"no layer leaves the choice of {op}; {', '.join(kinds)} are chosen")
-    for module in model.modules():
-        if isinstance(module, kinds[op]):
-            module.implementation = implementation
-        if op == "conv3x3" and isinstance(module, Upsample) and implementation != "library":
-            module.phase_()
 
 
 @final
@@ -500,6 +473,37 @@ class PhasedUpsample(nn.Module):
         j = torch.arange(2 * width, device=x.device)
         pixels: Tensor = phases[:, (i + 1) // 2, (j + 1) // 2, i % 2, j % 2]
         return pixels.permute(0, 3, 1, 2)
+
+
+# op -> the layers that leave its choice to a value
+LAYERS: Mapping[
+    str, tuple[type[Attention | Conv3x3 | GEGLU | GroupNorm | LayerNorm | Resnet | Upsample], ...]
+] = MappingProxyType(
+    {
+        "attention": (Attention,),
+        "conv3x3": (Conv3x3, Upsample),
+        "group_norm": (GroupNorm,),
+        "layer_norm": (LayerNorm,),
+        "geglu": (GEGLU,),
+        "residual": (Resnet,),
+    }
+)
+
+
+def use_kernel(model: nn.Module, op: str, implementation: str) -> None:
+    """Make every layer of `model` that computes `op` ("attention", …) use `implementation`.
+
+    One of `fastsd.kernels.dispatch.IMPLEMENTATIONS`, else UsageError. For when a model is loaded,
+    not while it runs.
+    """
+    dispatch.require(op, implementation)
+    if op not in LAYERS:
+        raise UsageError(f"no layer leaves the choice of {op}; {', '.join(LAYERS)} are chosen")
+    for module in model.modules():
+        if isinstance(module, LAYERS[op]):
+            module.implementation = implementation
+        if op == "conv3x3" and isinstance(module, Upsample) and implementation != "library":
+            module.phase_()
 
 
 @final

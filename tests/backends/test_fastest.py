@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 
 from fastsd import Pipeline
 from fastsd.artifact import cache_folder
-from fastsd.backends import choice
-from fastsd.backends.choice import attention_shapes, norm_shapes
+from fastsd.backends import fastest
+from fastsd.backends import measured as measured_
 from fastsd.backends.eager import EagerBackend
+from fastsd.backends.fastest import use_fastest_
 from fastsd.backends.for_gpu import spare_passes_
 from fastsd.backends.measured import measured
 from fastsd.benchmarks.shipped import TABLE
@@ -62,8 +64,8 @@ CPU = torch.device("cpu")
 )
 def test_every_attention_is_measured_at_its_shape(config: Any, expected: Any) -> None:
     with torch.device("meta"):
-        shapes = attention_shapes(UNet(config))
-    assert {shape: len(modules) for shape, modules in shapes.items()} == expected
+        shapes = fastest.attentions(UNet(config))
+    assert {shape[:4]: len(modules) for shape, modules in shapes.items()} == expected
 
 
 def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +93,34 @@ def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
         assert measured("a", measure(efficient=0.4)) == {"efficient": 0.4}
 
 
+def test_what_ships_is_used_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slim image has no compiler for Triton: what was fastest elsewhere does not run there."""
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measured_, "_shipped", lambda: {"a": {"library": 0.2, "triton": 0.1}})
+    here = {"library": 0.3}
+    runs = {"triton": True}
+    for key, expected in (("1", "triton"), ("2", "library")):
+        assert (
+            next(iter(measured(key, lambda: here, shipped="a", runs=runs.__getitem__))) == expected
+        )
+        runs["triton"] = False
+    assert next(iter(measured("1", lambda: here, shipped="a"))) == "triton", "it was remembered"
+    runs["triton"] = True
+    monkeypatch.setenv("FASTSD_MEASURE", "1")
+    assert measured("3", lambda: here, shipped="a", runs=runs.__getitem__) == here
+
+
+def test_a_candidate_that_fails_or_disagrees_does_not_run() -> None:
+    def fail() -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    right = {"library": lambda: torch.ones(3), "triton": lambda: torch.ones(3)}
+    assert fastest._runs("triton", "an op", right) and fastest._runs("library", "an op", right)
+    assert not fastest._runs("flash", "an op", right), "it is not there"
+    assert not fastest._runs("triton", "an op", right | {"triton": fail})
+    assert not fastest._runs("triton", "an op", right | {"triton": lambda: torch.zeros(3)})
+
+
 def predict_and_decode(unet: UNet, vae: VAE) -> None:
     """Pass a guidance pair of the model's own size through it, and a picture, without numbers."""
     side = unet.config.sample_size
@@ -102,7 +132,7 @@ def predict_and_decode(unet: UNet, vae: VAE) -> None:
             torch.empty(2, 77, unet.config.context_width),
             **{name: torch.empty(2, width) for name, width in wide.items() if width},
         )
-        vae.decoder(torch.empty(1, 4, choice.DECODED, choice.DECODED))
+        vae.decoder(torch.empty(1, 4, fastest.DECODED, fastest.DECODED))
 
 
 @pytest.mark.parametrize("config", [SD15, SDXL], ids=("sd15", "sdxl"))
@@ -110,7 +140,7 @@ def test_every_norm_is_tried_at_the_shape_it_has(config: Any) -> None:
     """Held to what a forward pass over a guidance pair, and a decode, really give each norm."""
     unet, vae = empty_module(lambda: UNet(config.unet)), empty_module(lambda: VAE(config.vae))
     assert isinstance(unet, UNet) and isinstance(vae, VAE)
-    found = norm_shapes(unet, vae.decoder)
+    found = fastest.group_norms(unet, vae.decoder)
     by_layer = {id(layer): shape for shape, layers in found.items() for layer in layers}
     seen: set[int] = set()
 
@@ -134,7 +164,7 @@ def test_every_convolution_is_tried_at_the_shape_it_has(config: Any) -> None:
     """Held to what a forward pass really gives each of a resnet's, and each up-sampler."""
     unet, vae = empty_module(lambda: UNet(config.unet)), empty_module(lambda: VAE(config.vae))
     assert isinstance(unet, UNet) and isinstance(vae, VAE)
-    shapes = choice.convolution_shapes(unet, vae.decoder)
+    shapes = fastest.convolutions(unet, vae.decoder)
     by_layer = {id(layer): shape for shape, layers in shapes.items() for layer in layers}
     seen: set[int] = set()
 
@@ -184,7 +214,7 @@ def a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(conv3x3)
     stand_in(group_norm)
     stand_in(sampler_step)
-    choice.fastest_step.cache_clear()
+    fastest.fastest_step.cache_clear()
 
 
 def loaded(folder: Path) -> tuple[UNet, VAE]:
@@ -200,19 +230,20 @@ def test_the_fastest_that_agrees_is_used_and_remembered(
 ) -> None:
     unet, vae = loaded(sd1_folder)
     norms = [m for part in (unet, vae.decoder) for m in part.modules() if isinstance(m, GroupNorm)]
+    shapes = fastest.group_norms(unet, vae.decoder)
     clock = Clock({"library": 2.0, "triton": 1.0})
     monkeypatch.setattr(dispatch, "time_ms", clock)
-    said = choice.fastest_norms(unet, vae.decoder, torch.float32, CPU)
+    said = use_fastest_("group_norm", shapes, torch.float32, CPU)
     assert {norm.implementation for norm in norms} == {"triton"}
     assert all(line.startswith("group_norm ") for line in said)
     assert all(line.endswith(": triton 1000 us, library 2000 us") for line in said)
     assert {frozenset(names) for names in clock.tried} == {frozenset({"library", "triton"})}
     tried = len(clock.tried)
-    assert tried == len(norm_shapes(unet, vae.decoder))
+    assert tried == len(shapes)
     clock.ms = {"library": 0.5}
-    assert choice.fastest_norms(unet, vae.decoder, torch.float32, CPU) == said
+    assert use_fastest_("group_norm", shapes, torch.float32, CPU) == said
     assert len(clock.tried) == tried, "what is known is not tried again"
-    step = choice.fastest_step(CPU)
+    step = fastest.fastest_step(CPU)
     assert str(step) == "sampler_step: library (measured: library 500 us, triton 9000 us)"
 
 
@@ -222,7 +253,8 @@ def test_convolutions_are_tried_with_what_they_save(
     unet, vae = loaded(sd1_folder)
     spare_passes_(unet, norms_add=False)
     monkeypatch.setattr(dispatch, "time_ms", Clock({"library": 2.0, "triton": 1.0}))
-    said = choice.fastest_convolutions(unet, vae.decoder, torch.float32, CPU)
+    shapes = fastest.convolutions(unet, vae.decoder)
+    said = use_fastest_("conv3x3", shapes, torch.float32, CPU)
     assert all(line.endswith(": triton 1000 us, library 2000 us") for line in said)
     layers = [m for part in (unet, vae.decoder) for m in part.modules()]
     assert {m.implementation for m in layers if isinstance(m, (Conv3x3, Upsample))} == {"triton"}
@@ -230,7 +262,7 @@ def test_convolutions_are_tried_with_what_they_save(
     roles = {line.split(" to ")[1].split(":")[0].split(" ", 1)[1] for line in said}
     assert roles == {"first", "last", "last, bias", "up, bias", "first, bias"}
     monkeypatch.setattr(dispatch, "time_ms", Clock({"library": 0.5}))
-    other = choice.fastest_convolutions(unet, vae.decoder, torch.bfloat16, CPU)
+    other = use_fastest_("conv3x3", shapes, torch.bfloat16, CPU)
     assert all(": library 500 us" in line for line in other)
     assert {m.implementation for m in layers if isinstance(m, Upsample)} == {"library"}
 
@@ -246,21 +278,27 @@ def test_what_an_h200_measured_comes_along(
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(dispatch, "able", lambda op, device: able[op])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(dispatch, "try_out", lambda what, _: pytest.fail(f"{what} is tried"))
-    choice.fastest_step.cache_clear()
+    monkeypatch.setattr(fastest, "_runs", lambda name, what, candidates: True)
+    fastest.fastest_step.cache_clear()
     unet, vae = empty_module(lambda: UNet(config.unet)), empty_module(lambda: VAE(config.vae))
     assert isinstance(unet, UNet) and isinstance(vae, VAE)
     for model in (unet, vae.decoder):
         spare_passes_(model.requires_grad_(False), norms_add=True)
-    half, said = torch.float16, [str(choice.fastest_step(CPU))]
-    said += choice.fastest_attention(unet, half, CPU, decoder=vae.decoder)
-    said += choice.fastest_norms(unet, vae.decoder, half, CPU)
-    said += sum(choice.fastest_between(unet, half, CPU).values(), [])
-    said += choice.fastest_sums(unet, vae.decoder, half, CPU)
-    said += choice.fastest_convolutions(unet, vae.decoder, half, CPU)
+    use = partial(use_fastest_, dtype=torch.float16, device=torch.device("meta"))
+    said = [
+        str(fastest.fastest_step(CPU)),
+        *use("attention", fastest.attentions(unet, vae.decoder)),
+        *use("group_norm", fastest.group_norms(unet, vae.decoder)),
+        *use("layer_norm", fastest.layer_norms(unet)),
+        *use("geglu", fastest.gates(unet)),
+        *use("residual", fastest.sums(unet, vae.decoder)),
+        *use("conv3x3", fastest.convolutions(unet, vae.decoder)),
+    ]
     assert any("up, bias: triton" in line for line in said)
     assert all(" us" in line for line in said)
-    choice.fastest_step.cache_clear()
+    fastest.fastest_step.cache_clear()
 
 
 def test_a_caches_times_are_shipped(tmp_path: Path) -> None:
@@ -283,8 +321,7 @@ def test_attention_too(sd1_folder: Path, a_gpu: None, monkeypatch: pytest.Monkey
         "candidates",
         lambda q, k, v: {"sdpa": lambda: q @ k[:, :, :1].mT * v[:, :, :1], "flash": lambda: q * 0},
     )
-    assert all(
-        ": sdpa 3000 us" in line for line in choice.fastest_attention(unet, torch.float32, CPU)
-    )
+    said = use_fastest_("attention", fastest.attentions(unet), torch.float32, CPU)
+    assert all(": sdpa 3000 us" in line for line in said)
     layers = [m for m in unet.modules() if isinstance(m, Attention)]
     assert {layer.implementation for layer in layers} == {"sdpa"}, "a wrong kernel is not used"
