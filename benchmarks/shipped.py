@@ -1,7 +1,8 @@
 """Ship what a GPU measured: `python -m fastsd.benchmarks.shipped CACHE/measured.json …`.
 
-Adds the times of a cache, which loading random:sd15 and random:sdxl there fills, to the table that
-comes with fastsd, so that others with that GPU and torch need not try anything first.
+Adds the times of a cache, which loading random:sd15 and random:sdxl there with FASTSD_MEASURE=1
+fills, and `fastsd bench gpu`, to the table that comes with fastsd, so that others with that GPU and
+torch need not try anything first.
 """
 
 from __future__ import annotations

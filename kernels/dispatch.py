@@ -56,7 +56,7 @@ NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 # Relative L2 between two right implementations is below these; a wrong one is far beyond.
 AGREEMENT: Mapping[torch.dtype, float] = MappingProxyType(
-    {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float8_e4m3fn: 3e-2}
+    {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float8_e4m3fn: 6e-2}
 )
 
 

@@ -31,6 +31,7 @@ from fastsd.models.clip import CLIPText
 from fastsd.models.layers import LAYERS, Attention, Conv3x3, Upsample, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, PixelAttention, scale_activations_
+from fastsd.quant.linear import Fp8Conv3x3
 from fastsd.quant.weights import Int8Weight, keep_in_int8_
 
 if TYPE_CHECKING:
@@ -178,8 +179,9 @@ class EagerBackend(Graphed):
         # What visits the GPU stays as it is, and a tiny decoder has no norms to round in.
         decoder = vae.decoder if isinstance(vae, VAE) and "vae" not in self._on_host else None
         count = put_in_fp8_(unet, decoder, draw)
-        kinds = [f"{count.pop(kind)} {kind}" for kind in ("linear layers", "convolutions")]
-        where = "unet" if decoder is None else "unet and decoder"
+        counted = {kind: count.pop(kind) for kind in ("linear layers", "convolutions")}
+        kinds = [f"{n} {kind}" for kind, n in counted.items() if n]
+        where = "unet and decoder" if decoder is not None and _convolves_in_fp8(decoder) else "unet"
         self._choices["fp8"] = [f"fp8: {' and '.join(kinds)} of {where} multiply in it"]
         self._choices["fp8"] += [f"fp8: {n} inputs are rounded by {op}" for op, n in count.items()]
         self._fp8 = True
@@ -198,7 +200,7 @@ class EagerBackend(Graphed):
 
     def _require_convolutions(self, implementation: str) -> None:
         """Raise UsageError unless every resnet's and up-sampler's can be computed so."""
-        if self._fp8:
+        if any(map(_convolves_in_fp8, self.modules.values())):
             raise UsageError(
                 "the convolutions multiply in fp8, which one kernel does; load the model without "
                 "weights='fp8' to choose another"
@@ -250,6 +252,10 @@ class EagerBackend(Graphed):
             return {}
         again = self._checkpoint.load(part, self.dtype)  # mapped from its files, as far as it can
         return {name: weight for name, weight in again.named_parameters() if name in names}
+
+
+def _convolves_in_fp8(module: nn.Module) -> bool:
+    return any(isinstance(layer, Fp8Conv3x3) for layer in module.modules())
 
 
 def _in_int8(module: nn.Module) -> dict[str, Int8Weight]:

@@ -8,6 +8,7 @@ takes as long as their products win.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fastsd.backends.cuda_graph import gpu_name
 from fastsd.errors import UsageError
-from fastsd.kernels import conv3x3, dispatch
+from fastsd.kernels import attention, conv3x3, dispatch, geglu, group_norm, layer_norm
 from fastsd.models.layers import (
     GEGLU,
     Attention,
@@ -94,9 +95,9 @@ def put_in_fp8_(
             rounded = Fp8Linear(layer.weight, layer.bias, rounding)  # type: ignore[arg-type]
         owner.set_submodule(name, rounded)
         source.multiplier = rounded.multiplier
-        # Others would round in passes of their own.
-        able = dispatch.able(_OPS[type(source)], rounded.weight.device)
-        if not source.implementation.startswith("triton") and "triton" in able:
+        # Others round in passes of their own.
+        ours = source.implementation.startswith("triton")
+        if not ours and _runs(_OPS[type(source)], rounded.weight.device):
             source.implementation = "triton"
     for block in _blocks(unet):
         for letter in "qkv":  # they have views of the joined weights, which are used no more
@@ -157,28 +158,38 @@ def _has_product(layer: nn.Module) -> bool:
 def _has_kernel(weight: Tensor) -> bool:
     """Whether a convolution of such weights has a kernel for fp8; a CPU's is the formula."""
     fits = conv3x3.fits(weight, torch.float8_e4m3fn)
-    return fits and (not weight.is_cuda or _convolves(weight.device))
+    return fits and (not weight.is_cuda or _runs("conv3x3", weight.device))
 
 
 @cache
-def _convolves(device: torch.device) -> bool:
-    """Whether our convolution of fp8 runs on this GPU, and is right."""
-    if "triton" not in dispatch.able("conv3x3", device):
+def _runs(op: str, device: torch.device) -> bool:
+    """Whether our kernel of `op`, as it reads or writes fp8, runs on this device and is right."""
+    library, *others = dispatch.able(op, device)
+    if "triton" not in others:
         return False
-    x, weight = (torch.randn(size, device=device) for size in ((1, 128, 24, 24), (128, 128, 3, 3)))
-    given = (x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn))
-    scale = torch.ones(128, device=device) / 64
-    tried = dispatch.try_out(
-        "conv3x3 of fp8",
-        {
-            name: partial(
-                conv3x3.conv3x3,
-                *given,
-                scale=scale,
-                dtype=torch.float16,
-                implementation=name,
-            )
-            for name in ("library", "triton")
-        },
-    )
-    return "triton" in tried
+
+    def numbers(*shape: int) -> Tensor:
+        counted = torch.arange(math.prod(shape), dtype=torch.float32, device=device)
+        return (0.7 * counted).sin().half().view(shape)
+
+    row, multiplier = numbers(64), torch.full((), 8.0, device=device)
+
+    def compute(name: str) -> Tensor:
+        how: dict[str, Any] = {"multiplier": multiplier, "implementation": name}
+        if op == "attention":
+            return attention.attention(*numbers(3, 1, 2, 16, 64), **how)
+        if op == "geglu":
+            return geglu.geglu(numbers(1, 16, 128), **how)
+        if op == "group_norm":
+            return group_norm.group_norm(numbers(1, 64, 8, 8), row, row, 32, 1e-5, **how)
+        if op == "layer_norm":
+            return layer_norm.layer_norm(numbers(1, 16, 64), row, row, 1e-5, **how)[1]
+        x, weight = (
+            numbers(*shape).to(torch.float8_e4m3fn) for shape in ((1, 64, 8, 8), (64, 64, 3, 3))
+        )
+        scale = torch.ones(64, device=device)
+        return conv3x3.conv3x3(x, weight, scale=scale, dtype=torch.float16, implementation=name)
+
+    with torch.cuda.device_of(row):  # type: ignore[no-untyped-call]
+        both = {name: partial(compute, name) for name in (library, "triton")}
+        return "triton" in dispatch.agreeing(f"{op} in fp8", both)

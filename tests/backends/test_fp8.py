@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
 from fastsd import Pipeline
+from fastsd.backends import fp8
 from fastsd.backends.eager import EagerBackend
 from fastsd.backends.for_gpu import JoinedUNet
 from fastsd.backends.fp8 import put_in_fp8_
 from fastsd.errors import UsageError
+from fastsd.kernels import dispatch, geglu
 from fastsd.models.layers import Resnet, TransformerBlock
 from fastsd.models.unet import UNet
 from fastsd.quant.linear import Fp8Conv3x3, Fp8Linear
 from tests.backends.test_for_gpu import conditions
+from tests.distances import relative_l2
 from tests.fp8_pictures import judge_fp8
-from tests.models.oracles import relative_l2
 from tests.models.test_unet import FAMILIES
 
 CPU = torch.device("cpu")
@@ -57,6 +59,24 @@ def test_a_unet_in_fp8_is_near_itself(dtype: torch.dtype) -> None:
 def unet_of(unet: UNet, x: torch.Tensor, times: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = unet(x, unet.time_rows(times)[1], unet.context(text.to(x.dtype)))
     return out.float()
+
+
+@pytest.mark.parametrize("fault", [None, "Failed to find C compiler"])
+def test_a_kernel_rounds_only_where_it_runs(
+    fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = geglu.geglu
+
+    def stand_in(x: torch.Tensor, *, implementation: str, **how: Any) -> torch.Tensor:
+        if implementation == "triton" and fault:
+            raise RuntimeError(fault)
+        return real(x, **how)
+
+    monkeypatch.setattr(dispatch, "able", lambda op, device: ["library", "triton"])
+    monkeypatch.setattr(geglu, "geglu", stand_in)
+    fp8._runs.cache_clear()
+    assert fp8._runs("geglu", CPU) is (fault is None)
+    fp8._runs.cache_clear()
 
 
 @pytest.mark.slow
