@@ -6,11 +6,9 @@ The same weights and request give the same bytes, wherever the checkpoint and fa
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import onnxscript  # noqa: F401  (torch.onnx needs it, and would say so in its own way)
@@ -18,7 +16,7 @@ import torch
 
 from fastsd.artifact import PartEntry, TensorSpec
 from fastsd.export import qdq
-from fastsd.export.parts import GraphPart
+from fastsd.export.parts import GraphPart, quiet, traced
 
 OPSET = 21  # the first whose Q/DQ nodes take blocks; every runtime here reads it
 INLINE_LIMIT = 1 << 30  # bytes of weights inside model.onnx; a protobuf cannot hold 2 GiB
@@ -27,11 +25,9 @@ DATA = "model.onnx.data"
 
 def trace(part: GraphPart) -> ir.Model:
     """Trace a part into a graph whose inputs and outputs have its names."""
-    with _quiet():
+    with _silent(), quiet():
         program = torch.onnx.export(
-            torch.export.export(
-                part.module, part.example, dynamic_shapes=(_dynamic(part),), strict=False
-            ),
+            traced(part),
             dynamo=True,
             opset_version=OPSET,
             input_names=[spec.name for spec in part.inputs],
@@ -67,27 +63,6 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(value.name, value.dtype.numpy().name, shape)
 
 
-# A side of one pixel, at a UNet's lowest level, is a case of its own to torch's tracer, which asks
-# to be told that there is none. Graphs hold no such case: they run at any size.
-_SMALLEST = {"latent_height": 9, "latent_width": 9}  # 2 pixels wide after three halvings
-
-
-def _dynamic(part: GraphPart) -> tuple[dict[int, Any], ...]:
-    """Name the sizes that may vary: "rows", or "8*latent_height" for a multiple of another."""
-    dims: dict[str, Any] = {}
-
-    def dim(word: str) -> Any:
-        factor, _, name = word.rpartition("*")
-        if name not in dims:
-            dims[name] = torch.export.Dim(name, min=_SMALLEST.get(name))
-        return int(factor) * dims[name] if factor else dims[name]
-
-    return tuple(
-        {axis: dim(size) for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in part.inputs
-    )
-
-
 def _strip(model: ir.Model) -> None:
     """Remove stack traces, class names and remarks: they hold paths, and nobody reads them."""
     model.doc_string = None
@@ -116,16 +91,14 @@ def _strip_value(value: ir.Value) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what the exporter says of itself: other packages missing, deprecations inside."""
+def _silent() -> Iterator[None]:
+    """Hold back what the exporter logs of itself: other packages missing, deprecations inside."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

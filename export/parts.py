@@ -1,4 +1,4 @@
-"""What is exported: every part of a model as a module with named inputs and outputs.
+"""What is exported: every part of a model as a module with named inputs and outputs, and its trace.
 
 Two layouts. `standard` has the parts and names that other tools expect (diffusers' ONNX and
 OpenVINO exports, Optimum, openvino-genai). `fast` is our own contract (backends/base.py): what does
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, final
@@ -20,14 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.artifact import TensorSpec, digest_of
-from fastsd.backends.eager import FP16_VAE_SCALE
 from fastsd.backends.for_gpu import JoinedUNet
 from fastsd.checkpoints import Checkpoint
 from fastsd.config import ModelConfig
 from fastsd.errors import UsageError
 from fastsd.models.clip import CLIPOutput, CLIPText
 from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE, Decoder, Encoder, scale_activations_
+from fastsd.models.vae import VAE, fit_fp16_
 
 LAYOUTS = ("standard", "fast")
 SHALLOW = ("aoti",)  # targets whose steps may reuse what the deeper layers made (unet_shallow)
@@ -86,10 +87,9 @@ class GraphPart:
 
 def part_names(checkpoint: Checkpoint, request: Request) -> tuple[str, ...]:
     """Return the parts of a model in the request's layout."""
-    encoders = ("text_encoder", "text_encoder_2")[: len(checkpoint.config.text_encoders)]
     hoisted = ("unet_time", "unet_context") if request.layout == "fast" else ()
     shallow = ("unet_shallow",) if request.target in SHALLOW else ()
-    return (*encoders, *hoisted, "unet", *shallow, "vae_decoder", "vae_encoder")
+    return (*checkpoint.config.text_parts, *hoisted, "unet", *shallow, "vae_decoder", "vae_encoder")
 
 
 def load_part(
@@ -101,18 +101,16 @@ def load_part(
 ) -> GraphPart:
     """Load one part in the request's layout and sizes.
 
-    dtype: of weights and activations. VAEs that overflow in fp16 (`force_upcast`) are rescaled
-    inside, so that they do not.
+    dtype: of weights and activations. VAEs that overflow in fp16 are rescaled inside.
     prepared: given the part's name and the model loaded for it, returns what is traced instead.
     """
     component = next((whole for whole in ("unet", "vae") if name.startswith(whole)), name)
-    module = prepared(name, checkpoint.load(component, dtype))
+    module = checkpoint.load(component, dtype)
+    if isinstance(module, VAE):
+        fit_fp16_(module)
+    module = prepared(name, module)
     if isinstance(module, UNet) and request.target in JOINED:
         module = JoinedUNet(module, next(module.parameters()).device)
-    if component == "vae" and dtype == torch.float16 and checkpoint.config.vae.force_upcast:
-        for half in (module.encoder, module.decoder):
-            assert isinstance(half, (Encoder, Decoder))
-            scale_activations_(half, FP16_VAE_SCALE)
     return _PARTS[name](module, checkpoint.config, request, dtype)
 
 
@@ -173,7 +171,7 @@ _TRACED = {
 }
 
 
-def _traced(size: int | str) -> int:
+def _traced_with(size: int | str) -> int:
     if isinstance(size, int):
         return size
     factor, _, name = size.rpartition("*")
@@ -181,7 +179,7 @@ def _traced(size: int | str) -> int:
 
 
 def _example(spec: TensorSpec, high: int = 1) -> Tensor:
-    shape = [_traced(size) for size in spec.shape]
+    shape = [_traced_with(size) for size in spec.shape]
     generator = torch.Generator().manual_seed(0)
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if dtype.is_floating_point:
@@ -189,8 +187,48 @@ def _example(spec: TensorSpec, high: int = 1) -> Tensor:
     return torch.randint(0, high, shape, generator=generator, dtype=dtype)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return numpy's name, as a TensorSpec has it."""
     return str(dtype).removeprefix("torch.")
+
+
+# --- tracing -------------------------------------------------------------------------------------
+
+# A side of one pixel, at a UNet's lowest level, is a case of its own to torch's tracer, which asks
+# to be told that there is none. Graphs hold no such case: they run at any size.
+_SMALLEST = {"latent_height": 9, "latent_width": 9}  # 2 pixels wide after three halvings
+
+
+def traced(part: GraphPart) -> torch.export.ExportedProgram:
+    """Trace a part; the sizes that are words may vary."""
+    with quiet(), torch.no_grad():  # with gradients Inductor would freeze nothing
+        return torch.export.export(
+            part.module, part.example, dynamic_shapes=(_dynamic(part),), strict=False
+        )
+
+
+def _dynamic(part: GraphPart) -> tuple[dict[int, Any], ...]:
+    """Name the sizes that may vary: "rows", or "8*latent_height" for a multiple of another."""
+    dims: dict[str, Any] = {}
+
+    def dim(word: str) -> Any:
+        factor, _, name = word.rpartition("*")
+        if name not in dims:
+            dims[name] = torch.export.Dim(name, min=_SMALLEST.get(name))
+        return int(factor) * dims[name] if factor else dims[name]
+
+    return tuple(
+        {axis: dim(size) for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in part.inputs
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what tracers and compilers warn of in their own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 # --- the parts' modules --------------------------------------------------------------------------
@@ -213,7 +251,7 @@ def _text_part(index: int) -> Callable[..., GraphPart]:
         module: CLIPText, config: ModelConfig, request: Request, dtype: torch.dtype
     ) -> GraphPart:
         text = config.text_encoders[index]
-        name = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
+        name = config.text_parts[index]
         sizes = _Sizes(request, config)
         # openvino-genai encodes the negative prompt beside the prompt.
         rows = sizes.rows if request.target == "openvino" else sizes.pictures
@@ -248,7 +286,7 @@ def _text_part(index: int) -> Callable[..., GraphPart]:
 def _unet_standard(
     module: UNet, config: ModelConfig, request: Request, dtype: torch.dtype
 ) -> GraphPart:
-    unet, sizes, name = config.unet, _Sizes(request, config), _name(dtype)
+    unet, sizes, name = config.unet, _Sizes(request, config), dtype_name(dtype)
     whole = request.target == "openvino"  # openvino-genai gives int64 of shape (1,), nothing else
     inputs = [
         TensorSpec("sample", name, (sizes.rows, unet.in_channels, *sizes.latent)),
@@ -279,7 +317,7 @@ def _examples(inputs: list[TensorSpec]) -> tuple[Tensor, ...]:
 def _unet_fast(
     module: Told, config: ModelConfig, request: Request, dtype: torch.dtype, part: str = "unet"
 ) -> GraphPart:
-    unet, sizes, name = config.unet, _Sizes(request, config), _name(dtype)
+    unet, sizes, name = config.unet, _Sizes(request, config), dtype_name(dtype)
     zeros = partial(torch.zeros, device=next(module.parameters()).device)
     with torch.no_grad():
         text = zeros(1, config.text_encoders[0].max_tokens, unet.context_width, dtype=dtype)
@@ -299,7 +337,7 @@ def _unet_fast(
         TensorSpec("row", name, (1 if alike else sizes.rows, width)),
         *(
             TensorSpec(
-                label, _name(t.dtype), (sizes.rows, *t.shape[1:-2], sizes.tokens, t.shape[-1])
+                label, dtype_name(t.dtype), (sizes.rows, *t.shape[1:-2], sizes.tokens, t.shape[-1])
             )
             for label, t in kv.items()
         ),
@@ -354,7 +392,7 @@ def _unet_time(
     inputs = [TensorSpec("timesteps", "float32", ("steps",))]
     if unet.pooled_width:
         inputs += [
-            TensorSpec("pooled", _name(dtype), (sizes.rows, unet.pooled_width)),
+            TensorSpec("pooled", dtype_name(dtype), (sizes.rows, unet.pooled_width)),
             TensorSpec("size_ids", "float32", (sizes.rows, unet.size_ids)),
         ]
     if unet.guidance_width:
@@ -373,7 +411,7 @@ def _unet_context(
     sizes = _Sizes(request, config)
     spec = TensorSpec(
         "encoder_hidden_states",
-        _name(dtype),
+        dtype_name(dtype),
         (sizes.rows, sizes.tokens, config.unet.context_width),
     )
 
@@ -390,7 +428,7 @@ def _vae_decoder(
 ) -> GraphPart:
     sizes = _Sizes(request, config)
     shape = (sizes.pictures, config.vae.latent_channels, *sizes.latent)
-    spec = TensorSpec("latent_sample", _name(dtype), shape)
+    spec = TensorSpec("latent_sample", dtype_name(dtype), shape)
     return GraphPart(
         "vae_decoder", _Call(module, module.decode), (spec,), ("sample",), _examples([spec])
     )
@@ -401,7 +439,7 @@ def _vae_encoder(
 ) -> GraphPart:
     sizes = _Sizes(request, config)
     shape = (sizes.pictures, config.vae.in_channels, *sizes.pixels)
-    spec = TensorSpec("sample", _name(dtype), shape)
+    spec = TensorSpec("sample", dtype_name(dtype), shape)
     return GraphPart(
         "vae_encoder",
         _Call(module, module.encode),

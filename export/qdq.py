@@ -21,7 +21,7 @@ import torch
 from onnxscript import opset21
 from torch import Tensor, nn
 
-from fastsd.models.vae import VAE
+from fastsd.models.vae import VAE, overflows_fp16
 from fastsd.quant.apply import quantised
 from fastsd.quant.calibrate import fp8
 from fastsd.quant.linear import grown
@@ -63,7 +63,7 @@ def prepare(
     def prepared(part: str, module: nn.Module) -> nn.Module:
         if spec is None or format_ is None or part not in ("unet", "vae_decoder"):
             return module
-        if isinstance(module, VAE) and module.config.force_upcast and dtype == torch.float16:
+        if isinstance(module, VAE) and overflows_fp16(module):
             return module  # its activations are scaled into fp16's range, away from their roundings
         return with_qdq(module, spec.only(part.partition("_")[0]), format_, dtype)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from fastsd.checkpoints import Checkpoint
 from fastsd.errors import ArtifactError, MissingDependency, UsageError
 from fastsd.export.build import Exporter
 from fastsd.export.for_cpu import bf16_pays, for_cpu, in_bf16
-from fastsd.export.parts import GraphPart, Request, load_part
+from fastsd.export.parts import GraphPart, Request, dtype_name, load_part, quiet, traced
 from fastsd.files import replaced
 from fastsd.kernels import native
 
@@ -152,20 +151,7 @@ def compile_part(part: GraphPart, package: Path) -> tuple[tuple[TensorSpec, ...]
 
 def trace(part: GraphPart) -> tuple[torch.export.ExportedProgram, tuple[TensorSpec, ...]]:
     """Trace a part; return its graph and what it gives."""
-    dims = {
-        name: torch.export.Dim(name)
-        for spec in part.inputs
-        for name in spec.shape
-        if isinstance(name, str)
-    }
-    dynamic = tuple(
-        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in part.inputs
-    )
-    with quiet(), torch.no_grad():  # with gradients Inductor would freeze nothing
-        program = torch.export.export(
-            part.module, part.example, dynamic_shapes=(dynamic,), strict=False
-        )
+    program = traced(part)
     return program, _outputs(program, part.outputs)
 
 
@@ -283,16 +269,8 @@ def _outputs(
     return tuple(
         TensorSpec(
             name,
-            str(tensor.dtype).removeprefix("torch."),
+            dtype_name(tensor.dtype),
             tuple(size if isinstance(size, int) else str(size) for size in tensor.shape),
         )
         for name, tensor in zip(names, tensors, strict=True)
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back what the compiler says of its own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -22,12 +22,14 @@ from fastsd.models.layers import (
     to_tokens,
 )
 
+FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
+
 
 @final
 class PixelAttention(nn.Module):
     """Self-attention of one head over all pixels, after a norm, added to x.
 
-    implementation: which kernel attends, one of `fastsd.kernels.attention.IMPLEMENTATIONS`.
+    implementation: which kernel attends, as `fastsd.kernels.dispatch` has them.
     """
 
     def __init__(self, width: int, *, groups: int, eps: float) -> None:
@@ -121,6 +123,22 @@ class Decoder(nn.Module):
             x = level(x)
         out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
+
+
+def overflows_fp16(vae: VAE) -> bool:
+    """Whether it is in fp16, and goes beyond that between its norms."""
+    return vae.config.force_upcast and vae.dtype == torch.float16
+
+
+def fit_fp16_(vae: VAE) -> None:
+    """Bring what overflows fp16 into its range.
+
+    diffusers upcasts such a VAE to fp32, which takes twice the time and memory; bf16 has the range
+    and an eighth of the precision. This has both.
+    """
+    if overflows_fp16(vae):
+        scale_activations_(vae.decoder, FP16_VAE_SCALE)
+        scale_activations_(vae.encoder, FP16_VAE_SCALE)
 
 
 def scale_activations_(model: Encoder | Decoder, factor: float) -> None:
