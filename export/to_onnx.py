@@ -13,11 +13,10 @@ import torch
 
 from fastsd.artifact import PartEntry
 from fastsd.checkpoints import Checkpoint
+from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.errors import MissingDependency
 from fastsd.export.build import Exporter
 from fastsd.export.parts import Request, load_part
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # int8 and fp8 stand in fp32 graphs
 
 
 @final
@@ -44,7 +43,8 @@ class OnnxExporter(Exporter):
         from fastsd.export import graph, qdq
 
         formats = {"int8": qdq.UINT8, "fp8": qdq.FP8}
-        dtype = DTYPES.get(self.request.precision, torch.float32)
+        # int8 and fp8 stand in fp32 graphs
+        dtype = PRECISIONS.get(self.request.precision, torch.float32)
         prepared = qdq.prepare(self.spec, formats.get(self.request.precision), dtype)
         traced = load_part(self.checkpoint, part, self.request, dtype, prepared)
         return graph.write(graph.trace(traced), traced, folder)

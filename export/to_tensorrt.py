@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from fastsd.artifact import PartEntry, TensorSpec, cache_folder
 from fastsd.backends.cuda_graph import gpu_name
 from fastsd.checkpoints import Checkpoint
+from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.errors import ArtifactError, MissingDependency, OutOfMemory
 from fastsd.export.build import Exporter
 from fastsd.export.parts import Request, load_part
@@ -37,7 +38,6 @@ except ImportError as error:
         "'fastsd[export]'"
     ) from error
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"int8": qdq.INT8, "fp8": qdq.FP8}  # in fp16 graphs
 # Where sizes may vary: smallest, best and largest, as multiples of what was asked for.
 RANGE = (0.5, 1.0, 2.0)
@@ -87,7 +87,7 @@ class TensorrtExporter(Exporter):
         return PartEntry(f"{part}/model.plan", entry.inputs, entry.outputs)
 
     def _write_graph(self, part: str, folder: Path) -> PartEntry:
-        dtype = DTYPES.get(self.request.precision, torch.float16)
+        dtype = PRECISIONS.get(self.request.precision, torch.float16)
         prepared = qdq.prepare(self.spec, FORMATS.get(self.request.precision), dtype)
         traced = load_part(self.checkpoint, part, self.request, dtype, prepared)
         return graph.write(graph.trace(traced), traced, folder)

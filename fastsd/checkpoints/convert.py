@@ -28,13 +28,12 @@ from fastsd.checkpoints.ldm import (
     vae_map,
 )
 from fastsd.checkpoints.save import save_folder
-from fastsd.checkpoints.single import FAMILIES, UNET, VAE, Family
-from fastsd.checkpoints.weights import read_header
+from fastsd.checkpoints.single import FAMILIES, UNET, VAE
+from fastsd.checkpoints.weights import PICKLES, PRECISIONS, ZIP, read_header
 from fastsd.config import CLIPConfig
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.files import check_free, published_file
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _OWN_DTYPES = {"F16": "fp16", "BF16": "bf16"}  # others are written as fp32
 _SECONDS = 1800
 
@@ -61,8 +60,8 @@ def convert(
     """
     target = Path(target)
     check_free(target, "choose another name or move it away")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown; it is one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in PRECISIONS:
+        raise UsageError(f"dtype {dtype!r} is unknown; it is one of {', '.join(PRECISIONS)}")
     single = target.suffix == ".safetensors"
     if single and preset is not None:
         raise UsageError(
@@ -84,7 +83,7 @@ def convert(
         )
         if loras:
             checkpoint = checkpoint.with_loras(loras)
-        chosen = DTYPES[dtype or _own_dtype(checkpoint)]
+        chosen = PRECISIONS[dtype or _own_dtype(checkpoint)]
         modules = {part: checkpoint.load(part, chosen) for part in checkpoint.parts}
         if single:
             tensors_of = _original(checkpoint, modules)
@@ -113,8 +112,7 @@ def _is_pickle(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(16)
-    bare = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    return start.startswith(b"PK\x03\x04") or (bare and start[8:9] != b"{")
+    return start.startswith(ZIP) or (start.startswith(PICKLES) and start[8:9] != b"{")
 
 
 @contextmanager
@@ -174,16 +172,16 @@ def _original(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> dict[
     for keys, text, part in zip(family.texts, config.text_encoders, config.text_parts, strict=True):
         state = modules[part].state_dict()
         write = _open_clip if keys.open_clip else _clip
-        tensors |= {f"{keys.prefix}{key}": t for key, t in write(state, text, family).items()}
+        tensors |= {f"{keys.prefix}{key}": t for key, t in write(state, text).items()}
     return tensors
 
 
-def _clip(state: Mapping[str, Tensor], text: CLIPConfig, _: Family) -> dict[str, Tensor]:
+def _clip(state: Mapping[str, Tensor], text: CLIPConfig) -> dict[str, Tensor]:
     names = clip_map(text.layers)
     return {f"{names.original(name)}": tensor for name, tensor in state.items()}
 
 
-def _open_clip(state: Mapping[str, Tensor], text: CLIPConfig, family: Family) -> dict[str, Tensor]:
+def _open_clip(state: Mapping[str, Tensor], text: CLIPConfig) -> dict[str, Tensor]:
     names = open_clip_map(text.layers)
     ours = {name: key for key, name in OPEN_CLIP_TENSORS.items()}
     tensors: dict[str, Tensor] = {}

@@ -27,18 +27,19 @@ _ITEM_BITS = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
     "F4": 4,
 }
+# What a model can be computed or kept in, by the names that users give.
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _SHOWN = 5  # keys in a message
 
 CONVERT = "fastsd convert FILE NEW reads its weights, and nothing else, in a process of its own"
+# How pickles begin: those in torch's zip, and bare ones of each protocol.
+ZIP, PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 # How files begin that are often found where weights should be -> what they are, and what to do.
-_BEGINNINGS = (
-    (b"PK\x03\x04", f"a PyTorch pickle in a zip: loading it could run any code; {CONVERT}"),
-    (b"\x80\x02", f"a Python pickle: loading it could run any code; {CONVERT}"),
-    (b"\x80\x03", f"a Python pickle: loading it could run any code; {CONVERT}"),
-    (b"\x80\x04", f"a Python pickle: loading it could run any code; {CONVERT}"),
-    (b"\x80\x05", f"a Python pickle: loading it could run any code; {CONVERT}"),
+_BEGINNINGS: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
+    (ZIP, f"a PyTorch pickle in a zip: loading it could run any code; {CONVERT}"),
+    (PICKLES, f"a Python pickle: loading it could run any code; {CONVERT}"),
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; fetch them: git lfs pull"),
     (b"GGUF", "a GGUF file, which fastsd does not read; use the safetensors form of the model"),
     (b"<", "a web page or XML, perhaps saved in place of a failed download; download it again"),
