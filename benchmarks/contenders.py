@@ -12,19 +12,18 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from platformdirs import user_cache_path
-
+from fastsd.artifact import cache_folder, read_manifest
 from fastsd.backends import BACKENDS, ENGINES, RUNS_ON
 from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.export import EXPORTERS
 from fastsd.export.parts import QUANTISED
-from fastsd.files import read_json
 
 ASK = "ask for it by --contenders"
 BENCH_EXTRA = "pip install 'fastsd[bench]'"
@@ -97,19 +96,15 @@ class Contender:
         """Where what it prepares is kept: one folder a model, shape and version of its packages."""
         if self.prepares is None:
             return None
-        checkpoint = open_checkpoint(scene.model)
-        files = [file for part in checkpoint.parts.values() for file in part.weights]
         facts = {
-            "config": asdict(checkpoint.config),
-            "model": str(checkpoint.path),
-            "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            "model": open_checkpoint(scene.model).fingerprint(),
             "shape": (scene.size, scene.batch, scene.guided),
             "versions": {name: version(name) for name in ("torch", *self.packages)},
             "code": [_code_digest(package) for package in self.code],
         }
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         model = "".join(c if c.isalnum() else "-" for c in Path(scene.model).name)
-        return user_cache_path("fastsd") / "bench" / f"{self.kept}-{model}-{scene.size}-{digest}"
+        return cache_folder() / "bench" / f"{self.kept}-{model}-{scene.size}-{digest}"
 
 
 def version(package: str) -> str:
@@ -314,12 +309,10 @@ def _cached(engine: Contender) -> Contender:
 
 def _precisions(home: str) -> Sequence[str]:
     """What a backend or exporter can compute in, as far as it can be imported here."""
-    module, attribute = home.split(":")
     try:
-        kind = getattr(importlib.import_module(module), attribute)
+        return tuple(resolve_name(home).precisions)
     except ImportError:
         return ("fp32",)
-    return tuple(kind.precisions)
 
 
 def contenders(device: str) -> dict[str, Contender]:
@@ -354,7 +347,7 @@ def choose(known: Mapping[str, Contender], patterns: Sequence[str]) -> list[Cont
 
 def _exported(name: str, folder: Path) -> Contender:
     """An engine on disk; its manifest says what it computes in."""
-    precision = str(read_json(folder / "manifest.json").get("precision"))
+    precision = read_manifest(folder).precision
     options = {"folder": str(folder.resolve())}
     return Contender(name, f"{_DRAWING}:open_engine", options, precision=precision, copies=2.2)
 

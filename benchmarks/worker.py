@@ -15,19 +15,12 @@ import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Mapping  # noqa: E402
 from dataclasses import asdict  # noqa: E402
-from importlib import import_module  # noqa: E402
+from pkgutil import resolve_name  # noqa: E402
 from typing import TYPE_CHECKING, Any, TextIO  # noqa: E402
 
 if TYPE_CHECKING:
     from fastsd.benchmarks.contenders import Scene
     from fastsd.benchmarks.drawing import Drawer
-
-
-def resolve(path: str) -> Callable[..., Any]:
-    """Import "module:function"."""
-    module, name = path.split(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
 
 
 class Worker:
@@ -69,7 +62,7 @@ class Worker:
         # fp32, and has them as its users do.
         if str(options.get("precision", "fp32")) == "fp32":
             torch.backends.cudnn.allow_tf32 = False
-        function = resolve(opens)
+        function = resolve_name(opens)
         imported = time.time()
         self.drawer = function(self.scene, **options)
         loaded, loaded_mark = time.time(), time.perf_counter()
@@ -93,7 +86,7 @@ class Worker:
     ) -> dict[str, Any]:
         """Make what the contender needs, once."""
         start = time.perf_counter()
-        resolve(prepares)(_scene(scene), **options)
+        resolve_name(prepares)(_scene(scene), **options)
         return {"seconds": time.perf_counter() - start}
 
     def draw(self, draw: int, keep: str | None = None) -> dict[str, Any]:

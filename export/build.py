@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import importlib
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -291,8 +291,7 @@ def open_exporter(checkpoint: Checkpoint, request: Request) -> Exporter:
         raise UsageError(
             f"target {request.target!r} is unknown; it is one of {', '.join(EXPORTERS)}"
         )
-    module, attribute = EXPORTERS[request.target].split(":")
-    exporter: Exporter = getattr(importlib.import_module(module), attribute)(checkpoint, request)
+    exporter: Exporter = resolve_name(EXPORTERS[request.target])(checkpoint, request)
     return exporter
 
 

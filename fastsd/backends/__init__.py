@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -72,7 +72,7 @@ def open_backend(
             f"backend {name!r} runs exported engines: make one with "
             f"`fastsd export MODEL -o DIR --to {target}`, then give DIR as the model"
         )
-    backend: Backend = _load(name)(
+    backend: Backend = resolve_name(BACKENDS[name])(
         checkpoint, precision=precision, device=device, on_host=on_host, weights=weights
     )
     return backend
@@ -83,7 +83,7 @@ def engine_class(target: str) -> type[ArtifactBackend]:
     name = ENGINES.get(target, target)
     if name not in BACKENDS:
         raise UsageError(f"this fastsd cannot run engines of {target!r}, only {', '.join(ENGINES)}")
-    found: type[ArtifactBackend] = _load(name)
+    found: type[ArtifactBackend] = resolve_name(BACKENDS[name])
     return found
 
 
@@ -110,8 +110,3 @@ def open_artifact(
         )
     artifact.check_machine(kind.machine(device))
     return kind(artifact, config, device=device)
-
-
-def _load(name: str) -> Any:
-    module, attribute = BACKENDS[name].split(":")
-    return getattr(importlib.import_module(module), attribute)

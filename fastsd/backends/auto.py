@@ -6,8 +6,6 @@ a file a model, and holds for the weights, machine, torch and fastsd it was meas
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,13 +124,5 @@ def _here() -> dict[str, str]:
 
 
 def _file(checkpoint: Checkpoint) -> Path:
-    """Name a model by its config and its files as the disk lists them: hashing takes seconds."""
-    weights = [
-        [part, str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-        for part, files in sorted(checkpoint.parts.items())
-        for file in files.weights
-        for stat in [file.stat()]
-    ]
-    facts = json.dumps({"config": asdict(checkpoint.config), "weights": weights}, sort_keys=True)
-    name = hashlib.sha256(facts.encode()).hexdigest()[:24]
-    return cache_folder() / "tuned" / f"{name}-{torch.get_num_threads()}.json"
+    name = f"{checkpoint.fingerprint()[:24]}-{torch.get_num_threads()}.json"
+    return cache_folder() / "tuned" / name

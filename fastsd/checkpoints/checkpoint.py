@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import re
@@ -151,6 +153,19 @@ class Checkpoint:
                 merge_(weight, weight, deltas)
         return module
 
+    def fingerprint(self) -> str:
+        """Tell this model from others by a digest of its config, and of its files as the disk lists
+        them: reading them all takes seconds."""
+        weights = [
+            [part, str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+            for part, files in sorted(self.parts.items())
+            for file in files.weights
+            for stat in [file.stat()]
+        ]
+        merged = [(lora.digest(), strength) for lora, strength in self.merged]
+        facts = {"config": asdict(self.config), "weights": weights, "merged": merged}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     @property
     def builders(self) -> dict[str, Callable[[], nn.Module]]:
         """What builds each part's module, with initial weights."""
@@ -244,8 +259,7 @@ def _opened(
 
 def _random(model: str) -> Checkpoint:
     config = preset(model)
-    encoders = ("text_encoder", "text_encoder_2")[: len(config.text_encoders)]
-    parts = {part: PartFiles(()) for part in (*encoders, "unet", "vae")}
+    parts = {part: PartFiles(()) for part in (*config.text_parts, "unet", "vae")}
     return Checkpoint(Path(model), config, parts, tokenizer_folders=(), passed_over=())
 
 
