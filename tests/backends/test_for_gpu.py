@@ -25,7 +25,7 @@ from fastsd.models.layers import (
 )
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
-from tests.models.oracles import relative_l2
+from tests.distances import relative_l2
 from tests.models.test_unet import FAMILIES
 
 CPU = torch.device("cpu")

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from fastsd.config import VAEConfig
 from fastsd.export.for_cpu import Norm, NormThen, for_cpu
 from fastsd.kernels import native
-from fastsd.models.layers import Attention, PhasedUpsample, Resnet, Upsample
+from fastsd.models.layers import Attention, GroupNorm, PhasedUpsample, Resnet, Upsample
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, Decoder, PixelAttention
 from fastsd.quant.apply import layers, quantised
 from fastsd.quant.linear import Bf16Layer
 from fastsd.quant.spec import ROUNDED_ROLES, Rounding, role
-from tests.models.oracles import relative_l2, shake_
+from tests.distances import relative_l2
+from tests.models.oracles import shake_
 from tests.quant.test_quant import UNET
 
 OWN = native.obstacle() is None
@@ -65,7 +66,7 @@ def test_the_exact_unet_stays_exact(linear: bool) -> None:
     assert relative_l2(rewritten(*call), exact) <= 2e-6
     kinds = [type(m) for m in rewritten.modules()]
     assert kinds.count(NormThen) and (Norm in kinds) == linear
-    assert nn.GroupNorm not in kinds and Upsample in kinds
+    assert GroupNorm not in kinds and Upsample in kinds
 
 
 @needs_kernels

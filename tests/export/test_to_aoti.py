@@ -37,6 +37,7 @@ from fastsd.models.layers import Resnet
 from fastsd.quality import psnr
 from fastsd.quant.apply import quantised
 from fastsd.quant.spec import Rounding
+from tests.distances import relative_l2
 from tests.fixtures import write_sd1
 
 SIZE = (64, 64)
@@ -102,8 +103,8 @@ def test_int8_layers_become_integer_products_of_onednn(tmp_path: Path, cpu_kerne
         # A rounding may fall the other way, and without VNNI oneDNN cuts sums of two products to
         # 16 bits.
         far = 0.02 if torch.cpu._is_vnni_supported() else 0.1
-        assert _relative(got, rounded) < far
-        assert 1e-4 < _relative(got, expected) < max(far, 0.05)
+        assert relative_l2(got, rounded) < far
+        assert 1e-4 < relative_l2(got, expected) < max(far, 0.05)
 
 
 class Chain(nn.Module):
@@ -144,10 +145,6 @@ def resident_bytes() -> int:
     """How much memory this process holds, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
 
 
 class _Counted:

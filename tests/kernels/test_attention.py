@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.kernels import dispatch, reference
 from fastsd.kernels.attention import attention, candidates
+from tests.distances import relative_l2
 
 # (B, M, Nq, N, K): self-attention of SD1.5 at 64x64 latents (one head of eight: the scores take
 # 64 MB) and at 16x16, SDXL's at 32x32, the cross-attentions of both, 9x17 latents, the VAE's single
@@ -37,10 +38,6 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Ten
         torch.randn(b, tokens, m, k, generator=generator).to(dtype).transpose(1, 2)
         for tokens in (nq, n, n)
     ]
-
-
-def relative_l2(ours: Tensor, truth: Tensor) -> float:
-    return float((ours.float() - truth.float()).norm() / truth.float().norm())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from fastsd.errors import ArtifactError, MissingDependency, UsageError
 from fastsd.kernels import native, reference
 from fastsd.kernels.attention import attention
-from tests.kernels.test_attention import draw, relative_l2
+from tests.distances import relative_l2
+from tests.kernels.test_attention import draw
 
 pytestmark = pytest.mark.skipif(
     native.obstacle() is not None, reason=f"our CPU kernels cannot run here: {native.obstacle()}"

@@ -14,12 +14,6 @@ from fastsd.config import CLIPConfig, UNetConfig, VAEConfig
 BAR = 1e-5  # relative L2, fp32
 
 
-def relative_l2(ours: Tensor, truth: Tensor) -> float:
-    """||ours - truth|| / ||truth||, after a check that the shapes are equal."""
-    assert ours.shape == truth.shape
-    return float((ours - truth).norm() / truth.norm())
-
-
 def shake_(module: nn.Module) -> nn.Module:
     """Give norms gains and biases that are not 1 and 0, so that a wrong one shows; freeze."""
     with torch.no_grad():

@@ -13,8 +13,9 @@ from torch import Tensor
 from fastsd.config import SD15, CLIPConfig
 from fastsd.errors import UsageError
 from fastsd.models.clip import CLIPText
+from tests.distances import relative_l2
 from tests.models import oracles
-from tests.models.oracles import BAR, relative_l2
+from tests.models.oracles import BAR
 
 EOS = 99
 SMALL = CLIPConfig(vocab_size=100, width=32, mlp_width=48, layers=3, heads=4, eos_token_id=EOS)

@@ -9,7 +9,8 @@ from diffusers import AutoencoderTiny
 
 from fastsd.checkpoints.configs import read_vae, write_vae
 from fastsd.models.tiny_vae import TinyVAE
-from tests.models.oracles import BAR, relative_l2
+from tests.distances import relative_l2
+from tests.models.oracles import BAR
 
 
 def test_it_equals_diffusers() -> None:

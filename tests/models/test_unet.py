@@ -15,8 +15,9 @@ from fastsd.config import SD15, SDXL, UNetConfig
 from fastsd.errors import UsageError
 from fastsd.models.layers import Attention, GroupNorm, Resnet, use_kernel
 from fastsd.models.unet import UNet
+from tests.distances import relative_l2
 from tests.models import oracles
-from tests.models.oracles import BAR, relative_l2
+from tests.models.oracles import BAR
 
 SD1 = UNetConfig(
     widths=(32, 64, 96), depths=(1, 1, 0), heads=(4, 4, 4), context_width=24, norm_groups=8

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastsd.config import SD15, VAEConfig
 from fastsd.models.vae import VAE, scale_activations_
+from tests.distances import relative_l2
 from tests.models import oracles
-from tests.models.oracles import BAR, relative_l2
+from tests.models.oracles import BAR
 
 SMALL = VAEConfig(widths=(16, 32, 48), norm_groups=8)
 VARIANTS = {

@@ -20,7 +20,7 @@ from fastsd.models.unet import UNet
 from fastsd.pipeline import Pipeline
 from fastsd.quality import psnr
 from fastsd.quant.weights import Int8Weight, keep_in_int8_
-from tests.models.oracles import relative_l2
+from tests.distances import relative_l2
 from tests.models.test_unet import FAMILIES
 
 CPU = torch.device("cpu")
