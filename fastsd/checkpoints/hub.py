@@ -110,8 +110,8 @@ def _cached(repo_id: str, revision: str | None, cache_dir: str | Path | None) ->
     if not isinstance(index, str):
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
-            f"{repo_id!r}{at} is no folder here and not in the cache; give a folder, or download "
-            "it with local_files_only=False"
+            f"{repo_id!r}{at} is no folder here and not in the cache; give a folder, or open it "
+            "once with a network: its files stay in the cache"
         )
     return Path(index).parent
 
