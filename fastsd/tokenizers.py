@@ -84,9 +84,9 @@ class CLIPTokenizer:
     def from_folder(cls, path: str | Path) -> CLIPTokenizer:
         """Read tokenizer.json, or vocab.json with merges.txt. Raises CheckpointError."""
         folder = Path(path)
-        whole = _read_optional(folder / "tokenizer.json")
-        if whole:
-            source = folder / "tokenizer.json"
+        source = folder / "tokenizer.json"
+        whole = _read_optional(source)
+        if source.exists():
             model = whole.get("model") or {}
             vocab, merges = model.get("vocab"), model.get("merges")
         elif (folder / "vocab.json").is_file():
