@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+import zipfile
 from contextlib import suppress
+from typing import Any
 
 # bytes beyond the file's own size: torch's libraries, and the tensors' copies
 _ADDRESS_SPACE, _ROOM = 24 << 30, 64 << 20
 _SECONDS, _FILES = 900, 256
-# what torch.load raises for files cut short or made up
+# what zipfile and torch.load raise for files cut short or made up
 _DAMAGED = (RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, TypeError)
+_INSTEAD = "nothing of it was run; get the model as safetensors"
 
 
 def limit(size: int) -> None:
@@ -25,7 +28,7 @@ def limit(size: int) -> None:
 
         for what, most in (
             (resource.RLIMIT_AS, 4 * size + _ADDRESS_SPACE),
-            (resource.RLIMIT_FSIZE, 2 * size + _ROOM),
+            (resource.RLIMIT_FSIZE, _largest(size) + _ROOM),  # and the header
             (resource.RLIMIT_CPU, _SECONDS),
             (resource.RLIMIT_NOFILE, _FILES),
             (resource.RLIMIT_CORE, 0),
@@ -40,34 +43,86 @@ def limit(size: int) -> None:
 
 def main(source: str, target: str) -> str | None:
     """Write the tensors of `source` to `target`; return what is wrong, or None."""
-    limit(os.path.getsize(source))
+    size = os.path.getsize(source)
+    limit(size)
+    if wrong := _wrong_zip(source, size):
+        return wrong
     from pickle import UnpicklingError
 
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        named = f"it asks for {wanted[1]}" if wanted else str(error).splitlines()[0]
-        return f"it holds more than weights ({named}); nothing of it was run"
-    except _DAMAGED as error:
-        return f"it is damaged or no checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
+        with open(source, "rb") as file:  # of a name torch would go by the ending
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        return "it needs more memory than this process may have"
+    except (UnpicklingError, *_DAMAGED) as error:
+        said = str(error)
+        if wanted := re.search(r"GLOBAL ([\w.]+)", said):
+            return f"it holds more than weights (it asks for {wanted[1]}); {_INSTEAD}"
+        if isinstance(error, UnpicklingError) or "weights_only" in said:
+            # not in torch's words, which advise to read it unsafely
+            return (
+                "it holds what torch's reader of weights alone does not take: more than weights, "
+                f"or damage; {_INSTEAD}"
+            )
+        return f"it is damaged or no checkpoint: {_first_line(error)}"
     if isinstance(loaded, dict):
         for wrapper in ("state_dict", "model", "params_ema"):
             if isinstance(loaded.get(wrapper), dict):
                 loaded = loaded[wrapper]
                 break
-    tensors = {}
-    for key in list(loaded) if isinstance(loaded, dict) else ():
-        value = loaded.pop(key)
-        if isinstance(key, str) and isinstance(value, torch.Tensor):
-            tensors[key] = value.detach().clone().contiguous()  # storages may be shared
-    if not tensors:
+    found = {
+        key: value
+        for key, value in (loaded.items() if isinstance(loaded, dict) else ())
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
+    del loaded
+    if not found:
         return "it holds no named tensors"
-    save_file(tensors, target, metadata={"format": "pt"})
+    total = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    if total > _largest(size):  # views repeat what is stored once
+        return f"it has {size} bytes, and its tensors would take {total}: it is no checkpoint"
+    tensors: dict[str, Any] = {}
+    try:
+        for key in list(found):
+            tensors[key] = found.pop(key).detach().clone().contiguous()  # storages may be shared
+        save_file(tensors, target, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        folder = os.path.dirname(target)
+        return f"its tensors do not go into {folder}: {error}; free some space, or set TMPDIR"
+    except (RuntimeError, ValueError, LookupError) as error:  # sparse, quantised, without numbers
+        return f"its tensors have no form in safetensors: {_first_line(error)}"
     return None
+
+
+def _largest(size: int) -> int:
+    """Return how many bytes the tensors of a file may take: weights under two names take twice."""
+    return 2 * size + _ROOM
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def _wrong_zip(source: str, size: int) -> str | None:
+    """Refuse a zip whose entries are larger than it; torch never compresses what it writes."""
+    with open(source, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return None
+        try:
+            with zipfile.ZipFile(file) as archive:
+                total = sum(entry.file_size for entry in archive.infolist())
+        except (zipfile.BadZipFile, *_DAMAGED) as error:
+            return f"it is damaged or no checkpoint: {_first_line(error)}"
+    if total <= size:
+        return None
+    return (
+        f"it has {size} bytes and would unpack to {total}, though torch compresses nothing; "
+        f"{_INSTEAD}"
+    )
 
 
 if __name__ == "__main__":

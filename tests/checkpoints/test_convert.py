@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -111,19 +113,50 @@ class Hostile:
         return os.system, (self.command,)
 
 
-@pytest.mark.parametrize("bare", [False, True])
-def test_a_hostile_pickle_runs_nothing(bare: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [None, 2, 4])
+def test_a_hostile_pickle_runs_nothing(protocol: int | None, tmp_path: Path) -> None:
     proof, file = tmp_path / "proof", tmp_path / "evil.ckpt"
     data = {"state_dict": {"w": torch.zeros(2)}, "x": Hostile(f"touch {proof}")}
-    if bare:
-        file.write_bytes(pickle.dumps(data, protocol=2))
-    else:
+    if protocol is None:
         torch.save(data, file)
+    else:
+        file.write_bytes(pickle.dumps(data, protocol=protocol))
     with pytest.raises(
-        CheckpointError, match="evil.ckpt was not converted: .*nothing of it was run"
-    ):
+        CheckpointError, match="evil.ckpt was not converted: it holds .*nothing of it was run"
+    ) as raised:
         convert(file, tmp_path / "out.safetensors")
+    assert "weights_only" not in str(raised.value)  # torch advises to load it without
     assert not proof.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["evil.ckpt"]
+
+
+def test_a_pickle_by_a_name_of_safetensors(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(3.0)}, file := tmp_path / "misnamed.safetensors")
+    convert(file, tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["compressed", pytest.param("repeated", marks=pytest.mark.slow)])
+def test_a_small_pickle_of_much(kind: str, tmp_path: Path) -> None:
+    """Neither a zip's entries nor the tensors' numbers may be far more than what the file holds."""
+    file = tmp_path / "bomb.pt"
+    if kind == "repeated":
+        torch.save({"w": torch.zeros(1).expand(1 << 36)}, file)
+    else:
+        torch.save({"w": torch.zeros(1 << 16)}, stored := io.BytesIO())
+        with ZipFile(stored) as whole, ZipFile(file, "w", ZIP_DEFLATED) as small:
+            for name in whole.namelist():
+                small.writestr(name, whole.read(name))
+    expected = f"bomb.pt was not converted: it has {file.stat().st_size} bytes,? and .*would"
+    with pytest.raises(CheckpointError, match=expected):
+        convert(file, tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["bomb.pt"]
+
+
+@pytest.mark.slow
+def test_tensors_that_safetensors_lacks(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(2, dtype=torch.complex128)}, file := tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match="odd.pt was not converted: its tensors have no form"):
+        convert(file, tmp_path / "out.safetensors")
 
 
 def test_a_pickle_sees_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
