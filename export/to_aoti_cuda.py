@@ -42,7 +42,7 @@ from fastsd.kernels import native
 from fastsd.models.layers import Attention
 from fastsd.models.unet import UNet
 from fastsd.quant.calibrate import fp8
-from fastsd.quant.linear import FP8_WIDTHS, Fp8Linear
+from fastsd.quant.linear import Fp8Linear, has_fp8
 from fastsd.quant.spec import Rounding, shares_input
 
 LINES = "TRITON_DISABLE_LINE_INFO"
@@ -161,8 +161,7 @@ def _in_fp8(layer: nn.Module, rounding: Rounding) -> nn.Module:
 
 def _takes_fp8(name: str, layer: nn.Module) -> bool:
     """Whether a layer of a model has an fp8 product in torch."""
-    fits = isinstance(layer, nn.Linear) and not any(w % FP8_WIDTHS for w in layer.weight.shape)
-    return fits and name.startswith("unet.")
+    return isinstance(layer, nn.Linear) and has_fp8(layer) and name.startswith("unet.")
 
 
 FORM = fp8(_in_fp8, _takes_fp8)

@@ -47,13 +47,8 @@ def quantised(
     shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
     clone = copy.deepcopy(module, shared)
     for name, rounding in roundings.items():
-        _replace(clone, name, make(found[name], rounding))
+        clone.set_submodule(name, make(found[name], rounding))
     return clone
-
-
-def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module.get_submodule(parent).register_module(leaf, layer)
 
 
 @contextmanager
@@ -69,11 +64,11 @@ def swapped(
     own = layers(module)
     try:
         for name, rounding in roundings.items():
-            _replace(module, name, make(own[name], rounding))
+            module.set_submodule(name, make(own[name], rounding))
         yield
     finally:
         for name in roundings:
-            _replace(module, name, own[name])
+            module.set_submodule(name, own[name])
 
 
 def products(module: nn.Module, run: Callable[[], object]) -> dict[str, int]:

@@ -32,6 +32,13 @@ _ops = torch.ops.quantized_decomposed
 FP8_WIDTHS = 16  # that fp8 products are made for: multiples of it
 
 
+def has_fp8(layer: nn.Module) -> bool:
+    """Whether a linear layer's widths, or those of several joined, are what fp8 products take."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return not any(width % FP8_WIDTHS for width in weight.shape)
+
+
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round (C_out, …) to (int8 of -127..127, scales (C_out,) fp32), the largest value at 127."""
     scale = weight.detach().float().flatten(1).abs().amax(1).clamp_min(1e-12) / 127
