@@ -574,17 +574,23 @@ def check_finite(x: Tensor, what: str) -> None:
         )
 
 
+# What torch's plain RuntimeErrors say: the CPU's allocator, and sizes that no address reaches.
+_OUT_OF_MEMORY = ("allocate memory", "Storage size calculation overflowed")
+
+
 @contextmanager
 def explained_memory_errors(what: str) -> Iterator[None]:
-    """Turn torch's several ways of running out of memory into OutOfMemory, with advice."""
+    """Turn the several ways of running out of memory into OutOfMemory, with advice."""
     try:
         yield
-    except (
-        RuntimeError
-    ) as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except OutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:  # numpy's and Pillow's; torch's
+        told = str(error) or type(error).__name__
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(words in told for words in _OUT_OF_MEMORY):
             raise
-        reason = str(error).splitlines()[0]
+        reason = told.splitlines()[0]
     else:
         return
     raise OutOfMemory(

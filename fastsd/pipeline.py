@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL.Image import Image
@@ -42,7 +42,7 @@ from fastsd.checkpoints import (
 )
 from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
-from fastsd.images import to_pil
+from fastsd.images import MOST_PIXELS, to_pil
 from fastsd.kernels import dispatch
 from fastsd.models.layers import LAYERS
 from fastsd.models.tiny_vae import TinyVAE
@@ -66,7 +66,7 @@ log = logging.getLogger("fastsd")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
-Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 Preview = Callable[[int, list[Image]], object]
 
 WATCHED, WATCHED_STEPS = 2, 4  # pictures and their steps by which fp8's ranges are found
@@ -88,6 +88,7 @@ INSTEAD = {
     "fuse_lora": "LoRAs are always merged into the weights; drop the call",
     "unfuse_lora": "unload_lora_weights takes LoRAs out of the weights, to the last bit",
     "ip_adapter_image": "pictures as prompts are not supported yet; drop it",
+    "ip_adapter_image_embeds": "pictures as prompts are not supported yet; drop it",
     "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
     "masked_image_latents": "it is made from image and mask_image; drop it",
     "negative_original_size": "both halves are told original_size; drop it",
@@ -96,6 +97,8 @@ INSTEAD = {
     "padding_mask_crop": "crop the picture and the mask yourself, and paste the result back",
     "scheduler": "choose it by name with sampler=, as listed by `fastsd samplers`",
     "trust_remote_code": "code from a checkpoint is never run; drop it",
+    "_guidance_scale": "set it on the object that callback_on_step_end is given",
+    "_interrupt": "set it on the object that callback_on_step_end is given",
 }
 
 
@@ -106,11 +109,19 @@ class Output:
     images: PIL pictures; or numpy (B, H, W, 3) or torch (B, 3, H, W) in [0, 1]; or latents (B, C,
     h, w).
     metadata: a dict of plain JSON data for each picture, enough to draw it again.
+    As in diffusers, output[0] and output["images"] are the pictures too.
     """
 
     images: Any
     metadata: list[dict[str, Any]]
     nsfw_content_detected: None = None
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, None]:
+        """Return what return_dict=False gives."""
+        return self.images, self.nsfw_content_detected
 
 
 @dataclass(frozen=True)
@@ -696,8 +707,12 @@ class Pipeline:
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
         )
+        prompts.check_embeds(self.config)
         count = _check_count("num_images_per_prompt", num_images_per_prompt)
-        source = self._source(prompts, image, mask_image, outpaint, (height, width), mask_feather)
+        with explained_memory_errors("image at this size"):
+            source = self._source(
+                prompts, image, mask_image, outpaint, (height, width), mask_feather
+            )
         guidance = self._default_guidance(source) if guidance_scale is None else guidance_scale
         _check_number("guidance_scale", guidance)
         _check_fraction("guidance_rescale", guidance_rescale)
@@ -711,6 +726,8 @@ class Pipeline:
             self._check_cached(batch_invariant)
         for name in callback_on_step_end_tensor_inputs:
             _check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
+        timesteps = _levels("timesteps", timesteps)
+        sigmas = _levels("sigmas", sigmas)
         size = self._size(height, width) if source is None else source.size(self.config)
         if num_inference_steps is None:
             if sigmas is None and timesteps is None:
@@ -875,6 +892,11 @@ class Pipeline:
                 raise UsageError(
                     f"mask_feather must be a whole number of pixels, 0 or more, not {feather!r}"
                 )
+            if feather > max(source.size(self.config)):
+                raise UsageError(
+                    f"mask_feather {feather} is wider than the picture, "
+                    f"{max(source.size(self.config))} pixels; give fewer"
+                )
             if source.mask is None or source.latent:
                 raise UsageError(
                     "mask_feather keeps a picture's own pixels outside a mask; give mask_image "
@@ -910,7 +932,8 @@ class Pipeline:
         default = self.config.default_size
         size = (default if height is None else height, default if width is None else width)
         for name, side in zip(("height", "width"), size, strict=True):
-            _check_count(name, side)
+            if _check_count(name, side) >= MOST_PIXELS:
+                raise UsageError(f"{name} must be below {MOST_PIXELS} pixels, not {side}")
             if side % factor:
                 below = side // factor * factor
                 near = f"{below} or {below + factor}" if below else f"{factor}"
@@ -967,6 +990,12 @@ class Pipeline:
             }
             for i in range(prompts.batch * count)
         ]
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "a Pipeline cannot be pickled or copied: it holds the device's memory; load it in each "
+            "process with from_pretrained"
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise UnknownName(f"Pipeline has no {name!r}; {_instead(name, dir(type(self)))}")
@@ -1152,11 +1181,7 @@ class Call:
 
     def _prepare(self, noise: Noise, latents: Tensor | None) -> Start:
         if latents is not None:
-            if tuple(latents.shape) != self._latent_shape:
-                raise UsageError(
-                    f"latents have shape {tuple(latents.shape)}, expected {self._latent_shape} "
-                    "(pictures, channels, height / 8, width / 8)"
-                )
+            _check_latents(latents, self._latent_shape)
             latents = latents.to(self._backend.device, torch.float32)
         return tasks.prepare(
             self._backend,
@@ -1185,10 +1210,16 @@ class Call:
         }
         given = {name: tensors[name] for name in self._callback_tensors}
         before = self._guidance_scale
-        changed = self._callback(self, row, float(self._table.timesteps[row]), given) or {}
+        timestep = torch.tensor(self._table.timesteps[row], dtype=torch.float32)
+        changed = self._callback(self, row, timestep, given) or {}
+        if not isinstance(changed, dict):
+            raise UsageError(
+                "callback_on_step_end must return a dict of what it changed, or None, not "
+                f"{tasks.described(changed)}"
+            )
         latents = changed.get("latents", self._loop.latents)
         if latents is not self._loop.latents:
-            self._loop.latents.copy_(latents)
+            self._loop.latents.copy_(_check_latents(latents, self._loop.latents.shape))
         context = changed.get("prompt_embeds", self._conditioning.context)
         if context is not self._conditioning.context or before != self._guidance_scale:
             self._rebind(context)
@@ -1196,7 +1227,12 @@ class Call:
 
     def _rebind(self, context: Tensor) -> None:
         """Go on with another context or guidance weight, as diffusers' loop does."""
-        batch = len(self._loop.latents)
+        width, batch = self._config.unet.context_width, len(self._loop.latents)
+        if not isinstance(context, Tensor) or context.ndim != 3 or context.shape[-1] != width:
+            raise UsageError(
+                "prompt_embeds that the callback returns must be a torch tensor (rows, tokens, "
+                f"{width}), not {tasks.described(context)}"
+            )
         kept = 2 * batch if self.do_classifier_free_guidance else batch
         if len(context) < kept:
             raise UsageError(
@@ -1253,18 +1289,55 @@ def _generators(
     if generator is not None:
         if seed is not None:
             raise UsageError("give either seed or generator, not both")
-        if not isinstance(generator, torch.Generator) and len(generator) != batch:
-            raise UsageError(f"{len(generator)} generators were given for {batch} pictures")
-        return None, generator
-    if seed is None:
-        seed = int(torch.randint(2**31, (1,)))
-    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
+        if isinstance(generator, torch.Generator):
+            return None, generator
+        given: list[Any] = [generator]
+        if isinstance(generator, (list, tuple)):
+            given = list(generator)
+        for each in given:
+            if not isinstance(each, torch.Generator):
+                raise UsageError(
+                    "generator must be a torch.Generator, or a list of one for each picture, not "
+                    f"{each!r}; for a number give seed"
+                )
+        if len(given) != batch:
+            raise UsageError(f"{len(given)} generators were given for {batch} pictures")
+        return None, given
+    plain = int(torch.randint(2**31, (1,))) if seed is None else _plain(seed)
+    if not isinstance(plain, (list, tuple, range)):
+        first = _check_seed(plain)
+        plain = range(first, first + batch)
+    seeds = [_check_seed(value) for value in plain]
     if len(seeds) != batch:
         raise UsageError(f"{len(seeds)} seeds were given for {batch} pictures")
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            raise UsageError(f"a seed must be a whole number from 0 to 2**63 - 1, not {value!r}")
     return seeds, [torch.Generator("cpu").manual_seed(value) for value in seeds]
+
+
+def _check_seed(given: Any) -> int:
+    whole = isinstance(given, Integral) and not isinstance(given, bool)
+    if not whole or not 0 <= given < 2**63:
+        raise UsageError(
+            "seed must be a whole number from 0 to 2**63 - 1, or a list of one for each picture, "
+            f"not {given!r}"
+        )
+    return int(given)
+
+
+def _plain(given: Any) -> Any:
+    """Return numpy's and torch's numbers as Python's, and anything else as it is."""
+    return given.tolist() if hasattr(given, "tolist") else given
+
+
+def _levels(what: str, given: Any) -> list[float] | None:
+    """Read a list of numbers of whatever kind."""
+    plain = _plain(given)
+    if plain is None:
+        return None
+    if not isinstance(plain, (list, tuple, range)):
+        raise UsageError(f"{what} must be a list of numbers, not {given!r}")
+    for number in plain:
+        _check_number(f"an entry of {what}", number)
+    return list(plain)
 
 
 def _free_name(taken: Mapping[str, object]) -> str:
@@ -1287,7 +1360,9 @@ def _numbers(given: Sequence[float] | None) -> list[float] | None:
 
 def _refuse(unknown: dict[str, object], function: Callable[..., object]) -> None:
     """Raise for arguments that `function` does not have, naming what stands in their place."""
-    for name in unknown:
+    for name, value in unknown.items():
+        if value is None and name in INSTEAD:  # diffusers' default for most of these
+            continue
         known = list(inspect.signature(function).parameters)
         raise UsageError(f"argument {name!r} is unknown; {_instead(name, known)}")
 
@@ -1302,6 +1377,17 @@ def _instead(name: str, known: Sequence[str]) -> str:
 def _check_choice(what: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         raise UsageError(f"{what} {given!r} is unknown; it is one of {', '.join(known)}")
+
+
+def _check_latents(given: Any, shape: Sequence[int]) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise UsageError(f"latents must be a torch tensor, not {type(given).__name__}")
+    if given.shape != torch.Size(shape):
+        raise UsageError(
+            f"latents have shape {tuple(given.shape)}, expected {tuple(shape)} "
+            "(pictures, channels, height / 8, width / 8)"
+        )
+    return given
 
 
 def _check_count(what: str, given: int) -> int:

@@ -119,6 +119,37 @@ class Prompts:
         for texts in (self.prompt, self.prompt_2, self.negative_prompt, self.negative_prompt_2):
             _check_texts(_listed(texts))
 
+    def check_embeds(self, config: ModelConfig) -> None:
+        """Raise UsageError for embeddings that the model does not read."""
+        context, pooled = ("N", config.unet.context_width), (config.unet.pooled_width,)
+        for name, form in {
+            "prompt_embeds": context,
+            "negative_prompt_embeds": context,
+            "pooled_prompt_embeds": pooled,
+            "negative_pooled_prompt_embeds": pooled,
+        }.items():
+            given, width = getattr(self, name), form[-1]
+            if given is None:
+                beside = name.replace("pooled_", "")
+                if width and getattr(self, beside) is not None:
+                    raise UsageError(f"this model reads {name} beside {beside}; give both")
+                continue
+            if not width:
+                raise UsageError(f"this model reads no {name}; drop it")
+            if (
+                not isinstance(given, Tensor)
+                or not given.is_floating_point()
+                or given.ndim != 1 + len(form)
+                or not given.numel()
+                or given.shape[-1] != width
+            ):
+                raise UsageError(
+                    f"{name} must be a torch tensor of floats ({', '.join(map(str, ('B', *form)))})"
+                    f", not {described(given)}"
+                )
+            if len(given) != self.batch:
+                raise UsageError(f"{name} has {len(given)} rows for {self.batch} prompts")
+
     @property
     def texts(self) -> list[str]:
         """The prompts, one a row; empty where embeddings were given."""
@@ -145,6 +176,10 @@ class Prompts:
         Both halves get as many chunks. zero_empty: an absent negative prompt is zeros, not an
         encoded "".
         """
+
+        def here(embeds: Tensor) -> Tensor:
+            return embeds.to(encoder.backend.device)
+
         encoders = len(encoder.tokenizers)
         texts = [self.texts, _listed(self.prompt_2) or self.texts][:encoders]
         negatives = self._negatives()[:encoders]
@@ -156,13 +191,15 @@ class Prompts:
             chunks = max(chunks, encoder.chunks(negatives))
 
         if self.prompt_embeds is not None:
-            positive = Conditioning(self.prompt_embeds, self.pooled_prompt_embeds)
+            positive = Conditioning(self.prompt_embeds, self.pooled_prompt_embeds).map(here)
         else:
             positive = encoder(texts, chunks)
         if not guided:
             return positive
         if self.negative_prompt_embeds is not None:
-            negative = Conditioning(self.negative_prompt_embeds, self.negative_pooled_prompt_embeds)
+            negative = Conditioning(
+                self.negative_prompt_embeds, self.negative_pooled_prompt_embeds
+            ).map(here)
         elif zeros:
             negative = positive.map(torch.zeros_like)
         else:
@@ -180,6 +217,13 @@ class Prompts:
         texts = _spread(_listed(self.negative_prompt) or [""], self.batch, "negative_prompt")
         second = _listed(self.negative_prompt_2) or texts
         return [texts, _spread(second, self.batch, "negative_prompt_2")]
+
+
+def described(given: Any) -> str:
+    """Say what a user gave in a tensor's place: its dtype and shape, or its type."""
+    if isinstance(given, Tensor):
+        return f"{given.dtype} of shape {tuple(given.shape)}"
+    return type(given).__name__
 
 
 def _listed(texts: Texts | None) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -210,7 +213,7 @@ def test_callbacks_do_what_they_do_in_diffusers(
 def test_callback_sees_each_step_and_may_raise(sd1: Pipeline, sd1_folder: Path) -> None:
     def record(seen: list[tuple[int, float]]) -> Any:
         def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-            seen.append((step, float(timestep)))
+            seen.append((step, float(timestep.item())))
             return tensors
 
         return callback
@@ -379,6 +382,47 @@ def test_what_we_do_not_have_names_what_we_have(sd1: Pipeline, name: str, advice
     assert not hasattr(sd1, name)
 
 
+def test_an_output_is_read_as_diffusers_is(sd1: Pipeline) -> None:
+    output = sd1(PROMPT, num_inference_steps=1)
+    assert output[0] is output["images"] is output.to_tuple()[0] is output.images
+    assert output[1] is output["nsfw_content_detected"] is None and output[:1] == (output.images,)
+
+
+def test_diffusers_defaults_may_be_given(sd1: Pipeline) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    parameters = inspect.signature(StableDiffusionPipeline.__call__).parameters.values()
+    empty = inspect.Parameter.empty
+    defaults = {each.name: each.default for each in parameters if each.default is not empty}
+    sd1(**defaults | dict(prompt=PROMPT, num_inference_steps=1), callback=None)
+
+
+def test_what_callbacks_set_is_refused_on_the_pipeline(sd1: Pipeline) -> None:
+    for name in ("_interrupt", "_guidance_scale"):
+        with pytest.raises(UsageError, match="the object that callback_on_step_end is given"):
+            setattr(sd1, name, True)
+
+
+@pytest.mark.parametrize("attempt", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_pipeline_is_not_copied(sd1: Pipeline, attempt: Any) -> None:
+    with pytest.raises(UsageError, match="in each process"):
+        attempt(sd1)
+
+
+@pytest.mark.parametrize(
+    "seed", [np.int64(4), torch.tensor(4), np.arange(4, 5), torch.tensor([4]), [np.int32(4)]]
+)
+def test_seeds_may_be_numpys_or_torchs(sd1: Pipeline, seed: Any) -> None:
+    (metadata,) = sd1(PROMPT, seed=seed, num_inference_steps=1).metadata
+    assert type(metadata["seed"]) is int and metadata["seed"] == 4
+
+
+def test_timesteps_may_be_a_tensor(sd1: Pipeline) -> None:
+    kinds: list[Any] = [[900, 400], np.array([900, 400]), torch.tensor([900, 400])]
+    pictures = [sd1(PROMPT, timesteps=t, sampler="euler", seed=0).images[0] for t in kinds]
+    assert len(set(map(digest, pictures))) == 1
+
+
 def test_scheduler_objects_are_refused(sd1: Pipeline) -> None:
     with pytest.raises(UsageError, match="sampler="):
         sd1.scheduler = object()
@@ -401,9 +445,19 @@ def test_scheduler_objects_are_refused(sd1: Pipeline) -> None:
         (dict(sampler="eulr"), "euler"),
         (dict(seed=-1), "seed"),
         (dict(seed=[1, 2]), "2 seeds.*1 picture"),
+        *[(dict(seed=seed), "seed must be") for seed in (True, 4.0, "3", [None], np.eye(1), {1})],
+        *[(dict(generator=given), "torch.Generator") for given in ("4", 4, [4], np.arange(1))],
+        (dict(timesteps=5), "timesteps must be a list"),
+        (dict(sigmas="high"), "sigmas must be a list"),
+        (dict(timesteps=[900, None]), "an entry of timesteps"),
+        (dict(width=10**30), "width must be below"),
         (dict(seed=1, generator=torch.Generator()), "not both"),
         (dict(generator=[]), "0 generators"),
         (dict(latents=torch.zeros(1, 4, 3, 3)), "latents have shape"),
+        (dict(latents=np.zeros((1, 4, 16, 16))), "latents must be a torch tensor, not ndarray"),
+        (dict(callback_on_step_end=lambda *_: {"latents": torch.zeros(4, 1, 1)}), "have shape"),
+        (dict(callback_on_step_end=lambda *_: {"prompt_embeds": torch.zeros(2, 9)}), "tokens, 32"),
+        (dict(callback_on_step_end=lambda *_: 3), "return a dict"),
         (dict(negative_prompt=["a", "b"]), "negative_prompt has 2 texts"),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "noise"),
         (dict(prompt_embeds=torch.zeros(1, 77, 32)), "not both"),
@@ -412,6 +466,33 @@ def test_scheduler_objects_are_refused(sd1: Pipeline) -> None:
 def test_bad_arguments(sd1: Pipeline, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         sd1(PROMPT, **arguments)
+
+
+@pytest.mark.parametrize(
+    "embeds",
+    [
+        torch.zeros(1, 77, 31),
+        torch.zeros(77, 32),
+        torch.zeros(0, 77, 32),
+        torch.zeros(1, 77, 32, dtype=torch.int64),
+        np.zeros((1, 77, 32)),
+        3,
+    ],
+)
+def test_bad_embeddings(sd1: Pipeline, embeds: Any) -> None:
+    with pytest.raises(UsageError, match=r"prompt_embeds must be a torch tensor .*\(B, N, 32\)"):
+        sd1(prompt_embeds=embeds)
+
+
+def test_pooled_embeddings_go_with_the_others(sd1: Pipeline, sdxl_folder: Path) -> None:
+    embeds, pooled = torch.zeros(2, 77, 80), torch.zeros(1, 40)
+    xl = quiet(sdxl_folder)
+    with pytest.raises(UsageError, match="pooled_prompt_embeds beside prompt_embeds"):
+        xl(prompt_embeds=embeds)
+    with pytest.raises(UsageError, match="pooled_prompt_embeds has 1 rows for 2 prompts"):
+        xl(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    with pytest.raises(UsageError, match="reads no pooled_prompt_embeds"):
+        sd1(PROMPT, pooled_prompt_embeds=pooled)
 
 
 @pytest.mark.parametrize("prompt", [None, [], 3, [3], "\ud800", "x" * 40_000])
@@ -461,9 +542,18 @@ def test_nan_weights_are_an_error_not_a_black_picture(sd1_folder: Path) -> None:
         broken(PROMPT, num_inference_steps=1)
 
 
-def test_out_of_memory_is_typed(sd1: Pipeline) -> None:
+@pytest.mark.parametrize(
+    "size",
+    [
+        dict(height=8_000_000, width=8_000_000),
+        dict(image=Image.new("RGB", (64, 64)), outpaint=(10**9, 0, 0, 0)),
+        dict(image=Image.new("RGB", (64, 64)), outpaint=(10**9, 10**9, 10**9, 0)),
+        dict(image=Image.new("RGB", (64, 64)), height=10**8, width=10**8),
+    ],
+)
+def test_out_of_memory_is_typed(sd1: Pipeline, size: dict[str, Any]) -> None:
     with pytest.raises(OutOfMemory, match="smaller size"):
-        sd1(PROMPT, height=8_000_000, width=8_000_000, num_inference_steps=1)
+        sd1(PROMPT, **size, num_inference_steps=1)
 
 
 # --- steps that reuse what the deeper layers made ----------------------------------------------

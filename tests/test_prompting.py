@@ -294,7 +294,7 @@ def test_a_call_keeps_the_words_that_it_began_with(sd1_folder: Path) -> None:
     ours.load_textual_inversion({"<a>": vectors(2, 32, 1)})
     expected = ours("<a> cat", seed=0, **QUICK).images
 
-    def forget(pipe: Any, step: int, timestep: float, tensors: Any) -> Any:
+    def forget(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
         if ours._vocabulary.embeddings:
             ours.unload_textual_inversion()
         return tensors

@@ -442,6 +442,7 @@ GLASS = Image.new("RGBA", (56, 72), (0, 0, 0, 100))
         (dict(image=picture(), mask_image=[mask()] * 2), "2 masks were given for 1 pictures"),
         (dict(image=picture(), mask_image=mask(), mask_feather=-1), "mask_feather must be"),
         (dict(image=picture(), mask_image=mask(), mask_feather=0.5), "mask_feather must be"),
+        (dict(image=picture(), mask_image=mask(), mask_feather=10**9), "wider than the picture"),
         (dict(image=picture(), mask_feather=4), "give mask_image or outpaint"),
         (dict(image=LATENTS, mask_image=mask(), mask_feather=4), "not latents"),
         (
