@@ -9,39 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fastsd.checkpoints import convert, open_checkpoint, save_folder
 from fastsd.config import FEW_STEPS
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.pipeline import Pipeline
+from fastsd.quality import psnr
 from tests import fixtures
 from tests.checkpoints.rewrite import copied, edit_json
 from tests.checkpoints.singles import SingleFile, ldm_vae, write_refiner, write_sdxl
+from tests.pictures import generator, quiet, silenced
 
 PROMPT = "a red apple on the table"
 SIZE: dict[str, Any] = dict(height=64, width=64)
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(4)
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    return float(-10 * torch.log10(((a - b) ** 2).mean()))
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def theirs(sd1_folder: Path) -> Any:
-    return quiet(diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder))
+    return silenced(diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder))
 
 
 # --- few steps ------------------------------------------------------------------------------------
@@ -90,11 +79,11 @@ def test_presets_draw_as_their_makers_say(preset: str, sd1_folder: Path, theirs:
     own = theirs.scheduler
     try:
         theirs.scheduler = getattr(diffusers, name).from_config(own.config, **changes)
-        expected = theirs(PROMPT, generator=generator(), output_type="pt", **SIZE, **call).images
+        expected = theirs(PROMPT, generator=generator(4), output_type="np", **SIZE, **call).images
     finally:
         theirs.scheduler = own
     pipe = Pipeline.from_pretrained(sd1_folder, preset=preset)
-    output = pipe(PROMPT, generator=generator(), output_type="pt", **SIZE)
+    output = pipe(PROMPT, generator=generator(4), output_type="np", **SIZE)
     assert psnr(output.images, expected) > 80
     assert output.metadata[0]["steps"] == call.get("num_inference_steps", 1)
     assert output.metadata[0]["guidance_scale"] == call["guidance_scale"]
@@ -102,19 +91,33 @@ def test_presets_draw_as_their_makers_say(preset: str, sd1_folder: Path, theirs:
 
 @pytest.mark.parametrize("preset", list(FEW_STEPS))
 def test_a_converted_folder_keeps_its_preset(preset: str, sd1_folder: Path, tmp_path: Path) -> None:
+    """Our settings and diffusers', with nothing said when it is opened."""
+    convert(sd1_folder, kept := tmp_path / "kept", dtype="fp32", preset=preset)
+    told = open_checkpoint(sd1_folder, preset=preset).config
+    assert open_checkpoint(kept).config.schedule == told.schedule
+    name, changes, _ = DOCUMENTED[preset]
+    scheduler = json.loads((kept / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == name and changes.items() <= scheduler.items()
+
+
+# of those that differ in the prediction, the timesteps or the sampler, and not in steps alone
+@pytest.mark.parametrize("preset", ["lcm", "lightning-1", "hyper-1", "hyper-4"])
+def test_a_converted_folder_draws_by_its_preset(
+    preset: str, sd1_folder: Path, tmp_path: Path
+) -> None:
     """Nothing need be said to draw with it, and diffusers needs no more than steps and guidance."""
     convert(sd1_folder, tmp_path / "kept", dtype="fp32", preset=preset)
-    ours = quiet(Pipeline.from_pretrained(tmp_path / "kept"))
-    output = ours(PROMPT, generator=generator(), output_type="pt", **SIZE)
-    told = quiet(Pipeline.from_pretrained(sd1_folder, preset=preset))
-    again = told(PROMPT, generator=generator(), output_type="pt", **SIZE)
-    assert torch.equal(output.images, again.images)
+    ours = quiet(tmp_path / "kept")
+    output = ours(PROMPT, generator=generator(4), output_type="np", **SIZE)
+    told = quiet(sd1_folder, preset=preset)
+    again = told(PROMPT, generator=generator(4), output_type="np", **SIZE)
+    np.testing.assert_array_equal(output.images, again.images)
     for setting in ("steps", "guidance_scale", "timesteps", "sampler"):
         assert output.metadata[0][setting] == again.metadata[0][setting]
-    theirs = quiet(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "kept"))
+    theirs = silenced(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "kept"))
     assert type(theirs.scheduler).__name__ == DOCUMENTED[preset][0]
     call = DOCUMENTED[preset][2]
-    expected = theirs(PROMPT, generator=generator(), output_type="pt", **SIZE, **call).images
+    expected = theirs(PROMPT, generator=generator(4), output_type="np", **SIZE, **call).images
     assert psnr(output.images, expected) > 80
 
 
@@ -189,27 +192,26 @@ def test_the_refiner_goes_on_where_the_base_stopped(
 ) -> None:
     call: dict[str, Any] = dict(num_inference_steps=5, guidance_scale=4.0)
 
-    def both(base: Any, refiner: Any) -> Tensor:
+    def both(base: Any, refiner: Any) -> np.ndarray:
         first = base(
-            PROMPT, generator=generator(), denoising_end=0.6, output_type="latent", **SIZE, **call
+            PROMPT, generator=generator(4), denoising_end=0.6, output_type="latent", **SIZE, **call
         ).images
-        picture = refiner(
+        picture: np.ndarray = refiner(
             PROMPT,
             image=first,
             denoising_start=0.6,
-            generator=generator(),
-            output_type="pt",
+            generator=generator(4),
+            output_type="np",
             aesthetic_score=7.0,
             **call,
         ).images
-        assert isinstance(picture, Tensor)
         return picture
 
     options: dict[str, Any] = {"add_watermarker": False}
     base = diffusers.StableDiffusionXLPipeline.from_pretrained(stages[0].folder, **options)
     kind = diffusers.StableDiffusionXLImg2ImgPipeline
     refiner = kind.from_pretrained(stages[1].folder, **options)
-    expected = both(quiet(base), quiet(refiner))
+    expected = both(silenced(base), silenced(refiner))
     if form == "folder":
         ours = [Pipeline.from_pretrained(stage.folder) for stage in stages]
     else:
@@ -244,23 +246,23 @@ def write_file(vae: Any, to: Path) -> Path:
 def test_a_tiny_autoencoder_decodes_as_diffusers_does(
     write: Callable[[Any, Path], Path], with_tiny: Any, tiny: Any, sd1_folder: Path, tmp_path: Path
 ) -> None:
-    call: dict[str, Any] = dict(num_inference_steps=2, output_type="pt", **SIZE)
-    expected = quiet(with_tiny)(PROMPT, generator=generator(), **call).images
+    call: dict[str, Any] = dict(num_inference_steps=2, output_type="np", **SIZE)
+    expected = silenced(with_tiny)(PROMPT, generator=generator(4), **call).images
     pipe = Pipeline.from_pretrained(sd1_folder, vae=write(tiny, tmp_path / "tiny"))
-    assert psnr(pipe(PROMPT, generator=generator(), **call).images, expected) > 80
+    assert psnr(pipe(PROMPT, generator=generator(4), **call).images, expected) > 80
 
 
 def test_a_tiny_autoencoder_encodes_as_diffusers_does(
     with_tiny: Any, tiny: Any, sd1_folder: Path, tmp_path: Path
 ) -> None:
-    picture = torch.rand(1, 3, 64, 64, generator=generator())
-    call: dict[str, Any] = dict(num_inference_steps=4, strength=0.5, output_type="pt")
+    picture = torch.rand(1, 3, 64, 64, generator=generator(4))
+    call: dict[str, Any] = dict(num_inference_steps=4, strength=0.5, output_type="np")
     changing = diffusers.StableDiffusionImg2ImgPipeline(
         **with_tiny.components, requires_safety_checker=False
     )
-    expected = quiet(changing)(PROMPT, image=picture, generator=generator(), **call).images
+    expected = silenced(changing)(PROMPT, image=picture, generator=generator(4), **call).images
     pipe = Pipeline.from_pretrained(sd1_folder, vae=write_folder(tiny, tmp_path / "tiny"))
-    ours = pipe(PROMPT, image=picture, generator=generator(), **call).images
+    ours = pipe(PROMPT, image=picture, generator=generator(4), **call).images
     assert psnr(ours, expected) > 80
 
 
@@ -276,11 +278,11 @@ def test_another_vae(form: str, theirs: Any, sd1_folder: Path, tmp_path: Path) -
         if form == "original":
             tensors = {k.removeprefix("first_stage_model."): v for k, v in tensors.items()}
         save_file(tensors, path := tmp_path / "vae.safetensors")
-    call: dict[str, Any] = dict(num_inference_steps=2, output_type="pt", **SIZE)
+    call: dict[str, Any] = dict(num_inference_steps=2, output_type="np", **SIZE)
     pipe = diffusers.StableDiffusionPipeline(**{**theirs.components, "vae": other})
-    expected = quiet(pipe)(PROMPT, generator=generator(), **call).images
+    expected = silenced(pipe)(PROMPT, generator=generator(4), **call).images
     ours = Pipeline.from_pretrained(sd1_folder, vae=path)
-    assert psnr(ours(PROMPT, generator=generator(), **call).images, expected) > 80
+    assert psnr(ours(PROMPT, generator=generator(4), **call).images, expected) > 80
 
 
 def test_what_is_no_vae_for_it(sd1_folder: Path, tiny: Any, tmp_path: Path) -> None:
