@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,9 @@ from fastsd.errors import CheckpointError, FastsdError, UsageError
 from fastsd.kernels.conv3x3 import summed_taps
 from fastsd.models.layers import Upsample
 from fastsd.pipeline import Pipeline
+from fastsd.quality import psnr
 from tests.checkpoints.loras import ATTENTION, EVERYTHING, kohya, old_diffusers, peft, write_lora
+from tests.pictures import generator, silenced
 
 CALL: dict[str, Any] = dict(num_inference_steps=3, height=64, width=64, guidance_scale=4.0)
 PROMPT = "a cat and a dog on a wooden table"
@@ -32,18 +35,14 @@ PROMPT = "a cat and a dog on a wooden table"
 def theirs(sd1_folder: Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return silenced(StableDiffusionPipeline.from_pretrained(sd1_folder))
 
 
 @pytest.fixture(scope="module")
 def theirs_xl(sdxl_folder: Path) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return silenced(StableDiffusionXLPipeline.from_pretrained(sdxl_folder, add_watermarker=False))
 
 
 @pytest.fixture
@@ -60,15 +59,9 @@ def restored(request: pytest.FixtureRequest) -> Iterator[None]:
             request.getfixturevalue(name).unload_lora_weights()
 
 
-def draw(pipe: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    picture = pipe(PROMPT, generator=generator, output_type="pt", **CALL).images
-    assert isinstance(picture, Tensor)
-    return picture
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    return float(-10 * torch.log10(((a - b) ** 2).mean()))
+def draw(pipe: Any) -> np.ndarray:
+    pictures: np.ndarray = pipe(PROMPT, generator=generator(5), output_type="np", **CALL).images
+    return pictures
 
 
 def digest(pipe: Pipeline) -> str:
@@ -410,7 +403,7 @@ def test_a_call_sees_one_set_of_weights(pipe: Pipeline, theirs: Any, tmp_path: P
     pipe.load_lora_weights(file, adapter_name="a")
     on = draw(pipe)
     done = threading.Event()
-    drawn: list[Tensor] = []
+    drawn: list[np.ndarray] = []
 
     def keep_drawing() -> None:
         while not done.is_set() or len(drawn) < 2:
@@ -425,7 +418,7 @@ def test_a_call_sees_one_set_of_weights(pipe: Pipeline, theirs: Any, tmp_path: P
     done.set()
     for thread in threads:
         thread.join()
-    assert all(min(float((p - q).abs().max()) for q in (on, off)) < 1e-5 for p in drawn)
+    assert all(min(float(np.abs(p - q).max()) for q in (on, off)) < 1e-5 for p in drawn)
 
 
 def test_not_from_inside_a_call(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:

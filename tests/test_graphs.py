@@ -23,21 +23,15 @@ from fastsd.backends.eager import EagerBackend
 from fastsd.engine import Loops
 from fastsd.errors import NumericsError, UsageError
 from tests import fixtures, replay
-from tests.test_tasks import mask, picture
+from tests.pictures import mask, picture, quiet
 
 Draw = Callable[..., np.ndarray]
-
-
-def open_quietly(folder: Path) -> Pipeline:
-    pipeline = Pipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")
 def plain(sd1_folder: Path) -> Pipeline:
     """One that captures nothing, whatever backends are made to do."""
-    pipeline = open_quietly(sd1_folder)
+    pipeline = quiet(sd1_folder)
     pipeline._loops = uncaptured(pipeline)
     return pipeline
 
@@ -50,7 +44,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def captured(sd1_folder: Path, capturing: None) -> Pipeline:
-    return open_quietly(sd1_folder)
+    return quiet(sd1_folder)
 
 
 def draw(pipeline: Pipeline, prompt: Any = "a red apple", **settings: Any) -> np.ndarray:
@@ -132,7 +126,7 @@ def test_nothing_that_a_request_changes_captures_anew(plain: Pipeline, captured:
 @pytest.mark.parametrize("family", ["sd2_folder", "sdxl_folder"])
 def test_every_family(family: str, capturing: None, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(family)
-    captured, plain = open_quietly(folder), open_quietly(folder)
+    captured, plain = quiet(folder), quiet(folder)
     plain._loops = uncaptured(plain)
     for prompt, seed in (("a red apple", 0), ("a house by the sea", 4)):
         ours = draw(captured, prompt, seed=seed)
@@ -159,7 +153,7 @@ def test_every_task(
         assert captured._loops.captures == captures
 
     folder = fixtures.write_inpainting(tmp_path / "inpainting", sd1_folder)
-    ours, theirs = open_quietly(folder), open_quietly(folder)
+    ours, theirs = quiet(folder), quiet(folder)
     theirs._loops = uncaptured(theirs)
     for seed in (0, 1):
         task = dict(image=picture(size, seed=seed), mask_image=mask(size), seed=seed)
@@ -196,7 +190,7 @@ def test_prepared_is_captured(captured: Pipeline) -> None:
 def test_weights_are_replaced_in_place(sd1_folder: Path, captured: Pipeline) -> None:
     """As a LoRA does it: the buffers stay, so a captured step sees the new weights."""
     draw(captured)
-    changed = open_quietly(sd1_folder)
+    changed = quiet(sd1_folder)
     for pipeline in (captured, changed):
         backend = pipeline._backend
         assert isinstance(backend, EagerBackend)
@@ -215,7 +209,7 @@ def test_text_encoders_are_graphs_too(
     sd1_folder: Path, capturing: None, plain: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One for every layout of what they read, and for every layer that is read of them."""
-    captured = open_quietly(sd1_folder)
+    captured = quiet(sd1_folder)
     backend = captured._backend
     assert isinstance(backend, EagerBackend)
     ran: list[tuple[int, ...]] = []
@@ -251,7 +245,7 @@ def test_text_encoders_are_graphs_too(
 def test_learned_words_reach_a_captured_text_encoder(
     sd1_folder: Path, capturing: None, plain: Pipeline
 ) -> None:
-    captured, uncaptured_ = open_quietly(sd1_folder), open_quietly(sd1_folder)
+    captured, uncaptured_ = quiet(sd1_folder), quiet(sd1_folder)
     uncaptured_._loops = uncaptured(uncaptured_)
     width = captured.config.text_encoders[0].width
     before = draw(captured, "a <thing>")

@@ -21,6 +21,7 @@ from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.errors import FastsdError, NumericsError, OutOfMemory, UnknownName, UsageError
 from fastsd.quality import builtin_atlas, psnr, tasks
 from fastsd.tasks import reused
+from tests.pictures import assert_same_pictures, generator, quiet
 
 FAMILIES = ["sd1_folder", "sd2_folder", "sdxl_folder"]
 PROMPT = "a small red house by the sea"
@@ -31,27 +32,8 @@ def sd1(sd1_folder: Path) -> Pipeline:
     return quiet(sd1_folder)
 
 
-def quiet(folder: Path | str, **options: Any) -> Pipeline:
-    pipeline = Pipeline.from_pretrained(folder, **options)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
 def digest(image: Image.Image) -> str:
     return hashlib.sha256(image.tobytes()).hexdigest()
-
-
-def assert_same_picture(ours: Any, theirs: Any, bar_db: float = 50.0) -> None:
-    """Compare float pictures (B, H, W, 3) in [0, 1], one by one."""
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.01, "a flat picture compares equal to anything flat"
-    for a, b in zip(ours, theirs, strict=True):
-        error = float(((a - b) ** 2).mean())
-        assert error == 0 or -10 * np.log10(error) >= bar_db
 
 
 # --- the same picture as diffusers
@@ -67,7 +49,7 @@ def test_equals_diffusers(family: str, guidance: float, request: pytest.FixtureR
     )
     ours = quiet(folder)(PROMPT, seed=3, **settings)
     theirs = diffusers_pipeline(folder)(PROMPT, generator=generator(3), **settings)
-    assert_same_picture(ours.images, theirs.images)
+    assert_same_pictures(ours.images, theirs.images)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,7 +58,7 @@ def test_defaults_are_diffusers(family: str, request: pytest.FixtureRequest) -> 
     folder = request.getfixturevalue(family)
     ours = quiet(folder)(PROMPT, generator=generator(0), output_type="np")
     theirs = diffusers_pipeline(folder)(PROMPT, generator=generator(0), output_type="np")
-    assert_same_picture(ours.images, theirs.images)
+    assert_same_pictures(ours.images, theirs.images)
 
 
 def test_batches_and_one_generator_draw_as_in_diffusers(sd1: Pipeline, sd1_folder: Path) -> None:
@@ -89,7 +71,7 @@ def test_batches_and_one_generator_draw_as_in_diffusers(sd1: Pipeline, sd1_folde
     for generators in (lambda: generator(5), lambda: [generator(i) for i in (9, 8, 7, 6)]):
         ours = sd1(prompts, negative_prompt=negatives, generator=generators(), **settings)
         reference = theirs(prompts, negative_prompt=negatives, generator=generators(), **settings)
-        assert_same_picture(ours.images, reference.images)
+        assert_same_pictures(ours.images, reference.images)
         assert len(ours.metadata) == 4 and ours.metadata[2]["prompt"] == "a cat"
 
 
@@ -103,7 +85,7 @@ def test_a_used_generator_goes_on_as_in_diffusers(sd1: Pipeline, sd1_folder: Pat
     a, b = generator(1), generator(1)
     for _ in range(2):
         ours = sd1(PROMPT, generator=a, sampler="euler_a", **settings).images
-        assert_same_picture(ours, theirs(PROMPT, generator=b, **settings).images)
+        assert_same_pictures(ours, theirs(PROMPT, generator=b, **settings).images)
 
 
 def test_sdxl_size_conditioning(sdxl_folder: Path) -> None:
@@ -126,7 +108,7 @@ def test_sdxl_size_conditioning(sdxl_folder: Path) -> None:
         negative_target_size=(300, 200),
         **settings,
     )
-    assert_same_picture(quiet(sdxl_folder)(PROMPT, seed=2, **settings).images, reference.images)
+    assert_same_pictures(quiet(sdxl_folder)(PROMPT, seed=2, **settings).images, reference.images)
 
 
 def test_latents_and_embeddings_in_and_out(sd1: Pipeline, sd1_folder: Path) -> None:
@@ -148,7 +130,7 @@ def test_latents_and_embeddings_in_and_out(sd1: Pipeline, sd1_folder: Path) -> N
     pt = sd1(output_type="pt", **settings).images
     np_ = sd1(output_type="np", **settings).images
     pil = sd1(output_type="pil", **settings).images[0]
-    assert_same_picture(np_, theirs(output_type="np", **settings).images)
+    assert_same_pictures(np_, theirs(output_type="np", **settings).images)
     np.testing.assert_array_equal(pt.permute(0, 2, 3, 1).numpy(), np_)
     np.testing.assert_array_equal(np.asarray(pil), (np_[0] * 255).round().astype(np.uint8))
     images, nsfw = sd1(output_type="pil", return_dict=False, **settings)
@@ -207,7 +189,7 @@ def test_callbacks_do_what_they_do_in_diffusers(
     )
     ours = sd1(PROMPT, seed=0, **settings).images
     theirs = diffusers_pipeline(sd1_folder)(PROMPT, generator=generator(0), **settings).images
-    assert_same_picture(ours, theirs)
+    assert_same_pictures(ours, theirs)
 
 
 def test_callback_sees_each_step_and_may_raise(sd1: Pipeline, sd1_folder: Path) -> None:
@@ -359,8 +341,7 @@ def test_a_diffusers_script_moves_over(sd1_folder: Path) -> None:
 
 def test_a_pipeline_changes_its_precision(sd1_folder: Path) -> None:
     """From the weights as they are stored: nothing of what bf16 lost stays lost."""
-    pipe = Pipeline.from_pretrained(sd1_folder, torch_dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(sd1_folder, torch_dtype=torch.bfloat16)
     assert pipe.dtype == torch.bfloat16
     again = pipe.to(torch.float32)(PROMPT, seed=0, num_inference_steps=3).images[0]
     exact = quiet(sd1_folder)(PROMPT, seed=0, num_inference_steps=3).images[0]
@@ -508,7 +489,7 @@ def test_empty_and_long_prompts_draw_as_in_diffusers(
     for prompt in ("", "a house by the sea " * 40):
         settings: dict[str, Any] = dict(num_inference_steps=2, output_type="np")
         ours = sd1(prompt, seed=0, **settings).images
-        assert_same_picture(ours, theirs(prompt, generator=generator(0), **settings).images)
+        assert_same_pictures(ours, theirs(prompt, generator=generator(0), **settings).images)
     assert "cut off" in caplog.text
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsd import Pipeline
 from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.errors import CheckpointError, FastsdError, UsageError
-from tests.test_tasks import assert_same_picture, generator, quiet
+from tests.pictures import assert_same_pictures, generator, quiet
 
 FAMILIES = ["sd1_folder", "sd2_folder", "sdxl_folder"]
 QUICK: dict[str, Any] = dict(num_inference_steps=4, output_type="np")
@@ -95,7 +95,7 @@ def test_weights(family: str, pipes: dict[str, tuple[Pipeline, Any]]) -> None:
     settings: dict[str, Any] = dict(negative_prompt="(fog:0.7)", prompt_syntax="weighted", seed=0)
     drawn = ours(prompt, **settings, **QUICK)
     reference = draw_reference(theirs, [fragments], [[("fog", 0.7)]])
-    assert_same_picture(drawn.images, reference)
+    assert_same_pictures(drawn.images, reference)
     plain = ours("a red house (by the sea), 一个红苹果", **settings, **QUICK).images
     assert np.abs(drawn.images - plain).max() > 0.01
     assert drawn.metadata[0]["prompt"] == prompt
@@ -116,9 +116,9 @@ def test_long_prompts(family: str, pipes: dict[str, tuple[Pipeline, Any]]) -> No
     assert 55 < count <= 75, "the fixture's tokenizer knows the words that this test counts on"
     settings: dict[str, Any] = dict(prompt_syntax="weighted", seed=0)
     drawn = ours(prompt, negative_prompt="fog", **settings, **QUICK).images
-    assert_same_picture(drawn, draw_reference(theirs, chunks, [[("fog", 1.0)], [], []]))
+    assert_same_pictures(drawn, draw_reference(theirs, chunks, [[("fog", 1.0)], [], []]))
     swapped = ours("fog", negative_prompt=prompt, **settings, **QUICK).images
-    assert_same_picture(swapped, draw_reference(theirs, [[("fog", 1.0)], [], []], chunks))
+    assert_same_pictures(swapped, draw_reference(theirs, [[("fog", 1.0)], [], []], chunks))
 
 
 def test_chunks_are_as_long_as_the_encoder_reads() -> None:
@@ -161,7 +161,7 @@ def test_given_embeddings_and_a_text_meet(pipes: dict[str, tuple[Pipeline, Any]]
     drawn = ours(
         prompt_embeds=embeds, negative_prompt="fog", prompt_syntax="weighted", seed=0, **QUICK
     ).images
-    assert_same_picture(drawn, draw_reference(theirs, chunks, [[("fog", 1.0)], []]))
+    assert_same_pictures(drawn, draw_reference(theirs, chunks, [[("fog", 1.0)], []]))
     with pytest.raises(UsageError, match="must be alike"):
         ours(prompt_embeds=embeds, negative_prompt="fog", seed=0, **QUICK)
 
@@ -187,7 +187,7 @@ def test_clip_skip(family: str, clip_skip: int, pipes: dict[str, tuple[Pipeline,
     reference = theirs(
         prompt_embeds=embeds, negative_prompt="fog", generator=generator(0), **QUICK
     ).images
-    assert_same_picture(drawn.images, reference)
+    assert_same_pictures(drawn.images, reference)
     plain = ours("a cat", seed=0, negative_prompt="fog", **QUICK).images
     assert np.abs(drawn.images - plain).max() > 0.01
     assert drawn.metadata[0]["clip_skip"] == clip_skip
@@ -197,7 +197,7 @@ def test_clip_skip_of_sdxl(pipes: dict[str, tuple[Pipeline, Any]]) -> None:
     ours, theirs = pipes["sdxl_folder"]
     settings: dict[str, Any] = dict(clip_skip=1, negative_prompt="fog", **QUICK)
     drawn = ours("a cat", seed=0, **settings).images
-    assert_same_picture(drawn, theirs("a cat", generator=generator(0), **settings).images)
+    assert_same_pictures(drawn, theirs("a cat", generator=generator(0), **settings).images)
     with pytest.raises(UsageError, match="clip_skip must be a whole number from 0 to 1"):
         ours("a cat", **{**settings, "clip_skip": 2})
 
@@ -251,7 +251,7 @@ def test_learned_words(
         reference = theirs(
             prompt, generator=generator(0), negative_prompt="<red-thing>", **QUICK
         ).images
-        assert_same_picture(drawn.images, reference)
+        assert_same_pictures(drawn.images, reference)
     assert list(drawn.metadata[0]["embeddings"]) == ["<red-thing>"]
     assert ours("a cat", num_inference_steps=1).metadata[0]["embeddings"] is None
     ours.unload_textual_inversion("<red-thing>")
@@ -273,7 +273,7 @@ def test_learned_words_of_sdxl(sdxl_folder: Path, tmp_path: Path) -> None:
         )
     drawn = ours("a thing-xl by the sea", seed=0, **QUICK).images
     reference = theirs("a thing-xl by the sea", generator=generator(0), **QUICK).images
-    assert_same_picture(drawn, reference)
+    assert_same_pictures(drawn, reference)
 
 
 def test_learned_words_weigh_and_are_not_cut(sd1_folder: Path) -> None:
@@ -286,7 +286,7 @@ def test_learned_words_weigh_and_are_not_cut(sd1_folder: Path) -> None:
     prompt = "dog " * 72 + "(thing:1.3) <other>"
     drawn = ours(prompt, prompt_syntax="weighted", seed=0, **QUICK).images
     chunks: list[Fragments] = [[("dog " * 72, 1.0)], [(expanded, 1.3), (" <other>", 1.0)]]
-    assert_same_picture(drawn, draw_reference(theirs, chunks, [[], []]))
+    assert_same_pictures(drawn, draw_reference(theirs, chunks, [[], []]))
 
 
 def test_a_call_keeps_the_words_that_it_began_with(sd1_folder: Path) -> None:

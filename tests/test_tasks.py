@@ -15,10 +15,10 @@ from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.errors import UsageError
 from fastsd.images import from_pil
 from tests import fixtures
+from tests.pictures import SIZE, assert_same_pictures, generator, mask, picture, quiet, silenced
 
 FAMILIES = ["sd1_folder", "sd2_folder", "sdxl_folder"]
 PROMPT = "a small red house by the sea"
-SIZE = (72, 56)  # height, width: neither alike nor multiples of 16
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,6 @@ def inpainting_folders(
     }
 
 
-def quiet(folder: Path | str, **options: Any) -> Pipeline:
-    pipeline = Pipeline.from_pretrained(folder, **options)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
 def their_pipeline(folder: Path, task: str) -> Any:
     """Return diffusers' pipeline for the task, over the same parts."""
     import diffusers
@@ -57,9 +47,8 @@ def their_pipeline(folder: Path, task: str) -> Any:
     if isinstance(text, kind):
         return text
     own = {"add_watermarker": False} if xl else {"requires_safety_checker": False}
-    pipeline = kind(**{k: v for k, v in text.components.items() if k != "image_encoder"}, **own)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    parts = {k: v for k, v in text.components.items() if k != "image_encoder"}
+    return silenced(kind(**parts, **own))
 
 
 def set_sampler(pipeline: Any, name: str) -> None:
@@ -70,32 +59,6 @@ def set_sampler(pipeline: Any, name: str) -> None:
     kind = getattr(diffusers, SAMPLERS[name].scheduler)
     own = {"clip_sample": False}  # as diffusers' text-to-image pipeline has it
     pipeline.scheduler = kind.from_config({**pipeline.scheduler.config, **own})
-
-
-def picture(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
-    """A smooth picture with some noise on it."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[: size[0], : size[1]] / 16.0
-    waves = [np.sin(x * a + y * b + c) for a, b, c in rng.normal(size=(3, 3))]
-    values = 128 + 80 * np.stack(waves, -1) + rng.normal(scale=12, size=(*size, 3))
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-
-
-def mask(size: tuple[int, int] = SIZE, box: tuple[int, int, int, int] = (12, 20, 50, 44)) -> Any:
-    """Black, with a white box at (top, left, bottom, right), off the latents' grid."""
-    array = np.zeros(size, np.uint8)
-    top, left, bottom, right = box
-    array[top:bottom, left:right] = 255
-    return Image.fromarray(array)
-
-
-def assert_same_picture(ours: Any, theirs: Any, bar_db: float = 50.0) -> None:
-    """Compare float pictures (B, H, W, 3) in [0, 1], one by one."""
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.01, "a flat picture compares equal to anything flat"
-    for a, b in zip(ours, theirs, strict=True):
-        error = float(((a - b) ** 2).mean())
-        assert error == 0 or -10 * np.log10(error) >= bar_db
 
 
 # --- image to image
@@ -115,7 +78,7 @@ def test_image_to_image(family: str, strength: float, request: pytest.FixtureReq
     )
     ours = quiet(folder)(PROMPT, seed=3, **settings)
     theirs = their_pipeline(folder, "Img2Img")(PROMPT, generator=generator(3), **settings)
-    assert_same_picture(ours.images, theirs.images)
+    assert_same_pictures(ours.images, theirs.images)
     assert ours.images.shape == (1, *SIZE, 3)
     assert ours.metadata[0]["steps"] == 8 and ours.metadata[0]["strength"] == strength
 
@@ -129,7 +92,7 @@ def test_image_to_image_with_each_kind_of_sampler(sampler: str, sd1_folder: Path
         image=picture(), strength=0.6, num_inference_steps=9, output_type="np"
     )
     ours = quiet(sd1_folder)(PROMPT, seed=1, sampler=sampler, **settings).images
-    assert_same_picture(ours, theirs(PROMPT, generator=generator(1), **settings).images)
+    assert_same_pictures(ours, theirs(PROMPT, generator=generator(1), **settings).images)
 
 
 @pytest.mark.parametrize("family", ["sd1_folder", "sdxl_folder"])
@@ -141,7 +104,7 @@ def test_image_to_image_defaults_and_sizes(family: str, request: pytest.FixtureR
     ours = quiet(folder)(PROMPT, image=odd, generator=generator(0), output_type="np").images
     assert ours.shape[1:3] == (72, 56)
     reference = theirs(PROMPT, image=odd, generator=generator(0), output_type="np").images
-    assert_same_picture(ours, reference)
+    assert_same_pictures(ours, reference)
 
 
 def test_pictures_in_every_form(sd1_folder: Path) -> None:
@@ -158,10 +121,10 @@ def test_pictures_in_every_form(sd1_folder: Path) -> None:
     array = np.asarray(given)
     forms = [tensor, tensor[0], [tensor], array, array[None], array.astype(np.float64) / 255]
     for form in [*forms, [given], given.convert("RGBA")]:
-        assert_same_picture(draw(form), expected, 100)
+        assert_same_pictures(draw(form), expected, 100)
     theirs = their_pipeline(sd1_folder, "Img2Img")
     reference = theirs(PROMPT, image=latents, generator=generator(2), **settings).images
-    assert_same_picture(draw(latents), reference)
+    assert_same_pictures(draw(latents), reference)
 
 
 def test_image_to_image_in_batches(sd1_folder: Path) -> None:
@@ -172,7 +135,7 @@ def test_image_to_image_in_batches(sd1_folder: Path) -> None:
     for make in (lambda: generator(5), lambda: [generator(7), generator(8)]):
         ours = pipe(prompts, image=pictures, generator=make(), **settings)
         reference = theirs(prompts, image=pictures, generator=make(), **settings)
-        assert_same_picture(ours.images, reference.images)
+        assert_same_pictures(ours.images, reference.images)
     digests = [m["image_sha256"] for m in ours.metadata]
     assert digests[0] != digests[1]
     together = pipe(prompts, image=pictures, seed=[3, 4], batch_invariant=True, **settings).images
@@ -188,7 +151,7 @@ def test_variations_are_image_to_image_under_several_seeds(sd1_folder: Path) -> 
     several = pipe("", seed=10, num_images_per_prompt=3, **settings)
     assert np.abs(several.images[0] - several.images[1]).max() > 0.01
     for i, drawn in enumerate(several.images):
-        assert_same_picture(pipe("", seed=10 + i, **settings).images, drawn[None], 60)
+        assert_same_pictures(pipe("", seed=10 + i, **settings).images, drawn[None], 60)
 
 
 # --- inpainting ----------------------------------------------------------------------------------
@@ -212,7 +175,7 @@ def test_inpainting_with_any_checkpoint(
     theirs = their_pipeline(folder, "Inpaint")
     size = dict(height=SIZE[0], width=SIZE[1])
     reference = theirs(PROMPT, generator=generator(3), **size, **settings).images
-    assert_same_picture(ours, reference)
+    assert_same_pictures(ours, reference)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -234,7 +197,7 @@ def test_inpainting_with_its_own_checkpoint(
     theirs = their_pipeline(folder, "Inpaint")
     size = dict(height=SIZE[0], width=SIZE[1])
     reference = theirs(PROMPT, generator=generator(3), **size, **settings).images
-    assert_same_picture(ours, reference)
+    assert_same_pictures(ours, reference)
 
 
 @pytest.mark.parametrize("sampler", ["euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "lcm"])
@@ -250,7 +213,7 @@ def test_inpainting_with_each_kind_of_sampler(sampler: str, sd1_folder: Path) ->
     size = dict(height=SIZE[0], width=SIZE[1])
     ours = quiet(sd1_folder)(PROMPT, seed=1, sampler=sampler, **settings).images
     reference = theirs(PROMPT, generator=generator(1), **size, **settings).images
-    assert_same_picture(ours, reference)
+    assert_same_pictures(ours, reference)
 
 
 @pytest.mark.parametrize("family", ["sd1_folder", "sdxl_folder"])
@@ -265,7 +228,7 @@ def test_inpainting_defaults_and_resized_pictures(
     ours = quiet(folder)(PROMPT, generator=generator(0), output_type="np", **settings).images
     theirs = their_pipeline(folder, "Inpaint")
     reference = theirs(PROMPT, generator=generator(0), output_type="np", **settings).images
-    assert_same_picture(ours, reference)
+    assert_same_pictures(ours, reference)
 
 
 def test_inpainting_in_batches(sd1_folder: Path, inpainting_folders: dict[str, Path]) -> None:
@@ -279,7 +242,7 @@ def test_inpainting_in_batches(sd1_folder: Path, inpainting_folders: dict[str, P
         for make in (lambda: generator(5), lambda: [generator(7), generator(8)]):
             ours = pipe([PROMPT, "a cat"], generator=make(), **settings).images
             reference = theirs([PROMPT, "a cat"], generator=make(), **size, **settings).images
-            assert_same_picture(ours, reference)
+            assert_same_pictures(ours, reference)
         invariant = {**settings, "batch_invariant": True}
         together = pipe([PROMPT, "a cat"], seed=[3, 4], **invariant).images
         invariant |= {"image": pictures[1], "mask_image": masks[1]}
@@ -333,7 +296,7 @@ def test_outpainting_keeps_the_picture_and_draws_the_rest(sd1_folder: Path) -> N
         num_inference_steps=4,
         output_type="np",
     ).images
-    assert_same_picture(ours, reference)
+    assert_same_pictures(ours, reference)
 
 
 # --- guidance rescale, two stages ----------------------------------------------------------------
@@ -347,7 +310,7 @@ def test_guidance_rescale(family: str, request: pytest.FixtureRequest) -> None:
     )
     ours = quiet(folder)(PROMPT, seed=0, **settings).images
     theirs = diffusers_pipeline(folder)(PROMPT, generator=generator(0), **settings).images
-    assert_same_picture(ours, theirs)
+    assert_same_pictures(ours, theirs)
     settings["guidance_rescale"] = 0.0
     assert np.abs(ours - quiet(folder)(PROMPT, seed=0, **settings).images).max() > 0.01
 
@@ -363,9 +326,9 @@ def test_two_stages(sdxl_folder: Path) -> None:
     torch.testing.assert_close(latents, reference, rtol=1e-4, atol=1e-4)
     theirs = their_pipeline(sdxl_folder, "Img2Img")
     reference = theirs(PROMPT, image=reference, generator=generator(1), **second).images
-    assert_same_picture(ours, reference)
+    assert_same_pictures(ours, reference)
     whole = pipe(PROMPT, seed=0, num_inference_steps=10, output_type="np").images
-    assert_same_picture(ours, whole, 80)
+    assert_same_pictures(ours, whole, 80)
 
 
 def test_the_refiner_as_second_stage(sdxl_folder: Path, tmp_path: Path) -> None:
@@ -390,11 +353,11 @@ def test_the_refiner_as_second_stage(sdxl_folder: Path, tmp_path: Path) -> None:
         reference = theirs(
             PROMPT, image=latents, generator=generator(1), **settings, **scores
         ).images
-        assert_same_picture(ours.images, reference, 90)
+        assert_same_pictures(ours.images, reference, 90)
     assert ours.metadata[0]["aesthetic_score"] == 8.0
     settings = dict(image=picture(), num_inference_steps=5, output_type="np")
     ours = pipe(PROMPT, seed=1, **settings)  # a picture, and the defaults
-    assert_same_picture(ours.images, theirs(PROMPT, generator=generator(1), **settings).images)
+    assert_same_pictures(ours.images, theirs(PROMPT, generator=generator(1), **settings).images)
 
 
 # --- mistakes ------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from fastsd.export.build import open_exporter
 from fastsd.export.parts import Request
 from fastsd.tokenizers import CLIPTokenizer
 from tests.export.conftest import SIZE, write
-from tests.export.test_to_onnx import assert_same_pictures, draw
+from tests.export.test_to_onnx import draw
+from tests.pictures import assert_same_pictures
 
 openvino = pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
 
