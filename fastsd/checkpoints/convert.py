@@ -5,6 +5,7 @@ A pickle is opened only here, and only in a process of its own (unpickle.py).
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -12,9 +13,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,12 +32,16 @@ from fastsd.checkpoints.ldm import (
     vae_map,
 )
 from fastsd.checkpoints.save import save_folder
-from fastsd.checkpoints.single import FAMILIES, UNET, VAE
+from fastsd.checkpoints.single import FAMILIES, UNET, VAE, read_single
 from fastsd.checkpoints.weights import PICKLES, PRECISIONS, ZIP, read_header
-from fastsd.config import CLIPConfig
+from fastsd.config import CLIPConfig, ModelConfig
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.files import check_free, published_file
+from fastsd.samplers import SAMPLERS
 
+log = logging.getLogger("fastsd")
+
+_PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 _OWN_DTYPES = {"F16": "fp16", "BF16": "bf16"}  # others are written as fp32
 _SECONDS = 1800
 
@@ -59,10 +67,16 @@ def convert(
     open_checkpoint. Raises CheckpointError or UsageError.
     """
     target = Path(target)
+    ending = target.suffix.lower()
+    if ending in _PICKLE_ENDINGS:
+        raise UsageError(
+            f"{target} is named as a pickle, which fastsd does not write; end it in .safetensors "
+            "for a single file, or give a folder's name"
+        )
     check_free(target, "choose another name or move it away")
     if dtype is not None and dtype not in PRECISIONS:
         raise UsageError(f"dtype {dtype!r} is unknown; it is one of {', '.join(PRECISIONS)}")
-    single = target.suffix == ".safetensors"
+    single = ending == ".safetensors"
     if single and preset is not None:
         raise UsageError(
             f"a single file cannot keep preset {preset!r}; convert to a folder, or give the preset "
@@ -72,7 +86,11 @@ def convert(
     if pickled and single and loras:
         raise UsageError("a pickle is rewritten as it is; convert it first, then merge LoRAs")
     if pickled and single:
-        with unpickled(Path(source)) as tensors, published_file(target) as draft:
+        with (
+            unpickled(Path(source)) as tensors,
+            _explained(target),
+            published_file(target) as draft,
+        ):
             shutil.move(tensors, draft)
         return
     with ExitStack() as stack:
@@ -91,10 +109,26 @@ def convert(
             marks = {"v": "v", "eps": "epsilon"}
             spec = marks.get(checkpoint.config.schedule.prediction)
             metadata = {"format": "pt"} | ({"modelspec.prediction_type": spec} if spec else {})
-            with published_file(target) as draft:
+            with _explained(target), published_file(target) as draft:
                 save_file(written, draft, metadata=metadata)
+                _check_kept(draft, checkpoint)
         else:
-            save_folder(target, checkpoint.config, modules, checkpoint.tokenizers, dtype=chosen)
+            tokenizers = checkpoint.tokenizers
+            with _explained(target):
+                save_folder(target, checkpoint.config, modules, tokenizers, dtype=chosen)
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Turn a full or failing disk into CheckpointError; the draft is gone by then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        raise CheckpointError(
+            f"{target} could not be written: {said or error}; nothing was left there: free some "
+            "space, or choose another place"
+        ) from error
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str:
@@ -125,7 +159,15 @@ def unpickled(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fastsd-") as folder:
         target = Path(folder) / f"{path.stem}.safetensors"
         script = Path(__file__).with_name("unpickle.py")
-        command = [sys.executable, "-I", str(script), str(path.absolute()), str(target)]
+        command = [
+            sys.executable,
+            "-I",
+            "-W",
+            "ignore",
+            str(script),
+            str(path.absolute()),
+            str(target),
+        ]
         kept = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "TMPDIR", "TEMP", "TMP")
         environment = {name: os.environ[name] for name in kept if name in os.environ}
         try:
@@ -154,9 +196,7 @@ def _original(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> dict[
     config = checkpoint.config
     family = next((f for f in FAMILIES if f.preset.family == config.family), None)
     if family is None or config.vae.blocks is not None or config.unet.guidance_width:
-        raise CheckpointError(
-            f"{checkpoint.path} has no form in the original layout; give a folder's name"
-        )
+        raise _no_form(checkpoint, "its parts are of other kinds")
     unet, vae = config.unet, config.vae
     names = unet_map([depth > 0 for depth in unet.depths], unet.layers_per_level)
     tensors = {
@@ -173,7 +213,76 @@ def _original(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> dict[
         state = modules[part].state_dict()
         write = _open_clip if keys.open_clip else _clip
         tensors |= {f"{keys.prefix}{key}": t for key, t in write(state, text).items()}
+    if config.schedule.zero_terminal_snr:
+        tensors["ztsnr"] = torch.zeros(0)  # a mark: the key says it
     return tensors
+
+
+def _no_form(checkpoint: Checkpoint, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.path} has no form in the original layout: {why}; give a folder's name"
+    )
+
+
+# What no file says, and what no picture shows.
+_UNSEEN = ("unet.upcast_attention", "vae.force_upcast", "vae.sample_size")
+# What of a schedule is the model's own; the rest is chosen in drawing.
+_LASTING = (
+    *("train_steps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction", "zero_terminal_snr"),
+)
+
+
+def _check_kept(file: Path, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless `file`, which holds no config, is read as what was written.
+
+    Logs what has to be chosen in drawing instead.
+    """
+    try:
+        read = _facts(read_single(file).config)
+    except CheckpointError as error:
+        why = str(error).removeprefix(f"{file}: ").replace(str(file), "the file")
+        raise _no_form(checkpoint, why) from None
+    facts = _facts(checkpoint.config)
+    lost = {name: value for name, value in facts.items() if read.get(name) != value}
+    chosen = {name: lost.pop(name) for name in list(lost) if _is_chosen(name)}
+    if lost:
+        name, value = next(iter(lost.items()))
+        raise _no_form(
+            checkpoint, f"its {name} is {value}, a file would be read as {read.get(name)}"
+        )
+    if chosen:
+        log.warning(
+            "%s does not keep %s: choose it in drawing",
+            file.name,
+            ", ".join(f"{name} {value}" for name, value in chosen.items()),
+        )
+
+
+def _is_chosen(name: str) -> bool:
+    part, _, field = name.rpartition(".")
+    return (
+        name in ("unet.sample_size", "zero_empty_negative")
+        or part == "schedule"
+        and field not in _LASTING
+    )
+
+
+def _facts(config: ModelConfig) -> dict[str, Any]:
+    """Return what a config says of pictures, flat: "unet.heads" and so on."""
+    whole = asdict(config)
+    for part, text in zip(config.text_parts, whole.pop("text_encoders"), strict=True):
+        if text["eos_token_id"] == 2:  # the old way to say: the largest id
+            text["eos_token_id"] = text["vocab_size"] - 1
+        whole[part] = text
+    schedule = whole["schedule"]
+    if schedule["spacing"] == "default" and schedule["sampler"] in SAMPLERS:
+        schedule["spacing"] = SAMPLERS[schedule["sampler"]].spacing
+    facts: dict[str, Any] = {}
+    for name, value in whole.items():
+        inner = value.items() if isinstance(value, dict) else ()
+        facts |= {f"{name}.{field}": v for field, v in inner} if inner else {name: value}
+    return {name: value for name, value in facts.items() if name not in _UNSEEN}
 
 
 def _clip(state: Mapping[str, Tensor], text: CLIPConfig) -> dict[str, Tensor]:

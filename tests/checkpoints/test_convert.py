@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastsd.checkpoints import convert, open_checkpoint
@@ -80,6 +84,74 @@ def test_dtypes(singles: Singles, tmp_path: Path) -> None:
 def test_what_a_single_file_cannot_keep(singles: Singles, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot keep preset 'lcm'; convert to a folder"):
         convert(singles["sd1"].folder, tmp_path / "x.safetensors", preset="lcm")
+    assert not list(tmp_path.iterdir())
+
+
+def changed(folder: Path, copy: Path, name: str, **values: Any) -> Path:
+    """Copy a folder with other values in one of its JSON files."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / name).read_text("utf-8")) | values
+    (copy / name).write_text(json.dumps(config), "utf-8")
+    return copy
+
+
+def test_what_a_single_file_cannot_say(
+    singles: Singles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that would be read as another is refused; what is chosen in drawing is named."""
+    folder, file = singles["sd1"].folder, tmp_path / "x.safetensors"
+    with pytest.raises(CheckpointError, match="no form .*layout: VAE width .*; give a folder's"):
+        convert("builtin", file)
+    scaled = changed(folder, tmp_path / "scaled", "vae/config.json", scaling_factor=0.5)
+    with pytest.raises(CheckpointError, match=r"its vae.scale is 0.5, a file .* read as 0.18215"):
+        convert(scaled, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["scaled"]
+    scheduler = "scheduler/scheduler_config.json"
+    spaced = changed(folder, tmp_path / "spaced", scheduler, timestep_spacing="trailing")
+    unsaid = changed(folder, tmp_path / "unsaid", scheduler, timestep_spacing="default")
+    convert(unsaid, tmp_path / "same.safetensors")
+    assert "spacing" not in caplog.text  # it is the sampler's own
+    convert(spaced, file)
+    assert "x.safetensors does not keep" in caplog.text
+    assert "schedule.spacing trailing" in caplog.text and "prediction" not in caplog.text
+
+
+def test_a_zero_terminal_snr_is_kept(singles: Singles, tmp_path: Path) -> None:
+    scheduler = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    folder = changed(
+        singles["sd2"].folder, tmp_path / "v", "scheduler/scheduler_config.json", **scheduler
+    )
+    convert(folder, tmp_path / "v.safetensors")
+    ours, theirs = (
+        open_checkpoint(p).config.schedule for p in (tmp_path / "v.safetensors", folder)
+    )
+    assert ours == theirs and ours.zero_terminal_snr and ours.prediction == "v"
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.PT", "a.pth", "a.bin"])
+def test_a_pickle_is_never_written(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{name} is named as a pickle.*end it in .safetensors"):
+        convert("builtin", tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left on device")],
+)
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+def test_a_full_disk(
+    name: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, file: Path, **options: Any) -> None:
+        file.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(sys.modules[unpickled.__module__], "save_file", full)
+    monkeypatch.setattr("fastsd.checkpoints.save.save_file", full)
+    expected = rf"{name} could not be written: .*No space left on device; .* free some space"
+    with pytest.raises(CheckpointError, match=expected):
+        convert("builtin", tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
