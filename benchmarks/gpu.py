@@ -126,6 +126,11 @@ STAGES = (
         "ops.json",
     ),
     Stage(
+        "tilings",
+        "what the 3x3 convolution takes, cut every way",
+        ("fastsd.benchmarks.tilings", "measure", "{folder}/times.json"),
+    ),
+    Stage(
         "tests",
         "kernels, graphs and half precision, on the GPU",
         ("pytest", "-q", "-W", "default", "tests/kernels/test_triton.py")

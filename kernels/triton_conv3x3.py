@@ -155,8 +155,8 @@ class Tiling:
     """How a product is cut: pixels by channels, by so many warps, loads so many stages ahead.
 
     at_once: how many a multiprocessor of an H200 holds; block_us, fixed_us: what one then takes
-    there, for each BLOCK_C channels in half precision, and besides. Fitted to 37 shapes of SD1.5,
-    SDXL and the decoder, whose fastest is missed by 2 % in the mean, by 24 % at most.
+    there, for each BLOCK_C channels in half precision, and besides. `fastsd.benchmarks.tilings`
+    fits them, and says what is lost where they choose wrongly.
     """
 
     pixels: int
@@ -186,46 +186,62 @@ SPLITS = 16  # at most
 FEWEST = 4  # blocks of channels for which a split is worth its start
 
 
+@dataclass(frozen=True)
+class Product:
+    """A convolution of maps (B, C, H, W) to O channels. size: of what is multiplied, in bytes."""
+
+    B: int
+    C: int
+    H: int
+    W: int
+    O: int
+    up: bool
+    size: int
+
+    @property
+    def block(self) -> int:
+        """How many channels are multiplied at once: 128 bytes of them, the most that is fast."""
+        return 2 * BLOCK_C if self.size == 1 and self.C % (2 * BLOCK_C) == 0 else BLOCK_C
+
+    @property
+    def blocks(self) -> int:
+        """How many times that is done for an output."""
+        return (4 if self.up else 9) * cdiv(self.C, self.block)
+
+    def tiles(self, tiling: Tiling) -> int:
+        """How many tiles there are."""
+        pictures, height, width = tiling.patch(self.W)
+        patches = cdiv(self.B, pictures) * cdiv(self.H, height) * cdiv(self.W, width)
+        return patches * cdiv(self.O, tiling.channels) * (4 if self.up else 1)
+
+    def us(self, tiling: Tiling, splits: int, multiprocessors: int) -> float:
+        """What it takes so, on an H200 of as many multiprocessors."""
+        # fp8 takes half as long; and channels at once count.
+        block_us = tiling.block_us * self.size / 2 * self.block / BLOCK_C
+        work = cdiv(self.blocks, splits) * block_us
+        full, rest = divmod(self.tiles(tiling) * splits, multiprocessors * tiling.at_once)
+        us = full * (work + tiling.fixed_us)
+        if rest:  # those of the last round have a multiprocessor more to themselves
+            alone = cdiv(rest, multiprocessors) / tiling.at_once
+            us += work * max(0.6, alone) + tiling.fixed_us
+        if splits > 1:
+            elements = self.B * self.H * self.W * self.O * (4 if self.up else 1)
+            us += PARTS_US + 8 * splits * elements / PARTS_PER_US
+        return us
+
+
 @cache
-def plan(
-    shape: tuple[int, int, int, int, int], up: bool, size: int, multiprocessors: int, shared: int
-) -> tuple[Tiling, int]:
+def plan(product: Product, multiprocessors: int, shared: int) -> tuple[Tiling, int]:
     """Choose a tiling and how many splits, by what they would take on an H200.
 
-    shape: (B, C, H, W, O). size: of an element, in bytes. shared: what a program may have.
+    shared: bytes that a program may have.
     """
-    B, C, H, W, O = shape
-    block = block_c(C, size)
-    blocks = (4 if up else 9) * cdiv(C, block)
-    best: tuple[float, Tiling, int] | None = None
-    for tiling in TILINGS:
-        if tiling.shared(block * size) > shared:
-            continue
-        pictures, height, width = tiling.patch(W)
-        tiles = cdiv(B, pictures) * cdiv(H, height) * cdiv(W, width) * cdiv(O, tiling.channels)
-        tiles *= 4 if up else 1
-        held = multiprocessors * tiling.at_once
-        # fp8 takes half as long; and channels at once count.
-        block_us = tiling.block_us * size / 2 * block / BLOCK_C
-        for splits in range(1, max(2, min(SPLITS, blocks // FEWEST) + 1)):
-            full, rest = divmod(tiles * splits, held)
-            work = cdiv(blocks, splits) * block_us
-            us = full * (work + tiling.fixed_us)
-            if rest:  # those of the last round have a multiprocessor more to themselves
-                alone = cdiv(rest, multiprocessors) / tiling.at_once
-                us += work * max(0.6, alone) + tiling.fixed_us
-            if splits > 1:
-                us += PARTS_US + 8 * splits * B * H * W * O * (4 if up else 1) / PARTS_PER_US
-            if best is None or us < best[0]:
-                best = us, tiling, splits
-    if best is None:
+    most = max(1, min(SPLITS, product.blocks // FEWEST))
+    fits = [t for t in TILINGS if t.shared(product.block * product.size) <= shared]
+    cuts = [(tiling, splits) for tiling in fits for splits in range(1, most + 1)]
+    if not cuts:
         raise RuntimeError(f"no tiling fits in {shared} bytes of shared memory")
-    return best[1], best[2]
-
-
-def block_c(C: int, size: int) -> int:
-    """How many channels are multiplied at once: 128 bytes of them, the most that is fast."""
-    return 2 * BLOCK_C if size == 1 and C % (2 * BLOCK_C) == 0 else BLOCK_C
+    return min(cuts, key=lambda cut: product.us(cut[0], cut[1], multiprocessors))
 
 
 def launch(
@@ -236,17 +252,18 @@ def launch(
     residual: Tensor | None,
     up: bool,
     out: Tensor,
+    cut: tuple[Tiling, int] | None = None,
 ) -> None:
     """Convolve as `kernels.conv3x3.conv3x3` says; every map channels-last.
 
-    weight: (O, 9 C), or (4 O, 4 C) if up, contiguous.
+    weight: (O, 9 C), or (4 O, 4 C) if up, contiguous. cut: a tiling and its splits, else `plan`'s.
     """
     B, C, H, W = x.shape
     O = out.shape[1]
-    multiprocessors, shared = _gpu(x.device)
-    tiling, splits = plan((B, C, H, W, O), up, x.element_size(), multiprocessors, shared)
+    product = Product(B, C, H, W, O, up, x.element_size())
+    tiling, splits = cut or plan(product, *_gpu(x.device))
     pictures, height, width = tiling.patch(W)
-    block = block_c(C, x.element_size())
+    block = product.block
     across, down = cdiv(W, width), cdiv(H, height)
     patches = across * down * cdiv(B, pictures)
     flags = dict(
