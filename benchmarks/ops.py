@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,20 @@ TURN_S = 0.005  # calls are repeated until a turn takes this long
 GRAPHED = 20  # on a GPU, in one CUDA graph: Python takes longer to launch most than they run
 
 
+# op -> what computes it, and its formula
+COMPUTED: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = MappingProxyType(
+    {
+        "attention": (attention, reference.attention),
+        "conv3x3": (conv3x3, reference.conv3x3),
+        "geglu": (geglu, reference.geglu),
+        "group_norm": (group_norm, reference.group_norm),
+        "layer_norm": (layer_norm, reference.layer_norm),
+        "residual": (residual, reference.residual),
+        "sampler_step": (sampler_step_, reference.sampler_step_),
+    }
+)
+
+
 @dataclass(frozen=True)
 class Case:
     """One op at one shape. flop, bytes: what it computes, and must read and write at least.
@@ -50,34 +65,45 @@ class Case:
     flop: int
     bytes: int
 
+    @classmethod
+    def of(
+        cls, op: str, shape: str, run: Callable[[Callable[..., Any]], Tensor], flop: int, bytes: int
+    ) -> Case:
+        """Make one of `run`, which calls what it is given with the op's inputs."""
+        ours, formula = COMPUTED[op]
+        implementations = {
+            name: partial(run, partial(ours, implementation=name)) for name in IMPLEMENTATIONS[op]
+        }
+        return cls(op, shape, partial(run, formula), implementations, flop, bytes)
 
-def _numbers(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
-    """Return what draws tensors of the shapes it is given, always the same ones in this order."""
-    generator = torch.Generator(device).manual_seed(0)
-    return lambda *shape: torch.randn(shape, generator=generator, device=device).to(dtype)
+
+class _Numbers:
+    """Draws tensors of the shapes it is given, always the same ones in this order."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self._dtype, self._device = dtype, device
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=self._generator, device=self._device)
+        return drawn.to(self._dtype)
+
+    def map(self, *shape: int) -> Tensor:
+        """Draw it channels-last."""
+        return self(*shape).contiguous(memory_format=torch.channels_last)
 
 
 def attention_case(
     title: str, batch: int, heads: int, queries: int, keys: int, width: int, dtype: torch.dtype,
     device: str,
 ) -> Case:  # fmt: skip
-    """softmax(q k^T / sqrt(K)) v."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def numbers(tokens: int) -> Tensor:
-        shape = (batch, tokens, heads, width)  # as the models' projections give them
-        return torch.randn(shape, generator=generator, device=device).to(dtype).transpose(1, 2)
-
-    q, k, v = numbers(queries), numbers(keys), numbers(keys)
-
-    def call(name: str) -> Callable[[], Tensor]:
-        return lambda: attention(q, k, v, implementation=name)
-
-    return Case(
-        op="attention",
-        shape=f"{title}: {batch}x{heads}x{queries}x{keys}x{width}",
-        reference=lambda: reference.attention(q, k, v),
-        implementations={name: call(name) for name in IMPLEMENTATIONS["attention"]},
+    """softmax(q k^T / sqrt(K)) v, of tokens as the models' projections give them."""
+    numbers = _Numbers(dtype, device)
+    q, k, v = (numbers(batch, n, heads, width).transpose(1, 2) for n in (queries, keys, keys))
+    return Case.of(
+        "attention",
+        f"{title}: {batch}x{heads}x{queries}x{keys}x{width}",
+        lambda attend: attend(q, k, v),
         flop=4 * batch * heads * queries * keys * width,
         bytes=(2 * q.numel() + 2 * k.numel()) * q.element_size(),
     )
@@ -87,22 +113,20 @@ def group_norm_case(
     title: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str
 ) -> Case:
     """silu(group_norm(x + added)) from a channels-last map to one, 32 groups."""
-    numbers = _numbers(dtype, device)
-    x = numbers(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    numbers = _Numbers(dtype, device)
+    x = numbers.map(batch, channels, side, side)
     given = (x, numbers(channels), numbers(channels), 32, 1e-5)
     added = numbers(batch, channels)
 
-    def call(name: str) -> Callable[[], Tensor]:
+    def run(normalise: Callable[..., Tensor]) -> Tensor:
         # the library's is not channels-last on a GPU, and a convolution would make it so
-        return lambda: group_norm(*given, added=added, silu=True, implementation=name).contiguous(
-            memory_format=torch.channels_last
-        )
+        y = normalise(*given, added=added, silu=True)
+        return y.contiguous(memory_format=torch.channels_last)
 
-    return Case(
-        op="group_norm",
-        shape=f"{title}: {batch}x{channels}x{side}x{side}",
-        reference=lambda: reference.group_norm(*given, added=added, silu=True),
-        implementations={name: call(name) for name in IMPLEMENTATIONS["group_norm"]},
+    return Case.of(
+        "group_norm",
+        f"{title}: {batch}x{channels}x{side}x{side}",
+        run,
         flop=10 * x.numel(),
         bytes=2 * x.numel() * x.element_size(),
     )
@@ -113,30 +137,21 @@ def conv3x3_case(
     device: str,
 ) -> Case:  # fmt: skip
     """A resnet's last convolution, channels-last, with its bias and sum; or an up-sampler's."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        t = torch.randn(shape, generator=generator, device=device).to(dtype)
-        return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
-
-    x, weight = numbers(batch, channels, side, side), numbers(out, channels, 3, 3) / 64
-    factor = 2 if upsample else 1
-    given = (x, weight, numbers(out))
-    residual = None if upsample else numbers(batch, out, side, side)
+    numbers = _Numbers(dtype, device)
+    x, weight = numbers.map(batch, channels, side, side), numbers.map(out, channels, 3, 3) / 64
+    bias = numbers(out)
+    summed = None if upsample else numbers.map(batch, out, side, side)
     phases = summed_taps(weight) if upsample else None
 
-    def call(name: str) -> Callable[[], Tensor]:
-        return lambda: conv3x3(
-            *given, residual=residual, phases=phases, upsample=upsample, implementation=name
-        )
+    def run(convolve: Callable[..., Tensor]) -> Tensor:
+        return convolve(x, weight, bias, residual=summed, phases=phases, upsample=upsample)
 
-    result = batch * out * side * side * factor**2
+    result = batch * out * side * side * (4 if upsample else 1)
     elements = x.numel() + weight.numel() + result * (1 if upsample else 2)
-    return Case(
-        op="conv3x3",
-        shape=f"{title}: {batch}x{channels}x{side}x{side} to {out}{' doubled' * upsample}",
-        reference=lambda: reference.conv3x3(*given, residual=residual, upsample=upsample),
-        implementations={name: call(name) for name in IMPLEMENTATIONS["conv3x3"]},
+    return Case.of(
+        "conv3x3",
+        f"{title}: {batch}x{channels}x{side}x{side} to {out}{' doubled' * upsample}",
+        run,
         # 4 taps of 9 are enough where each pixel is there four times
         flop=2 * (4 if upsample else 9) * channels * result,
         bytes=elements * x.element_size(),
@@ -145,18 +160,17 @@ def conv3x3_case(
 
 def layer_norm_case(title: str, tokens: int, width: int, dtype: torch.dtype, device: str) -> Case:
     """The norm of a residual sum, of a guidance pair's tokens."""
-    numbers = _numbers(dtype, device)
+    numbers = _Numbers(dtype, device)
     x, added = numbers(2, tokens, width), numbers(2, tokens, width)
     given = (x, numbers(width), numbers(width), 1e-5)
 
-    def call(name: str) -> Callable[[], Tensor]:
-        return lambda: layer_norm(*given, added=added, implementation=name)[1]
+    def run(normalise: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        return normalise(*given, added=added)[1]
 
-    return Case(
-        op="layer_norm",
-        shape=f"{title}: 2x{tokens}x{width}",
-        reference=lambda: reference.layer_norm(*given, added=added)[1],
-        implementations={name: call(name) for name in IMPLEMENTATIONS["layer_norm"]},
+    return Case.of(
+        "layer_norm",
+        f"{title}: 2x{tokens}x{width}",
+        run,
         flop=8 * x.numel(),
         bytes=4 * x.numel() * x.element_size(),
     )
@@ -164,16 +178,11 @@ def layer_norm_case(title: str, tokens: int, width: int, dtype: torch.dtype, dev
 
 def geglu_case(title: str, tokens: int, width: int, dtype: torch.dtype, device: str) -> Case:
     """The gate of a feed-forward layer, of a guidance pair's tokens."""
-    x = _numbers(dtype, device)(2, tokens, 8 * width)
-
-    def call(name: str) -> Callable[[], Tensor]:
-        return lambda: geglu(x, implementation=name)
-
-    return Case(
-        op="geglu",
-        shape=f"{title}: 2x{tokens}x{8 * width}",
-        reference=lambda: reference.geglu(x),
-        implementations={name: call(name) for name in IMPLEMENTATIONS["geglu"]},
+    x = _Numbers(dtype, device)(2, tokens, 8 * width)
+    return Case.of(
+        "geglu",
+        f"{title}: 2x{tokens}x{8 * width}",
+        lambda gate: gate(x),
         flop=5 * x.numel(),
         bytes=3 * x.numel() * x.element_size() // 2,
     )
@@ -183,19 +192,13 @@ def residual_case(
     title: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str
 ) -> Case:
     """The sum that ends a resnet, with its last convolution's bias."""
-    numbers = _numbers(dtype, device)
-    shape = (batch, channels, side, side)
-    x, h = (numbers(*shape).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    numbers = _Numbers(dtype, device)
+    x, h = (numbers.map(batch, channels, side, side) for _ in range(2))
     bias = numbers(channels)
-
-    def call(name: str) -> Callable[[], Tensor]:
-        return lambda: residual(x, h, bias, implementation=name)
-
-    return Case(
-        op="residual",
-        shape=f"{title}: {batch}x{channels}x{side}x{side}",
-        reference=lambda: reference.residual(x, h, bias),
-        implementations={name: call(name) for name in IMPLEMENTATIONS["residual"]},
+    return Case.of(
+        "residual",
+        f"{title}: {batch}x{channels}x{side}x{side}",
+        lambda add: add(x, h, bias),
         flop=2 * x.numel(),
         bytes=3 * x.numel() * x.element_size(),
     )
@@ -204,39 +207,30 @@ def residual_case(
 def sampler_step_case(
     title: str, batch: int, side: int, slots: int, dtype: torch.dtype, device: str
 ) -> Case:
-    """A guided row of a table, over latents of four channels; the state grows no larger by it."""
-    generator = torch.Generator(device).manual_seed(0)
+    """A guided row of a table, over latents of four channels; the state grows no larger by it.
 
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
+    torch's own is the formula itself, whose error is none.
+    """
+    numbers = _Numbers(torch.float32, device)
     sources = numbers(slots + 3, batch, 4, side, side)
-    prediction = numbers(2 * batch, 4, side, side).to(dtype)
-    prediction = prediction.contiguous(memory_format=torch.channels_last)
+    prediction = numbers.map(2 * batch, 4, side, side).to(dtype)
     coefficients = 0.1 * numbers(1, 3 + (1 + slots) * (3 + slots) + 2)
     row = torch.zeros(1, dtype=torch.int64, device=device)
     guidance = torch.tensor(7.5, device=device)
+    states: dict[Callable[..., None], Tensor] = {}
 
-    def call(name: str) -> Callable[[], Tensor]:
-        state = sources.clone()
-
-        def step() -> Tensor:
-            sampler_step_(state, prediction, coefficients, row, guidance, implementation=name)
-            return state[:-2]
-
-        return step
-
-    def truth() -> Tensor:
-        state = sources.clone()
-        reference.sampler_step_(state, prediction, coefficients, row, guidance)
+    def run(step: Callable[..., None]) -> Tensor:
+        if step not in states:
+            states[step] = sources.clone()
+        state = states[step]
+        step(state, prediction, coefficients, row, guidance)
         return state[:-2]
 
     state_bytes = sources[0].numel() * sources.element_size()
-    return Case(
-        op="sampler_step",
-        shape=f"{title}: {batch}x4x{side}x{side}, {slots} slots",
-        reference=truth,
-        implementations={name: call(name) for name in IMPLEMENTATIONS["sampler_step"]},
+    return Case.of(
+        "sampler_step",
+        f"{title}: {batch}x4x{side}x{side}, {slots} slots",
+        run,
         flop=2 * (1 + slots) * (3 + slots) * sources[0].numel(),
         bytes=(2 * slots + 3) * state_bytes + prediction.numel() * prediction.element_size(),
     )

@@ -17,7 +17,6 @@ from fastsd.errors import UsageError
 from fastsd.kernels import dispatch, native
 from fastsd.kernels.fp8 import in_fp8
 
-IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS["attention"]
 MOST_KEYS = 128  # of our kernel for few
 SCORES = 2**26  # that "products" holds at once, in fp32
 
@@ -43,7 +42,7 @@ def attention(
     Raises MissingDependency if what is asked for is absent, UsageError for an unknown name.
     Source: Vaswani et al. 2017.
     """
-    require_implementation(implementation)
+    dispatch.require("attention", implementation)
     if implementation == "triton" and not causal and k.shape[2] <= MOST_KEYS:
         return _triton(q, k, v, multiplier)
     if implementation in ("sdpa", "triton"):  # a longer text's chunks, or a map's own pixels
@@ -51,11 +50,6 @@ def attention(
     else:
         out = _BY_NAME[implementation](q, k, v, causal)
     return out if multiplier is None else in_fp8(out, multiplier)
-
-
-def require_implementation(name: str) -> None:
-    """Raise UsageError unless `name` is one of IMPLEMENTATIONS."""
-    dispatch.require("attention", name)
 
 
 def candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:

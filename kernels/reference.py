@@ -1,4 +1,4 @@
-"""Every op in plain torch, in fp32: the truth that the fast ones are tested against."""
+"""Every op in plain torch, from its formula: the truth that the fast ones are tested against."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ def attention(
     *,
     causal: bool = False,
     multiplier: Tensor | None = None,
-    implementation: str = "reference",
 ) -> Tensor:
-    """Attend as `kernels.attention.attention` does, from the formula; `implementation` is moot."""
+    """Attend as `kernels.attention.attention` does, in fp32, from the formula."""
     scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -35,10 +34,10 @@ def conv3x3(
     *,
     scale: Tensor | None = None,
     residual: Tensor | None = None,
+    phases: Tensor | None = None,
     upsample: bool = False,
-    implementation: str = "reference",
 ) -> Tensor:
-    """Convolve as `kernels.conv3x3.conv3x3` does, in fp64, tap by tap."""
+    """Convolve as `kernels.conv3x3.conv3x3` does, in fp64, tap by tap; phases are not read."""
     x, weight = x.double(), weight.double()
     if upsample:
         x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
@@ -68,7 +67,6 @@ def group_norm(
     added: Tensor | None = None,
     silu: bool = False,
     multiplier: Tensor | None = None,
-    implementation: str = "reference",
 ) -> Tensor:
     """Normalise as `kernels.group_norm.group_norm` does, in fp64, from the formula."""
     B, C, H, W = x.shape
@@ -91,7 +89,6 @@ def layer_norm(
     added: Tensor | None = None,
     lead: Tensor | None = None,
     multiplier: Tensor | None = None,
-    implementation: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """Normalise as `kernels.layer_norm.layer_norm` does, in fp64, from the formula."""
     total = x
@@ -105,16 +102,14 @@ def layer_norm(
     return total, y.float() if multiplier is None else in_fp8(y, multiplier)
 
 
-def geglu(
-    x: Tensor, *, multiplier: Tensor | None = None, implementation: str = "reference"
-) -> Tensor:
+def geglu(x: Tensor, *, multiplier: Tensor | None = None) -> Tensor:
     """Gate as `kernels.geglu.geglu` does, in fp64, from the formula."""
     value, gate = x.double().chunk(2, dim=-1)
     y = value * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
     return y.float() if multiplier is None else in_fp8(y, multiplier)
 
 
-def residual(x: Tensor, h: Tensor, bias: Tensor, *, implementation: str = "reference") -> Tensor:
+def residual(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
     """Add as `kernels.residual.residual` does, in fp64."""
     return (x.double() + h.double() + bias.double()[:, None, None]).float()
 

@@ -71,7 +71,7 @@ class Attention(nn.Module):
     """Self-attention, or cross-attention where context_width is given.
 
     upcast: attend in fp32 whatever the weights' dtype (SD2.1's fp16 scores overflow).
-    implementation: which kernel attends, one of `fastsd.kernels.attention.IMPLEMENTATIONS`.
+    implementation: which kernel attends, as `fastsd.kernels.dispatch` has them.
     to_qkv: makes queries, keys and values of x side by side, where those are one product.
     multiplier: of the layer that reads what is attended, if that one multiplies in fp8; else None.
     """
@@ -359,14 +359,11 @@ class Resnet(nn.Module):
         out: Tensor
         if getattr(self.conv2, "adds", False):  # engines have layers of their own there
             out = self.conv2(h, self.bias, x)
-            return out
-        return self.sum(x, self.conv2(h))
-
-    def sum(self, x: Tensor, h: Tensor) -> Tensor:
-        """Add what was read, or the shortcut of it, and the last convolution's result."""
-        if self.bias is None:
-            return x + h
-        return residual(x, h, self.bias, implementation=self.implementation)
+        elif self.bias is None:
+            out = x + self.conv2(h)
+        else:
+            out = residual(x, self.conv2(h), self.bias, implementation=self.implementation)
+        return out
 
 
 @final
