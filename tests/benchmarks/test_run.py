@@ -162,7 +162,7 @@ def test_choosing() -> None:
 
 
 def test_by_default_nobody_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fastsd.benchmarks.contenders.user_cache_path", lambda _: tmp_path)
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path))
     ready = Contender("ready", "", prepares="x:y", kept="ready")
     folder = ready.folder(SCENE)
     assert folder is not None and folder.is_relative_to(tmp_path)
