@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,11 @@ def convert(
 
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Turn a full or failing disk into CheckpointError; the draft is gone by then."""
+    """Turn a full or failing disk into CheckpointError; the draft is gone by then.
+
+    Of the folders above `target`, those that were made for it go too, if it fails.
+    """
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -129,6 +133,10 @@ def _explained(target: Path) -> Iterator[None]:
             f"{target} could not be written: {said or error}; nothing was left there: free some "
             "space, or choose another place"
         ) from error
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it holds the target
+                folder.rmdir()
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str:
@@ -185,7 +193,10 @@ def unpickled(path: Path) -> Iterator[Path]:
         if result.returncode or not target.is_file():
             said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
             raise CheckpointError(f"{path} was not converted: {said[-1]}")
-        yield target
+        try:
+            yield target
+        except CheckpointError as error:  # of a file whose name the user never gave
+            raise CheckpointError(str(error).replace(str(target), str(path))) from None
 
 
 # --- the original layout --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_a_full_disk(
     monkeypatch.setattr("fastsd.checkpoints.save.save_file", full)
     expected = rf"{name} could not be written: .*No space left on device; .* free some space"
     with pytest.raises(CheckpointError, match=expected):
-        convert("builtin", tmp_path / name)
+        convert("builtin", tmp_path / "new" / "folders" / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -203,8 +204,10 @@ def test_a_hostile_pickle_runs_nothing(protocol: int | None, tmp_path: Path) -> 
 
 def test_a_pickle_by_a_name_of_safetensors(tmp_path: Path) -> None:
     torch.save({"w": torch.arange(3.0)}, file := tmp_path / "misnamed.safetensors")
-    convert(file, tmp_path / "out.safetensors")
-    assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [0, 1, 2]
+    convert(file, tmp_path / "new" / "out.safetensors")
+    assert load_file(tmp_path / "new" / "out.safetensors")["w"].tolist() == [0, 1, 2]
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(file))} is no whole model"):
+        convert(file, tmp_path / "folder")
 
 
 @pytest.mark.parametrize("kind", ["compressed", pytest.param("repeated", marks=pytest.mark.slow)])
