@@ -7,6 +7,7 @@ Knows no torch, no file and no weights.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,42 @@ PREDICTIONS = ("eps", "v", "x0")
 SPACINGS = ("default", "leading", "trailing", "linspace")  # default: the sampler's own
 SIGMA_SPACINGS = ("schedule", "karras", "exponential")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos")
+
+
+# The smallest and largest of each size: wide around every known model, yet built in no time.
+_SIZES = {
+    **dict.fromkeys(("width", "widths", "mlp_width", "projection", "norm_groups"), (1, 2**16)),
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), (1, 2**10)),
+    **dict.fromkeys(("pooled_width", "size_width", "guidance_width"), (0, 2**16)),
+    **dict.fromkeys(("depths", "mid_depth", "blocks"), (0, 2**5)),
+    **dict.fromkeys(("sample_size", "context_width", "max_tokens"), (1, 2**16)),
+    **dict.fromkeys(("train_steps", "original_steps"), (1, 100_000)),
+    "heads": (1, 2**10),
+    "layers": (1, 2**8),
+    "layers_per_level": (1, 2**4),
+    "vocab_size": (1, 2**24),
+}
+_MOST_LEVELS = 8
+
+
+def _check_sizes(part: str, config: object) -> None:
+    """Refuse sizes out of their bounds; a tuple has one a level."""
+    for name, (low, high) in _SIZES.items():
+        given = getattr(config, name, None)
+        for size in given if isinstance(given, tuple) else () if given is None else (given,):
+            _require(
+                type(size) is int and low <= size <= high,
+                f"{part} {name} must be whole numbers from {low} to {high}, not {given!r}",
+            )
+        _require(
+            not isinstance(given, tuple) or 1 <= len(given) <= _MOST_LEVELS,
+            f"{part} {name} must have one entry a level, and 1 to {_MOST_LEVELS} of them",
+        )
+
+
+def _check_between(what: str, given: float) -> None:
+    """Refuse a number that is not between 0 and 1, ends excluded; NaN too."""
+    _require(0 < given < 1, f"{what} must lie between 0 and 1, not {given!r}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -48,6 +85,8 @@ class CLIPConfig:
     projection: int | None = None
 
     def __post_init__(self) -> None:
+        _check_sizes("CLIP", self)
+        _check_between("CLIP eps", self.eps)
         _require_one_of("CLIP activation", self.activation, ACTIVATIONS)
         _require(
             self.width % self.heads == 0,
@@ -88,6 +127,9 @@ class UNetConfig:
     guidance_width: int = 0
 
     def __post_init__(self) -> None:
+        _check_sizes("UNet", self)
+        _check_between("UNet eps", self.eps)
+        _require(math.isfinite(self.frequency_shift), "UNet frequency_shift must be finite")
         levels = len(self.widths)
         _require(
             len(self.depths) == levels and len(self.heads) == levels,
@@ -136,12 +178,18 @@ class VAEConfig:
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        _check_sizes("VAE", self)
+        _check_between("VAE eps", self.eps)
         for width in self.widths:
             _require(
                 width % self.norm_groups == 0,
                 f"VAE width {width} is not a multiple of {self.norm_groups} norm groups",
             )
-        _require(self.scale != 0, "VAE scale must not be 0")
+        _require(
+            math.isfinite(self.scale) and self.scale != 0 and math.isfinite(self.shift),
+            f"VAE scale and shift must be finite and scale not 0; they are {self.scale!r} and "
+            f"{self.shift!r}",
+        )
 
     @property
     def downscale(self) -> int:
@@ -189,7 +237,9 @@ class ScheduleConfig:
         _require_one_of("sigma spacing", self.sigma_spacing, SIGMA_SPACINGS)
         _require_one_of("beta schedule", self.beta_schedule, BETA_SCHEDULES)
         _require_one_of("final sigma", self.final_sigma, ("zero", "sigma_min"))
-        _require(self.train_steps > 0, f"train_steps must be positive, not {self.train_steps}")
+        _check_sizes("schedule", self)
+        for beta in self.trained_betas or (self.beta_start, self.beta_end):
+            _check_between("beta", beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +276,11 @@ class ModelConfig:
     def inpaints(self) -> bool:
         """Whether the UNet takes (latents, mask, masked picture) side by side: 2 C + 1 channels."""
         return self.unet.in_channels == 2 * self.vae.latent_channels + 1
+
+    @property
+    def usual_guidance(self) -> float:
+        """The weight of guidance where neither a user nor the checkpoint names one."""
+        return 5.0 if self.family.startswith("sdxl") else 7.5
 
     @property
     def default_size(self) -> int:

@@ -23,6 +23,8 @@ _LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer.json in the wild is som
 def read_json(path: Path, error_type: type[FastsdError] = CheckpointError) -> dict[str, Any]:
     """Read a JSON object. Raises error_type if it is missing, too large or not one."""
     try:
+        if path.is_fifo():  # to open one waits for a writer
+            raise error_type(f"{path} is a pipe, not a file")
         if path.stat().st_size > _LARGEST_JSON:
             raise error_type(f"{path} is {path.stat().st_size} bytes: no JSON is that large")
         data = json.loads(path.read_text("utf-8"))

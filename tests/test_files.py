@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastsd.errors import CheckpointError
 from fastsd.files import read_json, replaced, write_json
 
 
@@ -20,6 +21,13 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None
         raise OSError("the disk is full")
     assert read_json(tmp_path / "a.json") == {"n": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(CheckpointError, match="is a pipe"):
+        read_json(tmp_path / "a.json")
 
 
 def test_writers_do_not_meet(tmp_path: Path) -> None:

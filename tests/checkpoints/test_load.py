@@ -229,6 +229,36 @@ def test_what_training_scripts_leave_in_configs(
     assert open_checkpoint(path).load("unet")
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
+        ("scheduler/scheduler_config.json", {"beta_end": 5}),
+        ("scheduler/scheduler_config.json", {"beta_start": 0}),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 1.5]}),
+        ("unet/config.json", {"block_out_channels": [10**9, 10**9]}),
+        ("unet/config.json", {"layers_per_block": 10**7}),
+        ("unet/config.json", {"layers_per_block": 0}),
+        ("unet/config.json", {"transformer_layers_per_block": 10**7}),
+        ("unet/config.json", {"norm_eps": float("inf")}),
+        ("unet/config.json", {"norm_eps": float("nan")}),
+        ("unet/config.json", {"in_channels": 4.5}),
+        ("unet/config.json", {"sample_size": 10**9}),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**7}),
+        ("text_encoder/config.json", {"vocab_size": 10**12}),
+        ("vae/config.json", {"layers_per_block": 10**7}),
+        ("vae/config.json", {"scaling_factor": float("nan")}),
+    ],
+)
+def test_sizes_beyond_any_model_are_refused(
+    sd1_folder: Path, tmp_path: Path, file: str, change: dict[str, Any]
+) -> None:
+    path = copied(sd1_folder, tmp_path)
+    edit_json(path / file, change)
+    with pytest.raises(CheckpointError, match=r"config.json: .* must (be|lie)"):
+        open_checkpoint(path)
+
+
 def test_old_end_of_text_and_whole_clip_configs(sd1_folder: Path, tmp_path: Path) -> None:
     path = copied(sd1_folder, tmp_path)
     config = path / "text_encoder" / "config.json"
