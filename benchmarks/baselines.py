@@ -19,12 +19,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from fastsd.backends import PRECISIONS
 from fastsd.benchmarks.contenders import BENCH_EXTRA, Scene
 from fastsd.benchmarks.drawing import Drawer, PipelineDrawer, Watch
 from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.checkpoints.configs import write_clip, write_unet, write_vae
 from fastsd.checkpoints.schedulers import write_schedule
+from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.errors import MissingDependency
 from fastsd.files import published_folder
 from fastsd.samplers import resolve

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastsd.backends import cuda_graph
 from fastsd.benchmarks.limits import measure_ceilings
 from fastsd.benchmarks.timing import Latency, paired_ratio
+from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.errors import UsageError
 from fastsd.kernels import reference
 from fastsd.kernels.attention import attention
@@ -31,7 +32,6 @@ from fastsd.kernels.layer_norm import layer_norm
 from fastsd.kernels.residual import residual
 from fastsd.kernels.sampler_step import sampler_step_
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TURNS = 20
 TURN_S = 0.005  # calls are repeated until a turn takes this long
 GRAPHED = 20  # on a GPU, in one CUDA graph: Python takes longer to launch most than they run

@@ -27,13 +27,13 @@ from torch.utils import cpp_extension
 
 from fastsd.artifact import PartEntry
 from fastsd.backends.aoti import PACKAGE, gpu_machine
-from fastsd.backends.base import PRECISIONS
 from fastsd.backends.cuda_graph import convolves_in_tf32, gpu_name
 from fastsd.backends.fastest import attentions, use_fastest_
 from fastsd.backends.for_gpu import Joined, JoinedUNet
 from fastsd.backends.fp8 import SINCE as FP8_SINCE
 from fastsd.backends.inductor import COMPILED, TUNED
 from fastsd.checkpoints import Checkpoint
+from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.export.build import Exporter
 from fastsd.export.parts import Request, load_part, quiet

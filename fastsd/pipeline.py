@@ -29,7 +29,7 @@ import fastsd
 from fastsd import tasks
 from fastsd.adapters import Adapters
 from fastsd.artifact import Artifact, is_artifact
-from fastsd.backends import ENGINES, PRECISIONS, Backend, open_artifact, open_backend
+from fastsd.backends import BACKENDS, ENGINES, Backend, open_artifact, open_backend
 from fastsd.backends.auto import choose
 from fastsd.backends.fastest import fastest_step
 from fastsd.checkpoints import (
@@ -40,6 +40,7 @@ from fastsd.checkpoints import (
     open_lora,
     read_embedding,
 )
+from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import MOST_PIXELS, to_pil
@@ -273,6 +274,8 @@ class Pipeline:
         if use_safetensors is False:
             raise UsageError("only safetensors are loaded; drop use_safetensors=False")
         artifact = None
+        if backend is not None:
+            _check_choice("backend", backend, ("auto", *BACKENDS))
         if floor is not None and backend != "auto":
             raise UsageError("floor chooses among what was tuned; pass backend='auto' with it")
         if weights is not None and backend == "auto":
@@ -846,7 +849,7 @@ class Pipeline:
         if self.config.schedule.guidance is not None:
             return self.config.schedule.guidance
         inpaints = source is not None and source.mask is not None
-        return 5.0 if self.config.family.startswith("sdxl") and not inpaints else 7.5
+        return 7.5 if inpaints else self.config.usual_guidance
 
     def _source(
         self,

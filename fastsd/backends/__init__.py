@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastsd.backends.base import PRECISIONS, ArtifactBackend, Backend
+from fastsd.backends.base import ArtifactBackend, Backend
 from fastsd.errors import UntrustedArtifact, UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "ENGINES",
-    "PRECISIONS",
     "RUNS_ON",
     "ArtifactBackend",
     "Backend",

@@ -32,15 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd.artifact import Artifact, PartEntry
+from fastsd.artifact import AGAIN, Artifact, PartEntry
+from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.config import ModelConfig
-from fastsd.errors import UsageError
+from fastsd.errors import DamagedArtifact, UsageError
 from fastsd.models.clip import CLIPOutput
 from fastsd.models.layers import sinusoid, widen
 
 Part = Callable[..., Any]
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Backend(ABC):
@@ -150,6 +149,7 @@ class ArtifactBackend(Backend):
         self.device = device
         self.precision = artifact.manifest.precision
         self.entries = artifact.manifest.parts
+        _check_engine(artifact, config)
         self.dtype = _dtype_of(self.entries["unet"], "sample")
         standard = artifact.manifest.layout == "standard"
         parts: dict[str, Part] = {
@@ -290,6 +290,11 @@ class ArtifactBackend(Backend):
     def _run(self, part: str, inputs: dict[str, Tensor], batch_axis: int = 0) -> dict[str, Tensor]:
         """Run a part on any number of rows. batch_axis: where the outputs have them."""
         entry = self.entries[part]
+        if lacking := {spec.name for spec in entry.inputs} - set(inputs):
+            raise DamagedArtifact(
+                f"{part} of {self.artifact.path} takes {', '.join(sorted(lacking))}, which is no "
+                f"input of such a model's; {AGAIN}"
+            )
         inputs = {
             spec.name: inputs[spec.name].to(self.device, getattr(torch, spec.dtype))
             for spec in entry.inputs
@@ -334,6 +339,42 @@ class ArtifactBackend(Backend):
                     f"{given}; it was exported for pictures of {_size(self.artifact)} and prompts "
                     "of one chunk: ask for those, export again with --size (or --dynamic, which "
                     "ONNX and OpenVINO have), or draw with the model itself (backend='eager')"
+                )
+
+
+def _check_engine(artifact: Artifact, config: ModelConfig) -> None:
+    """Raise DamagedArtifact for a manifest without what its layout is made of."""
+    manifest = artifact.manifest
+    fixed = {"standard": ("timestep",), "fast": ("row",)}
+    if manifest.precision not in (*PRECISIONS, "int8", "fp8") or manifest.layout not in fixed:
+        raise DamagedArtifact(
+            f"{artifact.path} has precision {manifest.precision!r} and layout "
+            f"{manifest.layout!r}, which no exporter writes; {AGAIN}"
+        )
+    parts: dict[str, tuple[tuple[str, ...], str]] = {
+        **{part: (("input_ids",), "last_hidden_state") for part in config.text_parts},
+        "unet": (("sample", *fixed[manifest.layout]), "out_sample"),
+    }
+    if manifest.layout == "fast":
+        parts["unet_time"] = (("timesteps",), "rows")
+        parts["unet_context"] = (("encoder_hidden_states",), "k.0")
+    for part, (inputs, output) in parts.items():
+        entry = manifest.parts.get(part)
+        if (
+            entry is None
+            or not {*inputs} <= {spec.name for spec in entry.inputs}
+            or output not in {spec.name for spec in entry.outputs}
+        ):
+            raise DamagedArtifact(
+                f"{artifact.path} must have a part {part} that makes {output} of "
+                f"{' and '.join(inputs)}, and has none; {AGAIN}"
+            )
+    for part, entry in manifest.parts.items():
+        for spec in (*entry.inputs, *entry.outputs):
+            if not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
+                raise DamagedArtifact(
+                    f"{part} of {artifact.path} has {spec.name} of dtype {spec.dtype!r}, which "
+                    f"torch does not know; {AGAIN}"
                 )
 
 

@@ -1,4 +1,8 @@
-"""The exact path: the model definitions run by torch as they stand."""
+"""The exact path: the model definitions run by torch, no compiler and no graph file between.
+
+On a GPU their layers use the kernels that are fastest there, passes over memory are spared, and
+what a loop repeats is captured (`Graphed`).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ from fastsd.kernels.conv3x3 import fits
 from fastsd.models.clip import CLIPText
 from fastsd.models.layers import LAYERS, Attention, Conv3x3, Upsample, use_kernel
 from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE, PixelAttention, scale_activations_
+from fastsd.models.vae import VAE, PixelAttention, fit_fp16_
 from fastsd.quant.linear import Fp8Conv3x3
 from fastsd.quant.weights import Int8Weight, keep_in_int8_
 
@@ -40,12 +44,11 @@ if TYPE_CHECKING:
 
 _PARTS_OF = {"vae": ("vae_decoder", "vae_encoder")}
 WEIGHT_FORMATS = ("int8", "fp8")  # what weights can be kept in, beside the precision
-FP16_VAE_SCALE = 2.0**-5  # activations of up to 2 million fit in fp16
 
 
 @final
 class EagerBackend(Graphed):
-    """Run every part with torch, kernel by kernel.
+    """Run every part with torch and kernels of ours.
 
     on_host: modules whose weights stay in the host's memory and visit the GPU while they run.
     weights: "int8" keeps the UNet's in int8, and widens each layer's whenever it runs; "fp8" lets
@@ -92,11 +95,7 @@ class EagerBackend(Graphed):
         self._choices: dict[str, list[str]] = {}  # op or part -> what runs, and why
         self._fp8 = False
         unet, vae = cast(UNet, modules["unet"]), cast(VAE, modules["vae"])
-        if precision == "fp16" and checkpoint.config.vae.force_upcast:
-            # fp16 overflows in such a VAE. diffusers upcasts it to fp32, which takes twice the time
-            # and memory; bf16 has the range and an eighth of the precision. This has both.
-            scale_activations_(vae.decoder, FP16_VAE_SCALE)
-            scale_activations_(vae.encoder, FP16_VAE_SCALE)
+        fit_fp16_(vae)
         texts = {
             name: cast(CLIPText, module)
             for name, module in modules.items()
