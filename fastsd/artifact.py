@@ -130,6 +130,11 @@ class Manifest:
             intact = False
         if not intact:
             raise DamagedArtifact(f"{path} was changed or cut after it was written; {AGAIN}")
+        if wrong := _misfit(manifest):
+            raise DamagedArtifact(
+                f"{path} holds a {wrong} of the wrong kind, {values[wrong]!r}: fastsd did not "
+                f"write it; {AGAIN}"
+            )
         for name in manifest.files:
             inside = PurePosixPath(name)
             if inside.is_absolute() or ".." in inside.parts or "\\" in name or ":" in name:
@@ -141,6 +146,31 @@ class Manifest:
         if lacking := named - set(manifest.files):
             raise DamagedArtifact(f"{path} lists no digest of {', '.join(sorted(lacking))}")
         return manifest
+
+
+def _misfit(manifest: Manifest) -> str | None:
+    """Name a field that holds what no exporter writes; None if all are well."""
+    tensors = [t for part in manifest.parts.values() for t in (*part.inputs, *part.outputs)]
+    words = [word for t in tensors for word in (t.name, t.dtype)]
+    words += [file for part in manifest.parts.values() for file in (part.file, *part.weights)]
+    kinds = {
+        **dict.fromkeys(("target", "model", "family", "source", "precision", "layout"), str),
+        **dict.fromkeys(("dynamic", "native"), bool),
+        **dict.fromkeys(("versions", "machine", "choices"), dict),
+        "receipt": dict | None,
+    }
+    fits = {
+        **{name: isinstance(getattr(manifest, name), kind) for name, kind in kinds.items()},
+        "size": len(manifest.size) == 2 and all(type(n) is int and n > 0 for n in manifest.size),
+        "batch": type(manifest.batch) is int and manifest.batch > 0,
+        "parts": all(isinstance(word, str) for word in words)
+        and all(type(n) in (int, str) for t in tensors for n in t.shape),
+        "files": all(
+            isinstance(file.sha256, str) and type(file.size_bytes) is int
+            for file in manifest.files.values()
+        ),
+    }
+    return next((name for name, good in fits.items() if not good), None)
 
 
 def _part(entry: Mapping[str, Any]) -> PartEntry:

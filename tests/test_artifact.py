@@ -7,15 +7,31 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastsd import artifact
-from fastsd.artifact import MANIFEST, Artifact, Draft, Manifest, PartEntry, TensorSpec, list_files
+from fastsd.artifact import (
+    MANIFEST,
+    Artifact,
+    Draft,
+    FileEntry,
+    Manifest,
+    PartEntry,
+    TensorSpec,
+    list_files,
+)
 from fastsd.backends import open_artifact
 from fastsd.config import ModelConfig
-from fastsd.errors import DamagedArtifact, StaleArtifact, UntrustedArtifact, UsageError
+from fastsd.errors import (
+    ArtifactError,
+    DamagedArtifact,
+    StaleArtifact,
+    UntrustedArtifact,
+    UsageError,
+)
 
 PART = PartEntry(
     "unet/model.onnx",
@@ -115,6 +131,60 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (source / MANIFEST).unlink()
     with pytest.raises(DamagedArtifact, match="manifest.json is missing"):
         Artifact.open(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("size", size) for size in (("a", 1), (64,), (64, -64), (64, 64.0))],
+        *[("batch", batch) for batch in (0, True, "1")],
+        ("precision", 16),
+        ("native", "no"),
+        ("versions", ["torch"]),
+        ("receipt", [1]),
+        ("parts", {"unet": replace(PART, file=7)}),
+        ("parts", {"unet": replace(PART, inputs=(TensorSpec("x", "float32", (1.5,)),))}),  # type: ignore[arg-type]
+        ("files", {"a": FileEntry("0", 1.5)}),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(tmp_path: Path, name: str, value: object) -> None:
+    source = publish(tmp_path / "engine", **{name: value}).path
+    with pytest.raises(DamagedArtifact, match=f"holds a {name} of the wrong kind"):
+        Artifact.open(source)
+
+
+TEXT = replace(
+    PART,
+    inputs=(TensorSpec("input_ids", "int64", (1, 77)),),
+    outputs=(TensorSpec("last_hidden_state", "float32", (1, 77, 768)),),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(parts={"text_encoder": TEXT}), "a part unet"),
+        (dict(parts={"unet": PART}), "a part text_encoder"),
+        (dict(parts={"unet": replace(PART, inputs=TEXT.inputs)}), "out_sample of sample"),
+        (dict(parts={"unet": replace(PART, outputs=())}), "out_sample of sample"),
+        (dict(parts={"spare": replace(PART, outputs=(TensorSpec("x", "zz", ()),))}), "dtype 'zz'"),
+        (dict(layout="fast"), "out_sample of sample and row"),
+        (dict(layout="zz"), "layout 'zz'"),
+        (dict(precision="zz"), "precision 'zz'"),
+        (dict(), "cannot load text_encoder of .*; export it again"),
+    ],
+)
+def test_an_engine_that_does_not_hold_together_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Its digests fit. The last one's graphs are no ONNX."""
+    pytest.importorskip("onnxruntime", reason="the extra `ort` is not installed")
+    whole = {"text_encoder": TEXT, "unet": PART}
+    if len(parts := changes.get("parts", {})) == 1 and "a part" not in message:
+        changes = {"parts": whole | parts}
+    artifact = publish(tmp_path / "engine", **{"parts": whole, **changes})
+    with pytest.raises(ArtifactError, match=message):
+        open_artifact(Artifact.open(artifact.path), ModelConfig(), device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../other", "unet/../../x", "C:x", "a\\b"])

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastsd.artifact import Artifact, cache_folder
+from fastsd.artifact import AGAIN, Artifact, PartEntry, cache_folder
 from fastsd.backends.base import ArtifactBackend
 from fastsd.config import ModelConfig
-from fastsd.errors import ArtifactError, MissingDependency
+from fastsd.errors import ArtifactError, DamagedArtifact, MissingDependency, OutOfMemory
 
 try:
     import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 except ImportError as error:
     raise MissingDependency(
         "running ONNX needs onnxruntime; run pip install 'fastsd[ort]' (or onnxruntime-gpu)"
@@ -36,25 +37,34 @@ class OrtBackend(ArtifactBackend):
 
     def __init__(self, artifact: Artifact, config: ModelConfig, *, device: torch.device) -> None:
         super().__init__(artifact, config, device=device)
-        self._sessions = {
-            part: self._open(part, entry.file) for part, entry in self.entries.items()
-        }
+        self._sessions = {part: self._open(part, entry) for part, entry in self.entries.items()}
 
-    def _open(self, part: str, file: str) -> Any:
+    def _open(self, part: str, entry: PartEntry) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 3  # warnings name nodes of ours that it places on the CPU
         options.intra_op_num_threads = torch.get_num_threads()
         # Its threads must not spin on the cores that torch's need between two calls.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            return ort.InferenceSession(
-                self.artifact.path / file, options, providers=self._providers()
+            session = ort.InferenceSession(
+                self.artifact.path / entry.file, options, providers=self._providers()
             )
-        except _ORT_ERRORS as error:
+        except (*_ORT_ERRORS, RuntimeError, ValueError, NotImplementedError) as error:
             raise ArtifactError(
                 f"ONNX Runtime {ort.__version__} cannot load {part} of {self.artifact.path}: "
-                f"{error}"
+                f"{error}; {AGAIN}"
             ) from None
+        for what, graph, listed in (
+            ("inputs", session.get_inputs(), entry.inputs),
+            ("outputs", session.get_outputs(), entry.outputs),
+        ):
+            own, told = ({x.name for x in tensors} for tensors in (graph, listed))
+            if own != told:
+                raise DamagedArtifact(
+                    f"the graph of {part} in {self.artifact.path} has other {what} than its "
+                    f"manifest: {', '.join(sorted(own ^ told))}; {AGAIN}"
+                )
+        return session
 
     def _providers(self) -> list[Any]:
         if self.device.type == "cpu":
@@ -95,7 +105,13 @@ class OrtBackend(ArtifactBackend):
             binding.bind_output(name, self.device.type, index)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # its stream is another
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except _ORT_ERRORS as error:
+            kind = OutOfMemory if "allocate memory" in str(error) else ArtifactError
+            raise kind(
+                f"ONNX Runtime {ort.__version__} cannot run {part} of {self.artifact.path}: {error}"
+            ) from None
         values = binding.get_outputs()
         return {
             name: from_dlpack(value._ortvalue.to_dlpack())
@@ -109,4 +125,9 @@ _ELEMENTS = {
     torch.float16: 10,
     torch.bfloat16: 16,
 }
-_ORT_ERRORS = (RuntimeError, ValueError, NotImplementedError)
+# Its own, which share no class but Exception.
+_ORT_ERRORS: tuple[type[Exception], ...] = tuple(
+    kind
+    for kind in vars(ort_state).values()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+)
