@@ -42,6 +42,7 @@ from fastsd.benchmarks.run import (
 )
 from fastsd.benchmarks.timing import paired_ratio
 from fastsd.benchmarks.truth import Truth
+from fastsd.benchmarks.worker import Worker
 from fastsd.errors import UsageError
 
 SYNTHETIC = "tests.benchmarks.synthetic"
@@ -248,6 +249,82 @@ def test_the_task_score_counts_what_shows_its_name() -> None:
     assert judge.builtin_prompts() == task.names
 
 
+# --- what is kept from run to run -----------------------------------------------------------------
+
+
+class Here:
+    """A seat in this process: as fast as its painter, and as good where no process matters."""
+
+    open, draw = Seat.open, Seat.draw
+
+    def __init__(self, contender: Contender, scene: Scene) -> None:
+        self.contender, self.scene = contender, scene
+        self._worker, self._spawned = Worker(), time.time()
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self._worker.answer(json.loads(json.dumps({"do": do, **fields})))
+        return answer
+
+    def close(self) -> None:
+        pass
+
+
+def test_pictures_in_fp32_are_kept_and_not_drawn_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def painter(name: str, **options: Any) -> Contender:
+        return Contender(name, f"{SYNTHETIC}:open_painter", options)
+
+    monkeypatch.setattr(run_module, "Seat", Here)
+    monkeypatch.setattr(Run, "_limits", lambda self: ({}, {}))
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    known = {c.name: c for c in (painter("exact"), painter("a"), painter("b", noise=0.01))}
+    monkeypatch.setattr(run_module, "contenders", lambda device: known)
+    monkeypatch.setattr(run_module, "reference_among", lambda known: known["exact"])
+
+    def measured(*patterns: str, steps: int = 2) -> dict[str, Any]:
+        results, _ = run_module.bench(
+            replace(SCENE, steps=steps),
+            patterns,
+            repeats=6,
+            scenarios=["SingleStream"],
+            environment=ENVIRONMENT,
+            say=lambda line: None,
+            truth=tmp_path / "truth",
+        )
+        return results
+
+    first = measured("b")
+    assert first["reference"] == first["truth"] == "exact" and len(first["rows"]) == 2
+    second = measured("a", "b")
+    assert (second["reference"], second["truth"]) == ("a", "exact")
+    rows = rows_of(second)
+    assert set(rows) == {"a", "b"}
+    assert rows["a"]["quality"]["verdict"] == "same" and rows["a"]["quality"]["pictures"] == 4
+    planted = rows_of(first)["b"]["quality"]["latents"]["relative_error"]
+    assert rows["b"]["quality"]["latents"]["relative_error"] == pytest.approx(planted)
+    (table,) = [t for t in [report.speed_table(second)] if t]
+    assert any(line[0] == "a" and "reference" in line for line in table)
+    assert "reference" not in [line[table[0].index("worst picture")] for line in table]
+    assert measured("b", steps=3)["reference"] == "exact", "another scene has none yet"
+    assert measured("exact", "b")["reference"] == "exact"
+
+    # where two fit at a time, the second pair draws the same pictures as the first
+    three = [painter(name) for name in "abc"]
+    kept = Truth.kept(tmp_path / "truth", SCENE)
+    available = int(2.5 * memory_need(three[0], SCENE))
+    run = Run(SCENE, three, reference="a", repeats=6, truth=kept, available=available)
+    results, _ = run.measure(ENVIRONMENT)
+    assert results["rounds"] == [["a", "b"], ["a", "c"]]
+    assert [row["quality"]["pictures"] for row in results["rows"]] == [4, 4, 4]
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Truth, "keep", full)
+    assert measured("b", steps=4)["rows"], "the results are worth more"
+
+
 # --- a whole run ----------------------------------------------------------------------------------
 
 
@@ -406,6 +483,7 @@ def test_a_run_that_is_told_to_end_keeps_what_was_drawn() -> None:
         scenarios=["SingleStream"],
         say=said.append,
     )
+    run._limits = lambda: ({}, {})  # type: ignore[method-assign]
     before = signal.getsignal(signal.SIGTERM)
 
     def end_soon() -> None:
@@ -422,59 +500,6 @@ def test_a_run_that_is_told_to_end_keeps_what_was_drawn() -> None:
         7 <= rows["slow"]["latency_s"]["n"] < 100 and rows["slow"]["ratio"]["verdict"] == "slower"
     )
     assert rows["slow"]["quality"]["verdict"] == "same" and set(pictures) == {"exact", "slow"}
-
-
-def test_pictures_in_fp32_are_kept_and_not_drawn_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def painter(name: str, **options: Any) -> Contender:
-        return Contender(name, f"{SYNTHETIC}:open_painter", options)
-
-    known = {c.name: c for c in (painter("exact"), painter("a"), painter("b", noise=0.01))}
-    monkeypatch.setattr(run_module, "contenders", lambda device: known)
-    monkeypatch.setattr(run_module, "reference_among", lambda known: known["exact"])
-
-    def measured(*patterns: str, steps: int = 2) -> dict[str, Any]:
-        results, _ = run_module.bench(
-            replace(SCENE, steps=steps),
-            patterns,
-            repeats=6,
-            scenarios=["SingleStream"],
-            environment=ENVIRONMENT,
-            say=lambda line: None,
-            truth=tmp_path / "truth",
-        )
-        return results
-
-    first = measured("b")
-    assert first["reference"] == first["truth"] == "exact" and len(first["rows"]) == 2
-    second = measured("a", "b")
-    assert (second["reference"], second["truth"]) == ("a", "exact")
-    rows = rows_of(second)
-    assert set(rows) == {"a", "b"}
-    assert rows["a"]["quality"]["verdict"] == "same" and rows["a"]["quality"]["pictures"] == 4
-    planted = rows_of(first)["b"]["quality"]["latents"]["relative_error"]
-    assert rows["b"]["quality"]["latents"]["relative_error"] == pytest.approx(planted)
-    (table,) = [t for t in [report.speed_table(second)] if t]
-    assert any(line[0] == "a" and "reference" in line for line in table)
-    assert "reference" not in [line[table[0].index("worst picture")] for line in table]
-    assert measured("b", steps=3)["reference"] == "exact", "another scene has none yet"
-    assert measured("exact", "b")["reference"] == "exact"
-
-    # where two fit at a time, the second pair draws the same pictures as the first
-    three = [painter(name) for name in "abc"]
-    kept = Truth.kept(tmp_path / "truth", SCENE)
-    available = int(2.5 * memory_need(three[0], SCENE))
-    run = Run(SCENE, three, reference="a", repeats=6, truth=kept, available=available)
-    results, _ = run.measure(ENVIRONMENT)
-    assert results["rounds"] == [["a", "b"], ["a", "c"]]
-    assert [row["quality"]["pictures"] for row in results["rows"]] == [4, 4, 4]
-
-    def full(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Truth, "keep", full)
-    assert measured("b", steps=4)["rows"], "the results are worth more"
 
 
 def test_of_many_turns_other_makers_draw_the_first() -> None:
