@@ -18,8 +18,7 @@ from fastsd.backends import auto
 from fastsd.backends.auto import Measured, choose, recall, remember
 from fastsd.checkpoints import Checkpoint, open_checkpoint
 from fastsd.errors import UsageError
-from fastsd.export.build import export
-from fastsd.export.parts import Request
+from tests.export.conftest import SIZE
 
 
 @pytest.fixture(autouse=True)
@@ -125,16 +124,14 @@ def test_programs_and_the_command_line_say_it_on_stderr_once(tmp_path: Path) -> 
         assert done.stderr.count("auto: eager fp32; no faster way was measured here") == expected
 
 
-def test_pictures_of_a_chosen_engine_record_the_choice(sd1_folder: Path, tmp_path: Path) -> None:
+def test_pictures_of_a_chosen_engine_record_the_choice(sd1_folder: Path, sd1_onnx: Path) -> None:
     """The engine's folder is nobody else's: whoever draws the picture again chooses again."""
-    engine = export(
-        open_checkpoint(sd1_folder), "sd1", Request(target="onnx", size=(64, 64)), tmp_path / "e"
-    ).path
     checkpoint = open_checkpoint(sd1_folder)
-    remember(checkpoint, [Measured("ort", "fp32", 1.0, exact=True, engine=str(engine))])
+    remember(checkpoint, [Measured("ort", "fp32", 1.0, exact=True, engine=str(sd1_onnx))])
     pipe = Pipeline.from_pretrained(sd1_folder, backend="auto", device="cpu", floor=30.0)
-    assert pipe.artifact is not None and pipe.artifact.path == engine
-    settings: dict[str, Any] = {"num_inference_steps": 1, "height": 64, "width": 64, "seed": 0}
+    assert pipe.artifact is not None and pipe.artifact.path == sd1_onnx
+    height, width = SIZE
+    settings: dict[str, Any] = dict(num_inference_steps=1, height=height, width=width, seed=0)
     (metadata,) = pipe("a", **settings).metadata
     assert (metadata["backend"], metadata["precision"]) == ("auto", "fp32")
     again = Pipeline.from_pretrained(

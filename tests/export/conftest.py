@@ -1,4 +1,4 @@
-"""Engines of small random checkpoints, exported once a session."""
+"""Engines of small random checkpoints: tests/conftest.py's, and others that a test asks for."""
 
 from __future__ import annotations
 
@@ -40,22 +40,24 @@ def flat_spec(checkpoint: Checkpoint) -> QuantSpec:
 
 
 @pytest.fixture(scope="session")
-def sd1_onnx(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SD1.x, standard layout, fp32, one picture of SIZE. Copy it before changing it."""
-    return write(sd1_folder, tmp_path_factory.mktemp("onnx") / "sd1")
+def sd1_onnx_any_size(sd1_folder: Path, once: Callable[..., Path]) -> Path:
+    """SD1.x, standard layout, fp32, for pictures of any size."""
+    return once("sd1-onnx-any-size", lambda path: write(sd1_folder, path, dynamic=True))
 
 
-@pytest.fixture(scope="session")
-def sd1_openvino(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SD1.x, standard layout, fp32, one picture of SIZE, for OpenVINO."""
-    pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
-    return write(sd1_folder, tmp_path_factory.mktemp("openvino") / "sd1", target="openvino")
+@pytest.fixture
+def only_unets_are_traced(sd1_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports to ONNX take all parts but the UNet, which are the same, from `sd1_onnx`."""
+    from fastsd.export.to_onnx import OnnxExporter
+    from tests.export.test_build import CopyExporter
 
+    trace = OnnxExporter.write
 
-@pytest.fixture(scope="session")
-def sdxl_onnx_fast(sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SDXL, fast layout, fp32, one picture of SIZE."""
-    return write(sdxl_folder, tmp_path_factory.mktemp("onnx") / "sdxl", layout="fast")
+    def write(exporter: Any, part: str, folder: Path) -> Any:
+        return (trace if part == "unet" else CopyExporter.write)(exporter, part, folder)
+
+    monkeypatch.setenv("FINISHED", str(sd1_onnx))
+    monkeypatch.setattr(OnnxExporter, "write", write)
 
 
 @pytest.fixture(scope="session")

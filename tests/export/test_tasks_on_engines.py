@@ -13,12 +13,11 @@ from safetensors.torch import save_file
 from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.export.build import export
-from fastsd.export.parts import Request, source_digest
+from fastsd.export.parts import Request, load_part, source_digest
 from fastsd.supported import ROWS
 from tests import fixtures
 from tests.export.conftest import SIZE, Engine, layout_of, write
-from tests.export.test_to_onnx import assert_same_pictures
-from tests.test_tasks import mask, picture, quiet
+from tests.pictures import assert_same_pictures, mask, picture, quiet
 
 slow = pytest.mark.slow
 GIVEN: dict[str, Any] = dict(image=picture(SIZE), strength=0.8)
@@ -92,6 +91,7 @@ def test_tasks_equal_eager(
     assert_same_pictures(drawn, expected)
 
 
+@pytest.mark.usefixtures("only_unets_are_traced")
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_model_that_inpaints(target: str, sd1_folder: Path, tmp_path: Path) -> None:
     """Nine channels go in, and four come out."""
@@ -114,8 +114,8 @@ def test_a_model_of_few_steps_is_asked_once_a_step(
     artifact = export(checkpoint, "few", asked, tmp_path / "engine")
     batch = {spec.name: spec.shape[0] for spec in artifact.manifest.parts["unet"].inputs}
     assert set(batch.values()) == {1}
-    usual = export(open_checkpoint(source), "usual", asked, tmp_path / "usual")
-    assert {spec.shape[0] for spec in usual.manifest.parts["unet"].inputs} >= {2}
+    usual = load_part(open_checkpoint(source), "unet", asked, torch.float32)
+    assert {spec.shape[0] for spec in usual.inputs} >= {2}
     ours, eager = quiet(artifact.path), quiet(source, preset="lcm")
     for guidance in (1.0, 4.0):
         given = {"prompt": ["a red apple", "a cat"], **SETTINGS, **SIDES}
@@ -125,9 +125,13 @@ def test_a_model_of_few_steps_is_asked_once_a_step(
 
 @pytest.mark.parametrize("target", ANY_SIZE)
 def test_graphs_of_any_size_read_prompts_of_any_length(
-    target: str, sd1_folder: Path, tmp_path: Path
+    target: str, sd1_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    ours = quiet(write(sd1_folder, tmp_path / "engine", target=target, dynamic=True))
+    if target == "onnx":
+        engine = request.getfixturevalue("sd1_onnx_any_size")
+    else:
+        engine = write(sd1_folder, tmp_path / "engine", target=target, dynamic=True)
+    ours = quiet(engine)
     eager = quiet(sd1_folder)
     prompts = ["dog " * 90 + "BREAK a (red:1.3) apple", "a cat"]
     given: dict[str, Any] = dict(prompt_syntax="weighted", height=72, width=64, **SETTINGS)
@@ -150,6 +154,7 @@ def test_clip_skip_where_the_encoder_gives_its_layers(
     )
 
 
+@pytest.mark.usefixtures("only_unets_are_traced")
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_lora_and_a_preset_go_in_when_an_engine_is_built(
     target: str, sd1_folder: Path, tmp_path: Path

@@ -75,14 +75,14 @@ def build(libraries: Path, cache: Path, *cases: tuple[str, str, dict[str, Any]])
     return answer
 
 
-def test_real_engines_are_built(libraries: Path, tmp_path: Path) -> None:
-    """The built-in UNet in fp16, int8 and fp8; kernel timings are kept for later builds."""
+def test_real_engines_are_built(libraries: Path, sd1_folder: Path, tmp_path: Path) -> None:
+    """A small UNet in fp16, int8 and fp8; kernel timings are kept for later builds."""
     options: dict[str, Any] = {"size": (64, 96)}
     answers = build(
         libraries,
         tmp_path,
         *(
-            ("builtin", "unet", {"precision": precision, **options})
+            (str(sd1_folder), "unet", {"precision": precision, **options})
             for precision in ("fp16", "int8", "fp8", "int4")
         ),
     )
