@@ -244,7 +244,7 @@ def test_noise_is_the_same_in_any_batch_and_position(size: tuple[int, int]) -> N
 @pytest.mark.parametrize("sampler", ["pndm", "euler_a"])
 def test_batches_agree_and_batch_invariant_is_exact(sd1: Pipeline, sampler: str) -> None:
     """Pictures of one seed: >= 60 dB alone or in any batch; one hash each with batch_invariant."""
-    settings: dict[str, Any] = dict(num_inference_steps=3, sampler=sampler, height=72, width=136)
+    settings: dict[str, Any] = dict(num_inference_steps=3, sampler=sampler, height=40, width=72)
     for invariant in (False, True):
         settings["batch_invariant"] = invariant
         alone = {s: sd1(PROMPT, seed=s, **settings).images[0] for s in (4, 5, 11)}
