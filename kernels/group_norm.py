@@ -42,7 +42,7 @@ def group_norm(
     if implementation == "library":
         if added is not None:
             x = x + added[:, :, None, None]
-        y = F.group_norm(x, groups, weight, bias, eps)
+        y = torch.group_norm(x, groups, weight, bias, eps)  # F's refuses one value a group
         y = F.silu(y) if silu else y
         return y if multiplier is None else in_fp8(y, multiplier)
     dispatch.require("group_norm", implementation, x.device)

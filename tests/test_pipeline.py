@@ -537,6 +537,15 @@ def test_out_of_memory_is_typed(sd1: Pipeline, size: dict[str, Any]) -> None:
         sd1(PROMPT, **size, num_inference_steps=1)
 
 
+def test_the_smallest_picture_is_the_same_alone_and_in_a_batch() -> None:
+    """A single latent: one value for each of the built-in decoder's norm groups."""
+    options: dict[str, Any] = dict(height=8, width=8, num_inference_steps=1, output_type="np")
+    pipe = quiet("builtin")
+    alone = pipe("a cat", seed=0, **options).images
+    together = pipe(["a cat"] * 2, seed=[0, 0], **options).images
+    np.testing.assert_allclose(together, np.concatenate([alone] * 2), atol=1e-3)
+
+
 # --- steps that reuse what the deeper layers made ----------------------------------------------
 
 
