@@ -912,7 +912,8 @@ def bench(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     guidance: Annotated[
-        float | None, typer.Option(help="As for generate. [default: 7.5, SDXL 5]")
+        float | None,
+        typer.Option(help="As for generate. [default: 7.5, SDXL 5, whatever the model's own is]"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
     sampler: Annotated[

@@ -317,7 +317,7 @@ def test_learned_words_and_again(run: Run, sd1_folder: Path) -> None:
         (["--count", "0"], "--count"),
         (["--batch", "0"], "--batch"),
         (["--precision", "fp8"], "precision 'fp8'"),
-        (["--backend", "magic"], "backend 'magic' is unknown"),
+        (["--backend", "magic"], "backend 'magic' is unknown; it is one of auto, "),
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["--output", "a.jpg"], "ending in .png"),
         (["--output", "a"], "ending in .png"),
@@ -589,6 +589,8 @@ def test_version(run: Run) -> None:
 def test_help_teaches(command: str, run: Run) -> None:
     page = run(command, "--help").out
     assert f"Usage: fastsd {command}" in page and "--json" in page
+    if command == "bench":  # whose contenders draw alike, not each as its makers would
+        assert "[default: 7.5, SDXL 5, whatever the model's own is]" in " ".join(page.split())
     if command == "generate":
         assert 'fastsd generate "a red apple" -o apple.png' in page
         for option in (
