@@ -15,13 +15,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastsd.backends import Backend
 from fastsd.errors import ArtifactError, NumericsError, OutOfMemory
 from fastsd.kernels.sampler_step import sampler_step_
 from fastsd.samplers import StepTable
@@ -272,17 +273,6 @@ class SamplingLoop:
         _copy(self._denoiser.fixed, denoiser.fixed)
 
 
-class Capturer(Protocol):
-    """What `Loops` needs of a backend."""
-
-    @property
-    def captures(self) -> bool: ...
-
-    def capture(self, step: Step) -> Step: ...
-
-    def memory_bytes(self) -> int: ...
-
-
 class Loops:
     """The loops of one backend: a fresh one a run, or where steps are captured, kept ones.
 
@@ -293,7 +283,7 @@ class Loops:
     """
 
     def __init__(
-        self, backend: Capturer, *, graph: str = "step", limit_bytes: int = 8 << 30
+        self, backend: Backend, *, graph: str = "step", limit_bytes: int = 8 << 30
     ) -> None:
         self.captures = 0  # how many times a step was captured
         self.backend = backend
@@ -363,7 +353,9 @@ class Loops:
             asked = self.backend.captures
             return [f"steps run uncaptured: {'as asked' if asked else 'there is no GPU'}"]
         with self._lock:
-            lines = [f"{kept.what}: {kept.size_bytes / 2**20:.0f} MiB" for kept in self._all()]
+            lines = [
+                f"{kept.what}: {kept.size_bytes / 2**20:.0f} MiB" for kept in self._kept.values()
+            ]
             graphs = sum(function.captured for function in self._functions.values())
             if graphs:
                 lines.insert(0, f"what runs once a call: {graphs} graphs")
@@ -373,9 +365,6 @@ class Loops:
     @property
     def _keeps(self) -> bool:
         return self.backend.captures and self.graph != "none"
-
-    def _all(self) -> list[_Kept]:
-        return list(self._kept.values())
 
     def _find(self, run: Run) -> _Kept:
         whole = self._is_whole(run)
@@ -441,7 +430,7 @@ class Loops:
         """Drop loops that nobody uses until all that are left take `limit_bytes` at most."""
         with self._lock:
             for key, kept in list(self._kept.items()):  # the least recently used first
-                if sum(k.size_bytes for k in self._all()) <= limit_bytes:
+                if sum(k.size_bytes for k in self._kept.values()) <= limit_bytes:
                     break
                 if kept is not newest and kept.turn.owner is None:
                     kept.turn.settle()

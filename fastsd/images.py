@@ -66,18 +66,6 @@ def _check_range(low: float, high: float) -> None:
         )
 
 
-def from_pil(pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """Convert pictures of one size to torch (B, 3, H, W), float32 in [0, 1]: to_pil's inverse."""
-    import torch
-
-    batch = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    sizes = {picture.size for picture in batch}
-    if len(sizes) != 1:
-        raise UsageError(f"a batch needs pictures of one size, not {sorted(sizes)}; resize them")
-    array = np.stack([np.asarray(picture.convert("RGB")) for picture in batch])
-    return torch.from_numpy(array.astype(np.float32) / 255).permute(0, 3, 1, 2).contiguous()
-
-
 # --- what users give a Pipeline -------------------------------------------------------------------
 
 MODES = ("1", "L", "P", "RGB")  # and those with transparency, if nothing is transparent

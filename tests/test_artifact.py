@@ -142,12 +142,12 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ("native", "no"),
         ("versions", ["torch"]),
         ("receipt", [1]),
-        ("parts", {"unet": replace(PART, file=7)}),
+        ("parts", {"unet": replace(PART, file=7)}),  # type: ignore[arg-type]
         ("parts", {"unet": replace(PART, inputs=(TensorSpec("x", "float32", (1.5,)),))}),  # type: ignore[arg-type]
         ("files", {"a": FileEntry("0", 1.5)}),  # type: ignore[arg-type]
     ],
 )
-def test_a_value_of_the_wrong_kind_is_named(tmp_path: Path, name: str, value: object) -> None:
+def test_a_value_of_the_wrong_kind_is_named(tmp_path: Path, name: str, value: Any) -> None:
     source = publish(tmp_path / "engine", **{name: value}).path
     with pytest.raises(DamagedArtifact, match=f"holds a {name} of the wrong kind"):
         Artifact.open(source)

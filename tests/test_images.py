@@ -25,7 +25,6 @@ from fastsd.images import (
     digest,
     feathered,
     format_parameters,
-    from_pil,
     make_folder,
     parse_parameters,
     read_image,
@@ -79,17 +78,17 @@ def test_to_pil_rounds_as_diffusers(dtype: torch.dtype) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_from_pil_is_diffusers_and_the_inverse() -> None:
+def test_to_tensor_is_diffusers_and_the_inverse() -> None:
     from diffusers.image_processor import VaeImageProcessor
 
     pictures = [noise_picture(seed=0), noise_picture(seed=1)]
-    ours = from_pil(pictures)
+    ours = to_tensor(pictures)
     theirs = VaeImageProcessor(do_resize=False).preprocess(pictures)
     torch.testing.assert_close(2 * ours - 1, theirs, rtol=0, atol=0)
     assert [a.tobytes() for a in to_pil(ours)] == [b.tobytes() for b in pictures]
-    assert from_pil(pictures[0]).shape == (1, 3, 24, 40)
-    with pytest.raises(UsageError, match="one size"):
-        from_pil([noise_picture(8, 8), noise_picture(8, 16)])
+    assert to_tensor(pictures[0]).shape == (1, 3, 24, 40)
+    with pytest.raises(UsageError, match="several sizes"):
+        to_tensor([noise_picture(8, 8), noise_picture(8, 16)])
 
 
 def test_numpy_pictures() -> None:

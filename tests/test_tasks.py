@@ -13,7 +13,7 @@ from PIL import Image
 from fastsd import Pipeline
 from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.errors import UsageError
-from fastsd.images import from_pil
+from fastsd.images import to_tensor
 from tests import fixtures
 from tests.pictures import SIZE, assert_same_pictures, generator, mask, picture, quiet, silenced
 
@@ -110,7 +110,7 @@ def test_image_to_image_defaults_and_sizes(family: str, request: pytest.FixtureR
 def test_pictures_in_every_form(sd1_folder: Path) -> None:
     pipe = quiet(sd1_folder)
     given = picture()
-    tensor = from_pil(given)
+    tensor = to_tensor(given)
     latents = torch.randn((1, 4, SIZE[0] // 8, SIZE[1] // 8), generator=generator(5))
     settings: dict[str, Any] = dict(num_inference_steps=3, strength=0.7, output_type="np")
 

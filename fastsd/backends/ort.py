@@ -49,7 +49,7 @@ class OrtBackend(ArtifactBackend):
             session = ort.InferenceSession(
                 self.artifact.path / entry.file, options, providers=self._providers()
             )
-        except (*_ORT_ERRORS, RuntimeError, ValueError, NotImplementedError) as error:
+        except _LOAD_ERRORS as error:
             raise ArtifactError(
                 f"ONNX Runtime {ort.__version__} cannot load {part} of {self.artifact.path}: "
                 f"{error}; {AGAIN}"
@@ -130,4 +130,10 @@ _ORT_ERRORS: tuple[type[Exception], ...] = tuple(
     kind
     for kind in vars(ort_state).values()
     if isinstance(kind, type) and issubclass(kind, Exception)
+)
+_LOAD_ERRORS: tuple[type[Exception], ...] = (
+    *_ORT_ERRORS,
+    RuntimeError,
+    ValueError,
+    NotImplementedError,
 )

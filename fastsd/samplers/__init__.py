@@ -57,7 +57,7 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "ddim": Sampler(
             title="DDIM",
             solve=solvers.ddim,
-            plan=plans.plan_ddim,
+            plan=plans.plan_strided,
             scheduler="DDIMScheduler",
             spacing="leading",
             accepts=frozenset(),
@@ -256,7 +256,7 @@ def build_table(
     plan = kind.plan(schedule, n, **given)
     start = _whole("start", start, 0, n - 1)
     if denoising_start is not None:
-        start = _start_below(kind, plan, _cutoff("denoising_start", denoising_start, schedule))
+        start = _start_below(plan, _cutoff("denoising_start", denoising_start, schedule))
     orders = _orders(name, schedule, plan, start)
     plan = replace(
         plan.take(range(start, plan.n)),
@@ -285,7 +285,7 @@ def _cutoff(what: str, value: float, schedule: ScheduleConfig) -> int:
     return round(schedule.train_steps - float(value) * schedule.train_steps)
 
 
-def _start_below(kind: Sampler, plan: Plan, cutoff: int) -> int:
+def _start_below(plan: Plan, cutoff: int) -> int:
     """Return the first step that begins below `cutoff`."""
     start = int((plan.t[: plan.n] >= cutoff).sum())
     if start == plan.n:

@@ -191,7 +191,10 @@ def plan_singlestep(
 
 
 def plan_strided(schedule: ScheduleConfig, n: int, *, floor: bool = False) -> Plan:
-    """Plan for DDIM and PNDM: a step strides train_steps // n timesteps, wherever the next is."""
+    """Plan for DDIM and PNDM: a step strides train_steps // n timesteps, wherever the next is.
+
+    DDIM's formula has no alpha below a fraction: zero signal is allowed. floor: PNDM's has.
+    """
     stride = schedule.train_steps // n
     t = spread(schedule, n).round()
     bars = alpha_bars(schedule)
@@ -211,11 +214,6 @@ def plan_strided(schedule: ScheduleConfig, n: int, *, floor: bool = False) -> Pl
         to=to,
         back=level(t + stride),
     )
-
-
-def plan_ddim(schedule: ScheduleConfig, n: int) -> Plan:
-    """Plan for DDIM, whose formula has no alpha below a fraction: zero signal is allowed."""
-    return plan_strided(schedule, n)
 
 
 def plan_pndm(schedule: ScheduleConfig, n: int) -> Plan:
