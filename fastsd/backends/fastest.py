@@ -135,7 +135,9 @@ def _times(
 
     def runs(name: str) -> bool:
         with torch.cuda.device(device):
-            return _runs(name, f"{op} {shape}", candidates())
+            found = _runs(name, f"{op} {shape}", candidates())
+            torch.cuda.empty_cache()
+        return found
 
     ours = f"fastsd {fastsd.__version__} {_kernels()}"
     return measured(f"{ran} {ours} {tried}", measure, shipped=f"{ran} {tried}", runs=runs)
