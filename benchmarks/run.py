@@ -735,7 +735,7 @@ def scene_of(
         model=model,
         size=size,
         steps=steps,
-        guidance=(5.0 if config.family == "sdxl" else 7.5) if guidance is None else guidance,
+        guidance=config.usual_guidance if guidance is None else guidance,
         prompts=judge.builtin_prompts() if model == "builtin" else PROMPTS,
         batch=batch,
         sampler=sampler,
