@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -763,10 +763,10 @@ class Pipeline:
                 once=self._loops_of(self._backend).once,
             )
             call = Call(
-                self,
-                table,
-                prompts,
-                encoder,
+                pipeline=self,
+                table=table,
+                prompts=prompts,
+                encoder=encoder,
                 count=count,
                 size=size,
                 sizes=Sizes(
@@ -1021,6 +1021,7 @@ def _to_host(pictures: Tensor) -> Tensor:
     return copy
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Call:
     """One call of a Pipeline: all that changes while it runs. Callbacks get it as `pipe`.
 
@@ -1028,43 +1029,30 @@ class Call:
     attribute is the pipeline's.
     """
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        table: StepTable,
-        prompts: Prompts,
-        encoder: TextEncoder,
-        *,
-        count: int,
-        size: tuple[int, int],
-        sizes: Sizes,
-        guidance: float,
-        rescale: float,
-        source: Source | None,
-        feather: int | None,
-        from_noise: bool,
-        noised: bool,
-        callback: Callback | None,
-        callback_tensors: tuple[str, ...],
-        preview: Preview | None,
-        one_at_a_time: bool,
-        cache_interval: int,
+    pipeline: Pipeline
+    table: StepTable
+    prompts: InitVar[Prompts]
+    encoder: InitVar[TextEncoder]
+    count: InitVar[int]
+    size: tuple[int, int]
+    sizes: InitVar[Sizes]
+    guidance: InitVar[float]
+    rescale: float
+    source: Source | None
+    feather: int | None
+    from_noise: bool
+    noised: bool
+    callback: Callback | None
+    callback_tensors: tuple[str, ...]
+    preview: Preview | None
+    one_at_a_time: bool
+    cache_interval: int
+
+    def __post_init__(
+        self, prompts: Prompts, encoder: TextEncoder, count: int, sizes: Sizes, guidance: float
     ) -> None:
-        self._pipeline = pipeline
-        self._backend = pipeline._backend
-        self._config = pipeline.config
-        self._table = table
-        self._size = size
-        self._rescale = rescale
-        self._source = source
-        self._feather = feather
-        self._from_noise = from_noise
-        self._noised = noised
-        self._callback = callback
-        self._callback_tensors = callback_tensors
-        self._show = preview
-        self._one_at_a_time = one_at_a_time
-        self._cache_interval = cache_interval
+        self._backend = self.pipeline._backend
+        self._config = self.pipeline.config
         self._interrupt = False
         self._guidance_scale = guidance
         self._conditioning = self._encode(prompts, encoder, count, sizes)
@@ -1082,10 +1070,10 @@ class Call:
     @property
     def num_timesteps(self) -> int:
         """How many times the model is evaluated."""
-        return self._table.rows
+        return self.table.rows
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
+        return getattr(self.pipeline, name)
 
     def draw(
         self,
@@ -1096,30 +1084,30 @@ class Call:
         """Sample and decode; return the pictures in the form of `output_type`."""
         noise = Noise(generators, self._latent_shape, self._backend.device)
         self._start = self._prepare(noise, latents)
-        loops = self._pipeline._loops_of(self._backend)
+        loops = self.pipeline._loops_of(self._backend)
         self._decoder = tasks.bind_decoder(
             self._backend,
             self._config,
-            one_at_a_time=self._one_at_a_time,
-            tile=TILE if self._pipeline._low_memory else None,
+            one_at_a_time=self.one_at_a_time,
+            tile=TILE if self.pipeline._low_memory else None,
         )
-        watched = self._callback is not None or self._show is not None
+        watched = self.callback is not None or self.preview is not None
         whole = loops.graph == "loop" and not watched and output_type != "latent"
-        source = self._source if self._feather is not None else None
+        source = self.source if self.feather is not None else None
         finish = tasks.Finish(self._decoder, rounded=output_type == "pil" and source is None)
         run = Run(
-            table=self._table,
+            table=self.table,
             latents=self._start.latents,
             denoiser=self._denoiser(),
             guidance=self._guidance,
-            rescale=self._rescale,
+            rescale=self.rescale,
             known=self._start.known,
             finish=finish if whole else None,
-            kernel=self._pipeline._step.implementation,
+            kernel=self.pipeline._step.implementation,
         )
         with (
             loops.take(run) as self._loop,
-            tqdm(total=self._table.rows, **self._pipeline._progress) as bar,
+            tqdm(total=self.table.rows, **self.pipeline._progress) as bar,
         ):
             results = self._loop.run(noise, lambda row: self._end_row(row, bar))
             *finished, latents = (each.clone() for each in (*results, self._loop.latents))
@@ -1132,8 +1120,8 @@ class Call:
         if self._backend.captures:
             check_finite(latents, "the latents")
         check_finite(total, "the picture")
-        if source is not None and self._feather is not None:
-            pictures = source.keep(pictures, self._feather)
+        if source is not None and self.feather is not None:
+            pictures = source.keep(pictures, self.feather)
         if output_type == "pt":
             return pictures
         if output_type == "np":
@@ -1148,7 +1136,7 @@ class Call:
     def _latent_shape(self) -> tuple[int, int, int, int]:
         batch = len(self._conditioning) // (2 if self.do_classifier_free_guidance else 1)
         factor = self._config.vae.downscale
-        height, width = (side // factor for side in self._size)
+        height, width = (side // factor for side in self.size)
         return batch, self._config.vae.latent_channels, height, width
 
     def _encode(
@@ -1162,7 +1150,7 @@ class Call:
         if self._config.unet.size_ids:
             ids = sizes.ids(
                 self._config,
-                self._size,
+                self.size,
                 len(conditioning),
                 guided=self.do_classifier_free_guidance,
             )
@@ -1173,13 +1161,13 @@ class Call:
         return tasks.bind_denoiser(
             self._backend,
             self._config,
-            torch.tensor(self._table.timesteps),
+            torch.tensor(self.table.timesteps),
             self._conditioning,
             guided=self.do_classifier_free_guidance,
             guidance=self._guidance_scale,
             extra=self._start.extra,
-            one_at_a_time=self._one_at_a_time,
-            cache_interval=self._cache_interval,
+            one_at_a_time=self.one_at_a_time,
+            cache_interval=self.cache_interval,
         )
 
     def _prepare(self, noise: Noise, latents: Tensor | None) -> Start:
@@ -1189,21 +1177,21 @@ class Call:
         return tasks.prepare(
             self._backend,
             self._config,
-            self._table,
+            self.table,
             noise,
-            self._source,
+            self.source,
             latents=latents,
-            from_noise=self._from_noise,
-            noised=self._noised,
-            one_at_a_time=self._one_at_a_time,
+            from_noise=self.from_noise,
+            noised=self.noised,
+            one_at_a_time=self.one_at_a_time,
         )
 
     def _end_row(self, row: int, bar: Any) -> bool:
         """Advance the bar, ask the callback, take over what it changed; False ends the run."""
         bar.update(row + 1 - bar.n)
-        if self._show is not None:
-            self._show(row, self._pipeline._preview(self._loop.clean, self._decoder))
-        if self._callback is None:
+        if self.preview is not None:
+            self.preview(row, self.pipeline._preview(self._loop.clean, self._decoder))
+        if self.callback is None:
             return True
         batch = len(self._loop.latents)
         tensors = {
@@ -1211,10 +1199,10 @@ class Call:
             "prompt_embeds": self._conditioning.context,
             "negative_prompt_embeds": self._conditioning.context[:-batch],
         }
-        given = {name: tensors[name] for name in self._callback_tensors}
+        given = {name: tensors[name] for name in self.callback_tensors}
         before = self._guidance_scale
-        timestep = torch.tensor(self._table.timesteps[row], dtype=torch.float32)
-        changed = self._callback(self, row, timestep, given) or {}
+        timestep = torch.tensor(self.table.timesteps[row], dtype=torch.float32)
+        changed = self.callback(self, row, timestep, given) or {}
         if not isinstance(changed, dict):
             raise UsageError(
                 "callback_on_step_end must return a dict of what it changed, or None, not "
