@@ -160,6 +160,19 @@ TEXT = replace(
 )
 
 
+def part_of(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> PartEntry:
+    takes, makes = (tuple(TensorSpec(n, "float32", (1,)) for n in ns) for ns in (inputs, outputs))
+    return replace(PART, inputs=takes, outputs=makes)
+
+
+FAST = {
+    "text_encoder": TEXT,
+    "unet": part_of(("sample", "row", "k.0", "v.0"), ("out_sample",)),
+    "unet_time": part_of(("timesteps",), ("rows",)),
+    "unet_context": part_of(("encoder_hidden_states",), ("kv",)),
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -169,6 +182,7 @@ TEXT = replace(
         (dict(parts={"unet": replace(PART, outputs=())}), "out_sample of sample"),
         (dict(parts={"spare": replace(PART, outputs=(TensorSpec("x", "zz", ()),))}), "dtype 'zz'"),
         (dict(layout="fast"), "out_sample of sample and row"),
+        (dict(layout="fast", parts=FAST), "makes kv of a text, which its unet does not read"),
         (dict(layout="zz"), "layout 'zz'"),
         (dict(precision="zz"), "precision 'zz'"),
         (dict(), "cannot load text_encoder of .*; export it again"),

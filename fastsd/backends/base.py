@@ -277,7 +277,7 @@ class ArtifactBackend(Backend):
         return self._run("unet_context", {"encoder_hidden_states": encoder_hidden_states})
 
     def _unet_fast(self, x: Tensor, row: Tensor, kv: dict[str, Tensor]) -> Tensor:
-        x = widen(x, len(kv["k.0"]))
+        x = widen(x, len(next(iter(kv.values()))))
         inputs = {"sample": x, "row": row.expand(len(x), -1), **kv}
         return self._run("unet", inputs)["out_sample"]
 
@@ -351,23 +351,28 @@ def _check_engine(artifact: Artifact, config: ModelConfig) -> None:
             f"{artifact.path} has precision {manifest.precision!r} and layout "
             f"{manifest.layout!r}, which no exporter writes; {AGAIN}"
         )
-    parts: dict[str, tuple[tuple[str, ...], str]] = {
-        **{part: (("input_ids",), "last_hidden_state") for part in config.text_parts},
-        "unet": (("sample", *fixed[manifest.layout]), "out_sample"),
+    parts: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        **{part: (("input_ids",), ("last_hidden_state",)) for part in config.text_parts},
+        "unet": (("sample", *fixed[manifest.layout]), ("out_sample",)),
     }
     if manifest.layout == "fast":
-        parts["unet_time"] = (("timesteps",), "rows")
-        parts["unet_context"] = (("encoder_hidden_states",), "k.0")
-    for part, (inputs, output) in parts.items():
+        parts["unet_time"] = (("timesteps",), ("rows",))
+        parts["unet_context"] = (("encoder_hidden_states",), ())
+    for part, (inputs, outputs) in parts.items():
         entry = manifest.parts.get(part)
-        if (
-            entry is None
-            or not {*inputs} <= {spec.name for spec in entry.inputs}
-            or output not in {spec.name for spec in entry.outputs}
-        ):
+        takes, makes = _names(entry) if entry else (set(), set())
+        if entry is None or not ({*inputs} <= takes and {*outputs} <= makes):
             raise DamagedArtifact(
-                f"{artifact.path} must have a part {part} that makes {output} of "
-                f"{' and '.join(inputs)}, and has none; {AGAIN}"
+                f"{artifact.path} must have a part {part} that makes "
+                f"{' and '.join(outputs) or 'something'} of {' and '.join(inputs)}, and has none; "
+                f"{AGAIN}"
+            )
+    if manifest.layout == "fast":  # what a text becomes is layer by layer, or all as one
+        (_, made), (read, _) = (_names(manifest.parts[part]) for part in ("unet_context", "unet"))
+        if not made or not made <= read:
+            raise DamagedArtifact(
+                f"{artifact.path} makes {' and '.join(sorted(made)) or 'nothing'} of a text, which "
+                f"its unet does not read; {AGAIN}"
             )
     for part, entry in manifest.parts.items():
         for spec in (*entry.inputs, *entry.outputs):
@@ -376,6 +381,10 @@ def _check_engine(artifact: Artifact, config: ModelConfig) -> None:
                     f"{part} of {artifact.path} has {spec.name} of dtype {spec.dtype!r}, which "
                     f"torch does not know; {AGAIN}"
                 )
+
+
+def _names(entry: PartEntry) -> tuple[set[str], set[str]]:
+    return {spec.name for spec in entry.inputs}, {spec.name for spec in entry.outputs}
 
 
 # Inputs that have no rows: the same for every picture.

@@ -80,8 +80,8 @@ def test_every_key_has_one_owner(single: SingleFile) -> None:
 def test_the_config_is_the_folders(single: SingleFile) -> None:
     """All that a folder's JSON says of the networks is read off the shapes, or the family's."""
     file, folder = opened(single).config, open_checkpoint(single.folder).config
-    assert replace(file.unet, sample_size=0) == replace(folder.unet, sample_size=0)
-    assert replace(file.vae, sample_size=0) == replace(folder.vae, sample_size=0)
+    assert replace(file.unet, sample_size=1) == replace(folder.unet, sample_size=1)
+    assert replace(file.vae, sample_size=1) == replace(folder.vae, sample_size=1)
     assert file.text_encoders == folder.text_encoders
     assert (file.family, file.text_layer) == (folder.family, folder.text_layer)
     assert file.schedule.prediction == folder.schedule.prediction
