@@ -7,16 +7,13 @@ once.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import itertools
 import logging
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, replace
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +25,26 @@ from tqdm.auto import tqdm
 import fastsd
 from fastsd import tasks
 from fastsd.adapters import Adapters
+from fastsd.arguments import (
+    CALLBACK_TENSORS,
+    INSTEAD,
+    OUTPUT_TYPES,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_latents,
+    check_number,
+    chosen_device,
+    chosen_precision,
+    count_steps,
+    generators_of,
+    instead,
+    levels,
+    listed_numbers,
+    plain_numbers,
+    refuse,
+    skipped_steps,
+)
 from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends import BACKENDS, ENGINES, Backend, open_artifact, open_backend
 from fastsd.backends.auto import choose
@@ -40,7 +57,6 @@ from fastsd.checkpoints import (
     open_lora,
     read_embedding,
 )
-from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import MOST_PIXELS, to_pil
@@ -65,42 +81,11 @@ from fastsd.tokenizers import CLIPTokenizer
 
 log = logging.getLogger("fastsd")
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 Preview = Callable[[int, list[Image]], object]
 
 WATCHED, WATCHED_STEPS = 2, 4  # pictures and their steps by which fp8's ranges are found
 TILE = 64  # latents along a side that low_memory decodes at once
-_MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
-# Names that diffusers scripts use and fastsd does not have -> what stands in their place.
-INSTEAD = {
-    "callback": "use callback_on_step_end",
-    "callback_steps": "use callback_on_step_end, which is called after every step",
-    "cross_attention_kwargs": "set how strongly LoRAs act with set_adapters, between calls",
-    "custom_pipeline": "code from a checkpoint is never run; drop it",
-    "device_map": "choose the device with device=",
-    "enable_attention_slicing": _MEMORY_EFFICIENT,
-    "enable_xformers_memory_efficient_attention": _MEMORY_EFFICIENT,
-    "enable_model_cpu_offload": "load with low_memory=True and precision='fp16'",
-    "enable_sequential_cpu_offload": "load with low_memory=True, precision='fp16', weights='int8'",
-    "enable_vae_slicing": "pass batch_invariant=True, which decodes one picture at a time",
-    "enable_vae_tiling": "load with low_memory=True",
-    "fuse_lora": "LoRAs are always merged into the weights; drop the call",
-    "unfuse_lora": "unload_lora_weights takes LoRAs out of the weights, to the last bit",
-    "ip_adapter_image": "pictures as prompts are not supported yet; drop it",
-    "ip_adapter_image_embeds": "pictures as prompts are not supported yet; drop it",
-    "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
-    "masked_image_latents": "it is made from image and mask_image; drop it",
-    "negative_original_size": "both halves are told original_size; drop it",
-    "negative_target_size": "both halves are told target_size; drop it",
-    "original_config": "a single file's family is recognised from its tensors; drop it",
-    "padding_mask_crop": "crop the picture and the mask yourself, and paste the result back",
-    "scheduler": "choose it by name with sampler=, as listed by `fastsd samplers`",
-    "trust_remote_code": "code from a checkpoint is never run; drop it",
-    "_guidance_scale": "set it on the object that callback_on_step_end is given",
-    "_interrupt": "set it on the object that callback_on_step_end is given",
-}
 
 
 @dataclass(frozen=True)
@@ -181,7 +166,7 @@ class Pipeline:
         low_memory: bool = False,
         weights: str | None = None,
     ) -> None:
-        _check_choice("graph", graph, GRAPHS)
+        check_choice("graph", graph, GRAPHS)
         if low_memory and graph == "loop":
             raise UsageError(
                 "low_memory moves the VAE, and graph='loop' captures it; use graph='step'"
@@ -198,7 +183,7 @@ class Pipeline:
         self._low_memory = low_memory
         self._weights = weights
         self._kernels: dict[str, str] = {}  # op -> what `use` asked for
-        self._backend = self._open_backend(backend, precision, _device(device))
+        self._backend = self._open_backend(backend, precision, chosen_device(device))
         self._loops = self._new_loops(self._backend)
         self._adapters = Adapters(on_host=low_memory)
         self._preview_vae: VAE | TinyVAE | None = None
@@ -268,14 +253,14 @@ class Pipeline:
         Raises CheckpointError for a model that cannot be read, ArtifactError for an engine that
         cannot be used, UsageError for a wrong argument.
         """
-        _refuse(unknown, cls.from_pretrained)
+        refuse(unknown, cls.from_pretrained)
         if safety_checker or feature_extractor or requires_safety_checker:
             raise UsageError("safety checkers are not supported; pass safety_checker=None")
         if use_safetensors is False:
             raise UsageError("only safetensors are loaded; drop use_safetensors=False")
         artifact = None
         if backend is not None:
-            _check_choice("backend", backend, ("auto", *BACKENDS))
+            check_choice("backend", backend, ("auto", *BACKENDS))
         if floor is not None and backend != "auto":
             raise UsageError("floor chooses among what was tuned; pass backend='auto' with it")
         if weights is not None and backend == "auto":
@@ -314,8 +299,8 @@ class Pipeline:
                 choice = choose(
                     checkpoint,
                     floor,
-                    precision=_precision(precision, dtype or torch_dtype),
-                    device=_device(device).type,
+                    precision=chosen_precision(precision, dtype or torch_dtype),
+                    device=chosen_device(device).type,
                 )
                 _tell(choice.reason)
                 if choice.engine is not None:
@@ -325,7 +310,7 @@ class Pipeline:
             name=Path(model).name if Path(model).exists() else str(model),
             sampler=sampler,
             backend=backend,
-            precision=_precision(precision, dtype or torch_dtype),
+            precision=chosen_precision(precision, dtype or torch_dtype),
             device=device,
             artifact=artifact,
             graph=graph,
@@ -354,9 +339,9 @@ class Pipeline:
         precision: str | None = self._backend.precision
         for target in targets:
             if isinstance(target, torch.dtype):
-                precision = _precision(None, target)
+                precision = chosen_precision(None, target)
             else:
-                device = _device(target)
+                device = chosen_device(target)
         if (device, precision) != (self._backend.device, self._backend.precision):
             if self._weights == "fp8":
                 raise UsageError(
@@ -475,7 +460,7 @@ class Pipeline:
     ) -> None:
         """Turn these adapters on, at these weights, and all others off."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        strengths = _listed_numbers(adapter_weights, len(names))
+        strengths = listed_numbers(adapter_weights, len(names))
         if len(strengths) != len(names) or len(set(names)) != len(names):
             raise UsageError(
                 f"{len(names)} adapters ({', '.join(names)}) were given {len(strengths)} weights; "
@@ -562,7 +547,7 @@ class Pipeline:
         only. Text encoders are captured for a batch of prompts and for one prompt of a batch of
         pictures, as they are without learned words and clip_skip. Returns the pipeline.
         """
-        _check_count("batch", batch)
+        check_count("batch", batch)
         for prompts in dict.fromkeys((batch, 1)):
             self(
                 [""] * prompts,
@@ -589,7 +574,7 @@ class Pipeline:
         Raises CheckpointError for a file that is none or fits another model; UsageError for a
         token that is taken.
         """
-        _refuse(unknown, self.load_textual_inversion)
+        refuse(unknown, self.load_textual_inversion)
         widths = [encoder.width for encoder in self.config.text_encoders]
         embedding = read_embedding(source, widths, token)
         taken = [e.token for e in self._vocabulary.embeddings]
@@ -611,7 +596,7 @@ class Pipeline:
         forget = [e.token for e in loaded] if tokens is None else tokens
         forget = [forget] if isinstance(forget, str) else list(forget)
         for token in forget:
-            _check_choice("learned word", token, [e.token for e in loaded])
+            check_choice("learned word", token, [e.token for e in loaded])
         self._vocabulary = Vocabulary.of(
             self.checkpoint, [e for e in loaded if e.token not in forget]
         )
@@ -699,7 +684,7 @@ class Pipeline:
 
         Raises UsageError, NumericsError or OutOfMemory.
         """
-        _refuse(unknown, type(self).__call__)
+        refuse(unknown, type(self).__call__)
         prompts = Prompts(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -711,44 +696,44 @@ class Pipeline:
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
         )
         prompts.check_embeds(self.config)
-        count = _check_count("num_images_per_prompt", num_images_per_prompt)
+        count = check_count("num_images_per_prompt", num_images_per_prompt)
         with explained_memory_errors("image at this size"):
             source = self._source(
                 prompts, image, mask_image, outpaint, (height, width), mask_feather
             )
         guidance = self._default_guidance(source) if guidance_scale is None else guidance_scale
-        _check_number("guidance_scale", guidance)
-        _check_fraction("guidance_rescale", guidance_rescale)
-        _check_number("eta", eta)
-        _check_number("aesthetic_score", aesthetic_score)
-        _check_number("negative_aesthetic_score", negative_aesthetic_score)
-        _check_choice("output_type", output_type, OUTPUT_TYPES)
-        _check_choice("prompt_syntax", prompt_syntax, SYNTAXES)
+        check_number("guidance_scale", guidance)
+        check_fraction("guidance_rescale", guidance_rescale)
+        check_number("eta", eta)
+        check_number("aesthetic_score", aesthetic_score)
+        check_number("negative_aesthetic_score", negative_aesthetic_score)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_choice("prompt_syntax", prompt_syntax, SYNTAXES)
         vocabulary = self._vocabulary
-        if _check_count("cache_interval", cache_interval) > 1:
+        if check_count("cache_interval", cache_interval) > 1:
             self._check_cached(batch_invariant)
         for name in callback_on_step_end_tensor_inputs:
-            _check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
-        timesteps = _levels("timesteps", timesteps)
-        sigmas = _levels("sigmas", sigmas)
+            check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
+        timesteps = levels("timesteps", timesteps)
+        sigmas = levels("sigmas", sigmas)
         size = self._size(height, width) if source is None else source.size(self.config)
         if num_inference_steps is None:
             if sigmas is None and timesteps is None:
                 timesteps = self.config.schedule.timesteps
             num_inference_steps = self.config.schedule.steps or 50
-        steps = _count_steps(num_inference_steps, timesteps, sigmas)
+        steps = count_steps(num_inference_steps, timesteps, sigmas)
         strength = self._strength(strength, source, denoising_start)
         table = self._table(
             None if timesteps is not None or sigmas is not None else num_inference_steps,
             sampler=sampler,
             eta=eta,
-            start=_skipped(steps, strength),
+            start=skipped_steps(steps, strength),
             denoising_start=denoising_start,
             denoising_end=denoising_end,
             timesteps=timesteps,
             sigmas=sigmas,
         )
-        seeds, generators = _generators(seed, generator, prompts.batch * count)
+        seeds, generators = generators_of(seed, generator, prompts.batch * count)
 
         memory = explained_memory_errors(f"pictures of {size[1]}x{size[0]}")
         with memory, self._adapters.in_use() as loras:
@@ -808,17 +793,17 @@ class Pipeline:
             "clip_skip": clip_skip,
             "strength": strength,
             "mask_feather": mask_feather,
-            "outpaint": _numbers(outpaint),
+            "outpaint": plain_numbers(outpaint),
             "denoising_start": denoising_start,
             "denoising_end": denoising_end,
             "eta": float(eta),
             "height": int(size[0]),
             "width": int(size[1]),
-            "timesteps": _numbers(timesteps),
-            "sigmas": _numbers(sigmas),
-            "original_size": _numbers(original_size),
-            "crops_coords_top_left": _numbers(crops_coords_top_left),
-            "target_size": _numbers(target_size),
+            "timesteps": timesteps,
+            "sigmas": sigmas,
+            "original_size": plain_numbers(original_size),
+            "crops_coords_top_left": plain_numbers(crops_coords_top_left),
+            "target_size": plain_numbers(target_size),
             "aesthetic_score": float(aesthetic_score),
             "negative_aesthetic_score": float(negative_aesthetic_score),
             "batch_invariant": batch_invariant,
@@ -927,7 +912,7 @@ class Pipeline:
         if strength is None:
             masked, xl = source.mask is not None, self.config.family.startswith("sdxl")
             return {(0, 0): 0.8, (0, 1): 0.3, (1, 0): 1.0, (1, 1): 0.9999}[masked, xl]
-        _check_fraction("strength", strength)
+        check_fraction("strength", strength)
         return float(strength)
 
     def _size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -935,7 +920,7 @@ class Pipeline:
         default = self.config.default_size
         size = (default if height is None else height, default if width is None else width)
         for name, side in zip(("height", "width"), size, strict=True):
-            if _check_count(name, side) >= MOST_PIXELS:
+            if check_count(name, side) >= MOST_PIXELS:
                 raise UsageError(f"{name} must be below {MOST_PIXELS} pixels, not {side}")
             if side % factor:
                 below = side // factor * factor
@@ -1001,7 +986,7 @@ class Pipeline:
         )
 
     def __getattr__(self, name: str) -> Any:
-        raise UnknownName(f"Pipeline has no {name!r}; {_instead(name, dir(type(self)))}")
+        raise UnknownName(f"Pipeline has no {name!r}; {instead(name, dir(type(self)))}")
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in INSTEAD:
@@ -1172,7 +1157,7 @@ class Call:
 
     def _prepare(self, noise: Noise, latents: Tensor | None) -> Start:
         if latents is not None:
-            _check_latents(latents, self._latent_shape)
+            check_latents(latents, self._latent_shape)
             latents = latents.to(self._backend.device, torch.float32)
         return tasks.prepare(
             self._backend,
@@ -1210,7 +1195,7 @@ class Call:
             )
         latents = changed.get("latents", self._loop.latents)
         if latents is not self._loop.latents:
-            self._loop.latents.copy_(_check_latents(latents, self._loop.latents.shape))
+            self._loop.latents.copy_(check_latents(latents, self._loop.latents.shape))
         context = changed.get("prompt_embeds", self._conditioning.context)
         if context is not self._conditioning.context or before != self._guidance_scale:
             self._rebind(context)
@@ -1237,20 +1222,6 @@ class Call:
         self._loop.rebind(self._denoiser(), self._guidance)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"device {device!r} is unknown; give 'cpu', 'cuda' or 'cuda:0'") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "device 'cuda' was asked for, but torch sees no GPU; `fastsd env` says why"
-        )
-    return chosen
-
-
 def _tell(line: str) -> None:
     """Say what was chosen: to the program's own log, or on stderr where it keeps none."""
     if log.hasHandlers():
@@ -1259,161 +1230,6 @@ def _tell(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _precision(precision: str | None, dtype: torch.dtype | None) -> str | None:
-    if dtype is None:
-        return precision
-    for name, known in PRECISIONS.items():
-        if known == dtype and precision in (None, name):
-            return name
-    raise UsageError(
-        f"dtype={dtype} and precision={precision!r} do not fit; "
-        f"give precision= one of {', '.join(PRECISIONS)}"
-    )
-
-
-def _generators(
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    batch: int,
-) -> tuple[list[int] | None, torch.Generator | Sequence[torch.Generator]]:
-    """Resolve the two ways of asking for noise: (each picture's seed if it has one, generators)."""
-    if generator is not None:
-        if seed is not None:
-            raise UsageError("give either seed or generator, not both")
-        if isinstance(generator, torch.Generator):
-            return None, generator
-        given: list[Any] = [generator]
-        if isinstance(generator, (list, tuple)):
-            given = list(generator)
-        for each in given:
-            if not isinstance(each, torch.Generator):
-                raise UsageError(
-                    "generator must be a torch.Generator, or a list of one for each picture, not "
-                    f"{each!r}; for a number give seed"
-                )
-        if len(given) != batch:
-            raise UsageError(f"{len(given)} generators were given for {batch} pictures")
-        return None, given
-    plain = int(torch.randint(2**31, (1,))) if seed is None else _plain(seed)
-    if not isinstance(plain, (list, tuple, range)):
-        first = _check_seed(plain)
-        plain = range(first, first + batch)
-    seeds = [_check_seed(value) for value in plain]
-    if len(seeds) != batch:
-        raise UsageError(f"{len(seeds)} seeds were given for {batch} pictures")
-    return seeds, [torch.Generator("cpu").manual_seed(value) for value in seeds]
-
-
-def _check_seed(given: Any) -> int:
-    whole = isinstance(given, Integral) and not isinstance(given, bool)
-    if not whole or not 0 <= given < 2**63:
-        raise UsageError(
-            "seed must be a whole number from 0 to 2**63 - 1, or a list of one for each picture, "
-            f"not {given!r}"
-        )
-    return int(given)
-
-
-def _plain(given: Any) -> Any:
-    """Return numpy's and torch's numbers as Python's, and anything else as it is."""
-    return given.tolist() if hasattr(given, "tolist") else given
-
-
-def _levels(what: str, given: Any) -> list[float] | None:
-    """Read a list of numbers of whatever kind."""
-    plain = _plain(given)
-    if plain is None:
-        return None
-    if not isinstance(plain, (list, tuple, range)):
-        raise UsageError(f"{what} must be a list of numbers, not {given!r}")
-    for number in plain:
-        _check_number(f"an entry of {what}", number)
-    return list(plain)
-
-
 def _free_name(taken: Mapping[str, object]) -> str:
     """Name an adapter as diffusers does: default_0, default_1, …"""
     return next(name for i in itertools.count() if (name := f"default_{i}") not in taken)
-
-
-def _listed_numbers(given: float | Sequence[float], count: int) -> list[float]:
-    """Return one finite number each."""
-    numbers = list(given) if isinstance(given, Sequence) else [given] * count
-    for number in numbers:
-        _check_number("an adapter's weight", number)
-    return [float(number) for number in numbers]
-
-
-def _numbers(given: Sequence[float] | None) -> list[float] | None:
-    """Plain numbers, for JSON, of whatever kind was given."""
-    return None if given is None else [float(number) for number in given]
-
-
-def _refuse(unknown: dict[str, object], function: Callable[..., object]) -> None:
-    """Raise for arguments that `function` does not have, naming what stands in their place."""
-    for name, value in unknown.items():
-        if value is None and name in INSTEAD:  # diffusers' default for most of these
-            continue
-        known = list(inspect.signature(function).parameters)
-        raise UsageError(f"argument {name!r} is unknown; {_instead(name, known)}")
-
-
-def _instead(name: str, known: Sequence[str]) -> str:
-    if name in INSTEAD:
-        return INSTEAD[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else "see help(fastsd.Pipeline)"
-
-
-def _check_choice(what: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise UsageError(f"{what} {given!r} is unknown; it is one of {', '.join(known)}")
-
-
-def _check_latents(given: Any, shape: Sequence[int]) -> Tensor:
-    if not isinstance(given, Tensor):
-        raise UsageError(f"latents must be a torch tensor, not {type(given).__name__}")
-    if given.shape != torch.Size(shape):
-        raise UsageError(
-            f"latents have shape {tuple(given.shape)}, expected {tuple(shape)} "
-            "(pictures, channels, height / 8, width / 8)"
-        )
-    return given
-
-
-def _check_count(what: str, given: int) -> int:
-    if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
-        raise UsageError(f"{what} must be a whole number of 1 or more, not {given!r}")
-    return int(given)
-
-
-def _count_steps(
-    steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
-) -> int:
-    """Return how many steps a whole run would have, before any are left out."""
-    if timesteps is not None:
-        return len(timesteps)
-    return _check_count("num_inference_steps", steps) if sigmas is None else len(sigmas) - 1
-
-
-def _skipped(steps: int, strength: float | None) -> int:
-    """Return how many of the first steps image to image leaves out, as diffusers counts them."""
-    if strength is None:
-        return 0
-    kept = int(steps * strength)
-    if kept < 1:
-        raise UsageError(
-            f"strength {strength} of {steps} steps is less than one; raise either of them"
-        )
-    return steps - kept
-
-
-def _check_fraction(what: str, given: float) -> None:
-    _check_number(what, given)
-    if not 0 <= given <= 1:
-        raise UsageError(f"{what} must be from 0 to 1, not {given!r}")
-
-
-def _check_number(what: str, given: float) -> None:
-    if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
-        raise UsageError(f"{what} must be a finite number, not {given!r}")

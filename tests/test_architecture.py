@@ -24,7 +24,7 @@ ORDER = (
     ("models",),
     ("checkpoints", "quant"),
     ("backends",),
-    ("engine", "adapters"),
+    ("engine", "adapters", "arguments"),
     ("tasks",),
     ("pipeline",),
     ("quality",),
