@@ -102,6 +102,7 @@ STAGES = (
     Stage("env", "what this machine is", ("fastsd", "env"), takes_s=20.0),
     _profile("sdxl"),
     _profile("sdxl", fp8=True),
+    _profile("sd15"),
     _bench(
         "sdxl-4-steps",
         "SDXL at 1024 in four steps, without guidance",
@@ -138,7 +139,6 @@ STAGES = (
         + ("tests/backends/test_cuda.py",),
         takes_s=180.0,  # Triton compiles
     ),
-    _profile("sd15"),
     _bench("sd15", "SD1.5 at 512", "--model", "random:sd15", "--steps", "20", *_HALF, takes_s=170),
     _bench(
         "sd15-p99",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastsd
+from fastsd.backends.measured import AS_SHIPPED
 from fastsd.files import read_json, write_json
 
 TABLE = Path(fastsd.__file__).parent / "backends" / "measured.json"
@@ -22,7 +23,7 @@ _KEY = re.compile(r"(?P<ran>.+ torch \S+) fastsd \S+ \w+ (?P<tried>of .+)")
 def shipped(table: dict[str, dict[str, float]], found: dict[str, dict[str, float]]) -> None:
     """Add to `table` what a cache has (key -> name -> ms), without the state of our kernels."""
     for key, times in found.items():
-        if parts := _KEY.fullmatch(key):
+        if (parts := _KEY.fullmatch(key)) and not key.endswith(AS_SHIPPED):
             rounded = {name: round(ms, 4) for name, ms in times.items()}
             table[f"{parts['ran']} {parts['tried']}"] = rounded
 

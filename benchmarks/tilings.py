@@ -2,7 +2,7 @@
 
 There, `python -m fastsd.benchmarks.tilings measure FILE` times every tiling at the shapes of SD1.5,
 SDXL and their decoder. Anywhere, `python -m fastsd.benchmarks.tilings fit FILE` prints what
-`kernels.triton_conv3x3.TILINGS` should say of them, and what is lost where they choose wrongly.
+`kernels.tilings.TILINGS` should say of them, and what is lost where they choose wrongly.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.optimize import minimize
 
 from fastsd.backends.fastest import DECODED, convolutions
 from fastsd.checkpoints.weights import empty_module
 from fastsd.config import SD15, SDXL
 from fastsd.files import read_json, write_json
 from fastsd.kernels.dispatch import time_ms
-from fastsd.kernels.triton_conv3x3 import BLOCK_C, SPLITS, TILINGS, Product, Tiling, launch
+from fastsd.kernels.tilings import BLOCK_C, SPLITS, TILINGS, Product, Tiling
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 
@@ -42,13 +41,14 @@ class Timed:
 
 def measure(device: torch.device) -> list[Timed]:
     """Time all tilings, in fp16 and in fp8: whole, and split so that one or two rounds are full."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    gpu: Any = torch.cuda.get_device_properties(device)
     found = []
     for product in products():
         cuts = [
             (i, splits)
             for i, tiling in enumerate(TILINGS)
-            for splits in _splits(multiprocessors / product.tiles(tiling))
+            if product.shared(tiling) <= gpu.shared_memory_per_block_optin
+            for splits in _splits(gpu.multi_processor_count / product.tiles(tiling))
         ]
         convolve = _convolution(product, device)
         calls = {f"{i} {n}": partial(convolve, (TILINGS[i], n)) for i, n in cuts}
@@ -82,6 +82,8 @@ def _splits(rounds: float) -> list[int]:
 
 def _convolution(product: Product, device: torch.device) -> Any:
     """Return what computes a product, cut as it is told."""
+    from fastsd.kernels.triton_conv3x3 import launch  # Triton may be absent
+
     B, C, H, W, O = product.B, product.C, product.H, product.W, product.O
     dtype = torch.float16 if product.size == FP16 else torch.float8_e4m3fn
     taps, factor = (4, 2) if product.up else (9, 1)
@@ -108,6 +110,8 @@ def fit(times: Sequence[Timed], multiprocessors: int) -> tuple[Tiling, ...]:
 
 
 def _fitted(tiling: Tiling, times: Sequence[Timed], multiprocessors: int) -> Tiling:
+    from scipy.optimize import minimize  # not where only measuring is done
+
     def of(logarithms: Sequence[float]) -> Tiling:
         block_us, fixed_us = (math.exp(each) for each in logarithms)
         return replace(tiling, block_us=block_us, fixed_us=fixed_us)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -91,9 +91,7 @@ def generators_of(
             raise UsageError("give either seed or generator, not both")
         if isinstance(generator, torch.Generator):
             return None, generator
-        given: list[Any] = [generator]
-        if isinstance(generator, (list, tuple)):
-            given = list(generator)
+        given = list(generator) if isinstance(generator, Iterable) else [generator]
         for each in given:
             if not isinstance(each, torch.Generator):
                 raise UsageError(
@@ -107,7 +105,7 @@ def generators_of(
     if not isinstance(plain, (list, tuple, range)):
         first = _check_seed(plain)
         plain = range(first, first + batch)
-    seeds = [_check_seed(value) for value in plain]
+    seeds = [_check_seed(_plain(value)) for value in plain]
     if len(seeds) != batch:
         raise UsageError(f"{len(seeds)} seeds were given for {batch} pictures")
     return seeds, [torch.Generator("cpu").manual_seed(value) for value in seeds]
@@ -135,9 +133,10 @@ def levels(what: str, given: Any) -> list[float] | None:
         return None
     if not isinstance(plain, (list, tuple, range)):
         raise UsageError(f"{what} must be a list of numbers, not {given!r}")
-    for number in plain:
+    numbers = [_plain(number) for number in plain]
+    for number in numbers:
         check_number(f"an entry of {what}", number)
-    return [float(number) for number in plain]
+    return [float(number) for number in numbers]
 
 
 def listed_numbers(given: float | Sequence[float], count: int) -> list[float]:

@@ -238,8 +238,12 @@ class ScheduleConfig:
         _require_one_of("beta schedule", self.beta_schedule, BETA_SCHEDULES)
         _require_one_of("final sigma", self.final_sigma, ("zero", "sigma_min"))
         _check_sizes("schedule", self)
-        for beta in self.trained_betas or (self.beta_start, self.beta_end):
-            _check_between("beta", beta)
+        if self.trained_betas:  # the last is 1 where the last latents are all noise
+            fit = all(0 <= beta <= 1 for beta in self.trained_betas)
+            _require(fit, "trained_betas must lie from 0 to 1")
+        else:
+            _check_between("beta_start", self.beta_start)
+            _check_between("beta_end", self.beta_end)
 
 
 @dataclass(frozen=True, kw_only=True)

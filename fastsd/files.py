@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,15 +50,17 @@ def write_json(path: Path, data: object) -> None:
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a name to write to; on success that file becomes `path`, on failure it is gone.
 
-    A reader of `path` sees the old file or the new one, and writers do not meet: the name is hidden
-    beside it, of this process and thread alone. A link, pipe or device is written to as it is.
+    A reader of `path` sees the old file or the new one, which keeps its mode, and writers do not
+    meet: the name is hidden beside it, and random. A link, pipe or device is written to as it is.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         yield path
         return
-    draft = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    draft = path.with_name(f".{secrets.token_hex(8)}")
     try:
         yield draft
+        if path.exists():
+            shutil.copymode(path, draft)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

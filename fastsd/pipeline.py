@@ -719,7 +719,7 @@ class Pipeline:
         size = self._size(height, width) if source is None else source.size(self.config)
         if num_inference_steps is None:
             if sigmas is None and timesteps is None:
-                timesteps = self.config.schedule.timesteps
+                timesteps = levels("timesteps", self.config.schedule.timesteps)
             num_inference_steps = self.config.schedule.steps or 50
         steps = count_steps(num_inference_steps, timesteps, sigmas)
         strength = self._strength(strength, source, denoising_start)

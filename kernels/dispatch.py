@@ -2,7 +2,7 @@
 
 Nothing falls back in silence: what cannot run as asked is an error. A kernel of ours is in use
 where somebody asked for it, or where it was tried on this model of GPU, gave what the library gives
-and took less time (fastsd.backends.choice). Knows no model.
+and took less time (fastsd.backends.fastest). Knows no model.
 """
 
 from __future__ import annotations

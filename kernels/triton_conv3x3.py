@@ -11,7 +11,6 @@ the GPU, the sum is split among programs, and a second launch adds the parts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,9 +21,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastsd.kernels.sizes import cdiv
+from fastsd.kernels.tilings import SPLITS, Product, Tiling, plan
 
 GROUP = 8  # rectangles whose channels are computed near each other in time: they share weights
-BLOCK_C = 64  # channels of a tap that are multiplied at once; twice as many in fp8
 SUM_TILE = 256  # elements of the sum of parts that a program has
 
 
@@ -148,100 +147,6 @@ def sum_parts(
     if HAS_RESIDUAL:
         y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a product is cut: pixels by channels, by so many warps, loads so many stages ahead.
-
-    at_once: how many a multiprocessor of an H200 holds; block_us, fixed_us: what one then takes
-    there, for each BLOCK_C channels in half precision, and besides. `fastsd.benchmarks.tilings`
-    fits them, and says what is lost where they choose wrongly.
-    """
-
-    pixels: int
-    channels: int
-    warps: int
-    stages: int
-    at_once: int
-    block_us: float
-    fixed_us: float
-
-    def patch(self, width: int) -> tuple[int, int, int]:
-        """Return a rectangle's pictures, height and width, in maps of this width."""
-        return (self.pixels // 64, 8, 8) if width <= 8 else (1, self.pixels // 16, 16)
-
-    def shared(self, line: int) -> int:
-        """Return the bytes of shared memory that loads ahead take, of `line` bytes a pixel."""
-        return self.stages * (self.pixels + self.channels) * line
-
-
-TILINGS = (
-    Tiling(256, 128, 8, 4, 1, 0.68, 6.0),
-    Tiling(128, 128, 4, 3, 2, 0.80, 4.0),
-    Tiling(64, 128, 4, 4, 2, 0.54, 1.2),
-)
-PARTS_US, PARTS_PER_US = 2.5, 3.5e6  # a second launch, and bytes of parts written and read
-SPLITS = 16  # at most
-FEWEST = 4  # blocks of channels for which a split is worth its start
-
-
-@dataclass(frozen=True)
-class Product:
-    """A convolution of maps (B, C, H, W) to O channels. size: of what is multiplied, in bytes."""
-
-    B: int
-    C: int
-    H: int
-    W: int
-    O: int
-    up: bool
-    size: int
-
-    @property
-    def block(self) -> int:
-        """How many channels are multiplied at once: 128 bytes of them, the most that is fast."""
-        return 2 * BLOCK_C if self.size == 1 and self.C % (2 * BLOCK_C) == 0 else BLOCK_C
-
-    @property
-    def blocks(self) -> int:
-        """How many times that is done for an output."""
-        return (4 if self.up else 9) * cdiv(self.C, self.block)
-
-    def tiles(self, tiling: Tiling) -> int:
-        """How many tiles there are."""
-        pictures, height, width = tiling.patch(self.W)
-        patches = cdiv(self.B, pictures) * cdiv(self.H, height) * cdiv(self.W, width)
-        return patches * cdiv(self.O, tiling.channels) * (4 if self.up else 1)
-
-    def us(self, tiling: Tiling, splits: int, multiprocessors: int) -> float:
-        """What it takes so, on an H200 of as many multiprocessors."""
-        # fp8 takes half as long; and channels at once count.
-        block_us = tiling.block_us * self.size / 2 * self.block / BLOCK_C
-        work = cdiv(self.blocks, splits) * block_us
-        full, rest = divmod(self.tiles(tiling) * splits, multiprocessors * tiling.at_once)
-        us = full * (work + tiling.fixed_us)
-        if rest:  # those of the last round have a multiprocessor more to themselves
-            alone = cdiv(rest, multiprocessors) / tiling.at_once
-            us += work * max(0.6, alone) + tiling.fixed_us
-        if splits > 1:
-            elements = self.B * self.H * self.W * self.O * (4 if self.up else 1)
-            us += PARTS_US + 8 * splits * elements / PARTS_PER_US
-        return us
-
-
-@cache
-def plan(product: Product, multiprocessors: int, shared: int) -> tuple[Tiling, int]:
-    """Choose a tiling and how many splits, by what they would take on an H200.
-
-    shared: bytes that a program may have.
-    """
-    most = max(1, min(SPLITS, product.blocks // FEWEST))
-    fits = [t for t in TILINGS if t.shared(product.block * product.size) <= shared]
-    cuts = [(tiling, splits) for tiling in fits for splits in range(1, most + 1)]
-    if not cuts:
-        raise RuntimeError(f"no tiling fits in {shared} bytes of shared memory")
-    return min(cuts, key=lambda cut: product.us(cut[0], cut[1], multiprocessors))
 
 
 def launch(

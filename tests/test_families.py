@@ -114,6 +114,7 @@ def test_a_converted_folder_draws_by_its_preset(
     np.testing.assert_array_equal(output.images, again.images)
     for setting in ("steps", "guidance_scale", "timesteps", "sampler"):
         assert output.metadata[0][setting] == again.metadata[0][setting]
+    assert json.loads(json.dumps(output.metadata)) == output.metadata
     theirs = silenced(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "kept"))
     assert type(theirs.scheduler).__name__ == DOCUMENTED[preset][0]
     call = DOCUMENTED[preset][2]

@@ -50,6 +50,14 @@ def test_others_may_read_as_the_user_lets_them(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
+    (tmp_path / "a.json").chmod(0o600)
+    write_json(tmp_path / "a.json", {"n": 1})
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_long_name_is_written(tmp_path: Path) -> None:
+    write_json(file := tmp_path / f"{'a' * 240}.json", {"n": 1})
+    assert read_json(file) == {"n": 1}
 
 
 def test_what_is_no_file_of_its_own_stays(tmp_path: Path) -> None:

@@ -399,7 +399,8 @@ def test_seeds_may_be_numpys_or_torchs(sd1: Pipeline, seed: Any) -> None:
 
 
 def test_timesteps_may_be_a_tensor(sd1: Pipeline) -> None:
-    kinds: list[Any] = [[900, 400], np.array([900, 400]), torch.tensor([900, 400])]
+    tensor = torch.tensor([900, 400])
+    kinds: list[Any] = [[900, 400], np.array([900, 400]), tensor, list(tensor)]
     pictures = [sd1(PROMPT, timesteps=t, sampler="euler", seed=0).images[0] for t in kinds]
     assert len(set(map(digest, pictures))) == 1
 

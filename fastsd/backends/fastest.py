@@ -220,28 +220,32 @@ class NormShape(NamedTuple):
         )
 
 
-class TokensShape(NamedTuple):
-    """The tokens of a guidance pair, between two products."""
+class LayerNormShape(NamedTuple):
+    """What a layer normalisation reads. lead: norms add the bias of the product before it."""
+
+    tokens: int
+    width: int
+    lead: bool
+
+    def __str__(self) -> str:
+        return f"2x{self.tokens}x{self.width}"
+
+    def candidates(self, numbers: Numbers) -> Candidates:
+        """Normalise a sum."""
+        x, added = (numbers((2, self.tokens, self.width)) for _ in range(2))
+        weight, bias, lead = (numbers((self.width,)) for _ in range(3))
+        first = lead if self.lead else None
+        return layer_norm.candidates(x, weight, bias, 1e-5, added=added, lead=first)
+
+
+class GateShape(NamedTuple):
+    """What a gate writes."""
 
     tokens: int
     width: int
 
     def __str__(self) -> str:
         return f"2x{self.tokens}x{self.width}"
-
-
-class LayerNormShape(TokensShape):
-    """What a layer normalisation reads."""
-
-    def candidates(self, numbers: Numbers) -> Candidates:
-        """Normalise a sum, to which most norms add the bias of the product before."""
-        x, added = (numbers((2, *self)) for _ in range(2))
-        weight, bias, lead = (numbers((self.width,)) for _ in range(3))
-        return layer_norm.candidates(x, weight, bias, 1e-5, added=added, lead=lead)
-
-
-class GateShape(TokensShape):
-    """What a gate writes."""
 
     def candidates(self, numbers: Numbers) -> Candidates:
         """Gate four times the width, of eight."""
@@ -359,8 +363,10 @@ def group_norms(unet: UNet, decoder: nn.Module) -> dict[NormShape, list[Layer]]:
 def layer_norms(unet: UNet) -> dict[LayerNormShape, list[Layer]]:
     """Group the norms of transformers."""
     found: dict[LayerNormShape, list[Layer]] = {}
+    # But for a transformer's first all do, or none.
+    lead = any(isinstance(m, LayerNorm) and m.lead is not None for m in unet.modules())
     for tokens, block in _blocks(unet):
-        shape = LayerNormShape(tokens, block.norm1.normalized_shape[0])
+        shape = LayerNormShape(tokens, block.norm1.normalized_shape[0], lead)
         found.setdefault(shape, []).extend((block.norm1, block.norm2, block.norm3))
     return found
 

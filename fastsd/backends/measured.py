@@ -7,6 +7,7 @@ by `python -m fastsd.benchmarks.shipped`); FASTSD_MEASURE=1 in the environment p
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -17,6 +18,9 @@ from fastsd.artifact import cache_folder
 from fastsd.errors import CheckpointError
 from fastsd.files import read_json, write_json
 
+log = logging.getLogger("fastsd")
+
+AS_SHIPPED = ", as shipped"  # after a key whose times were not measured, but seen to hold
 Timed = Callable[[], Mapping[str, float]]
 
 
@@ -34,14 +38,25 @@ def measured(
     None: it is not in there. runs: whether what is fastest there does here; else all are measured.
     """
     file = cache_folder() / "measured.json"
-    times = _times(_read(file).get(key))
+    afresh, seen = os.environ.get("FASTSD_MEASURE") == "1", f"{key}{AS_SHIPPED}"
+    known = _read(file)
+    times = _times(known.get(key)) or ({} if afresh else _times(known.get(seen)))
     if not times:
-        times = _times(_shipped().get(shipped)) if os.environ.get("FASTSD_MEASURE") != "1" else {}
-        if not times or not runs(min(times, key=times.__getitem__)):
+        times = {} if afresh else _times(_shipped().get(shipped))
+        if times and runs(min(times, key=times.__getitem__)):
+            key = seen
+        else:
             times = dict(measure())
+        _keep(file, key, times)
+    return dict(sorted(times.items(), key=lambda row: row[1]))
+
+
+def _keep(file: Path, key: str, times: Mapping[str, float]) -> None:
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {**_read(file), key: times})  # read anew: others may have measured too
-    return dict(sorted(times.items(), key=lambda row: row[1]))
+    except OSError as error:
+        log.warning("what was measured is not remembered: %s", error)
 
 
 @cache

@@ -5,6 +5,7 @@ A pickle is opened only here, and only in a process of its own (unpickle.py).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -44,6 +45,7 @@ log = logging.getLogger("fastsd")
 _PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 _OWN_DTYPES = {"F16": "fp16", "BF16": "bf16"}  # others are written as fp32
 _SECONDS = 1800
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota's
 
 
 def convert(
@@ -129,9 +131,10 @@ def _explained(target: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         said = error.strerror if isinstance(error, OSError) else None
+        full = not isinstance(error, OSError) or error.errno in _FULL
+        remedy = "free some space, or choose another place" if full else "choose another place"
         raise CheckpointError(
-            f"{target} could not be written: {said or error}; nothing was left there: free some "
-            "space, or choose another place"
+            f"{target} could not be written: {said or error}; nothing was left there: {remedy}"
         ) from error
     finally:
         for folder in made:

@@ -292,7 +292,7 @@ def _explained(path: Path) -> Iterator[None]:
     except (CheckpointError, UsageError) as error:
         named = str(error).startswith(str(path))
         raise CheckpointError(str(error) if named else f"{path}: {error}") from None
-    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{path} holds values of the wrong kind: {error!r}") from None
 
 

@@ -96,6 +96,7 @@ def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_ships_is_used_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slim image has no compiler for Triton: what was fastest elsewhere does not run there."""
     monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTSD_MEASURE", raising=False)
     monkeypatch.setattr(measured_, "_shipped", lambda: {"a": {"library": 0.2, "triton": 0.1}})
     here = {"library": 0.3}
     runs = {"triton": True}
@@ -105,9 +106,20 @@ def test_what_ships_is_used_where_it_runs(tmp_path: Path, monkeypatch: pytest.Mo
         )
         runs["triton"] = False
     assert next(iter(measured("1", lambda: here, shipped="a"))) == "triton", "it was remembered"
-    runs["triton"] = True
     monkeypatch.setenv("FASTSD_MEASURE", "1")
-    assert measured("3", lambda: here, shipped="a", runs=runs.__getitem__) == here
+    for _ in range(2):
+        assert measured("1", lambda: here, shipped="a", runs=lambda name: True) == here
+    monkeypatch.delenv("FASTSD_MEASURE")
+    assert measured("1", lambda: {}, shipped="a", runs=lambda name: True) == here
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "file" / "cache"))
+    assert measured("a", lambda: {"library": 0.1}) == {"library": 0.1}
+    assert "what was measured is not remembered" in caplog.text
 
 
 def test_a_candidate_that_fails_or_disagrees_does_not_run() -> None:
@@ -275,6 +287,7 @@ def test_what_an_h200_measured_comes_along(
     keys = [key.split(" of ") for key in read_json(TABLE)["times"]]
     able = {ran.split()[0]: tried.split(", ") for ran, tried in keys}
     monkeypatch.setenv("FASTSD_CACHE", str(tmp_path))
+    monkeypatch.delenv("FASTSD_MEASURE", raising=False)
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(dispatch, "able", lambda op, device: able[op])
@@ -305,7 +318,8 @@ def test_a_caches_times_are_shipped(tmp_path: Path) -> None:
     ran, tried = "geglu 2x4096x640 torch.float16 NVIDIA L4 torch 2.12.0+cu130", "of library, triton"
     caches = [tmp_path / name for name in ("a.json", "b.json")]
     caches[0].write_text(json.dumps({f"{ran} fastsd 0.1.0 0123abcd {tried}": {"library": 0.12345}}))
-    caches[1].write_text(json.dumps({"of no known kind": {"library": 1.0}}))
+    seen = f"{ran.replace('L4', 'L5')} fastsd 0.1.0 0123abcd {tried}{measured_.AS_SHIPPED}"
+    caches[1].write_text(json.dumps({"of no known kind": {"a": 1.0}, seen: {"library": 1.0}}))
     table = tmp_path / "table.json"
     for _ in range(2):
         shipped_main([*map(str, caches), "--commit", "abc", "--table", str(table)])

@@ -278,6 +278,8 @@ def test_pictures_in_fp32_are_kept_and_not_drawn_again(
     monkeypatch.setattr(run_module, "Seat", Here)
     monkeypatch.setattr(Run, "_limits", lambda self: ({}, {}))
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    # which a worker turns off in its process
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
     known = {c.name: c for c in (painter("exact"), painter("a"), painter("b", noise=0.01))}
     monkeypatch.setattr(run_module, "contenders", lambda device: known)
     monkeypatch.setattr(run_module, "reference_among", lambda known: known["exact"])

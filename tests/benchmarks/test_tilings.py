@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastsd.benchmarks import tilings
 from fastsd.benchmarks.tilings import Timed, fit, losses, products
-from fastsd.kernels.triton_conv3x3 import TILINGS, Tiling
+from fastsd.kernels.tilings import TILINGS, Tiling
 
 TIMES = Path(tilings.__file__).parent / "results" / "tilings-h200" / "times.json"
 
@@ -52,7 +53,8 @@ def test_every_cut_of_every_product_is_timed(
     monkeypatch.setattr(tilings, "products", lambda: iter(few))
     monkeypatch.setattr(tilings, "_convolution", lambda product, device: print)
     monkeypatch.setattr(tilings, "time_ms", lambda calls: {name: 0.5 for name in calls})
-    gpu = type("GPU", (), {"name": "NVIDIA Test", "multi_processor_count": 132})
+    sizes = {"multi_processor_count": 132, "shared_memory_per_block_optin": 232_448}
+    gpu = SimpleNamespace(name="NVIDIA Test", **sizes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     file = tmp_path / "times.json"
     tilings.main(["measure", str(file)])

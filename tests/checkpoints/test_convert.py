@@ -210,7 +210,7 @@ def test_a_pickle_by_a_name_of_safetensors(tmp_path: Path) -> None:
         convert(file, tmp_path / "folder")
 
 
-@pytest.mark.parametrize("kind", ["compressed", pytest.param("repeated", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["compressed", "repeated"])
 def test_a_small_pickle_of_much(kind: str, tmp_path: Path) -> None:
     """Neither a zip's entries nor the tensors' numbers may be far more than what the file holds."""
     file = tmp_path / "bomb.pt"
@@ -227,7 +227,6 @@ def test_a_small_pickle_of_much(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bomb.pt"]
 
 
-@pytest.mark.slow
 def test_tensors_that_safetensors_lacks(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(2, dtype=torch.complex128)}, file := tmp_path / "odd.pt")
     with pytest.raises(CheckpointError, match="odd.pt was not converted: its tensors have no form"):
