@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # of the forty that Pillow decodes, the ones people draw from
 MAX_PIXELS = 16_000_000
-MOST_PIXELS = 2**31  # along a side: what Pillow can count, and far more than any memory holds
+LONGEST_SIDE = 2**31  # in pixels: more than Pillow counts, or any memory holds
 JSON_CHUNK = "fastsd"
 TEXT_CHUNK = "parameters"
 
@@ -179,10 +179,10 @@ def widen(pictures: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:
 
     sides = list(borders)
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if not (len(sides) == 4 and whole and min(sides) >= 0 and 0 < max(sides) < MOST_PIXELS):
+    if not (len(sides) == 4 and whole and min(sides) >= 0 and 0 < max(sides) < LONGEST_SIDE):
         raise UsageError(
             f"outpaint takes the pixels to add on the left, top, right and bottom, whole numbers "
-            f"of 0 or more, below {MOST_PIXELS} and not all 0, not {borders!r}"
+            f"of 0 or more, below {LONGEST_SIDE} and not all 0, not {borders!r}"
         )
     left, top, right, bottom = sides
     frame = (left, right, top, bottom)

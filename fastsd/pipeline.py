@@ -59,7 +59,7 @@ from fastsd.checkpoints import (
 )
 from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
-from fastsd.images import MOST_PIXELS, to_pil
+from fastsd.images import LONGEST_SIDE, to_pil
 from fastsd.kernels import dispatch
 from fastsd.models.layers import LAYERS
 from fastsd.models.tiny_vae import TinyVAE
@@ -920,8 +920,8 @@ class Pipeline:
         default = self.config.default_size
         size = (default if height is None else height, default if width is None else width)
         for name, side in zip(("height", "width"), size, strict=True):
-            if check_count(name, side) >= MOST_PIXELS:
-                raise UsageError(f"{name} must be below {MOST_PIXELS} pixels, not {side}")
+            if check_count(name, side) >= LONGEST_SIDE:
+                raise UsageError(f"{name} must be below {LONGEST_SIDE} pixels, not {side}")
             if side % factor:
                 below = side // factor * factor
                 near = f"{below} or {below + factor}" if below else f"{factor}"
