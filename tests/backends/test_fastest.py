@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -147,50 +147,43 @@ def predict_and_decode(unet: UNet, vae: VAE) -> None:
         vae.decoder(torch.empty(1, 4, fastest.DECODED, fastest.DECODED))
 
 
-@pytest.mark.parametrize("config", [SD15, SDXL], ids=("sd15", "sdxl"))
-def test_every_norm_is_tried_at_the_shape_it_has(config: Any) -> None:
-    """Held to what a forward pass over a guidance pair, and a decode, really give each norm."""
+def calls_of(
+    config: Any,
+    group: Callable[[UNet, torch.nn.Module], Mapping[Any, Sequence[torch.nn.Module]]],
+    *kinds: type[torch.nn.Module],
+) -> Iterator[tuple[Any, Any, tuple[Any, ...], torch.Tensor]]:
+    """Yield (layer, its shape by `group`, what it was given, what it made) of a forward pass over a
+    guidance pair, and a decode: every layer of `kinds` is run, and grouped."""
     unet, vae = empty_module(lambda: UNet(config.unet)), empty_module(lambda: VAE(config.vae))
     assert isinstance(unet, UNet) and isinstance(vae, VAE)
-    found = fastest.group_norms(unet, vae.decoder)
+    found = group(unet, vae.decoder)
     by_layer = {id(layer): shape for shape, layers in found.items() for layer in layers}
-    seen: set[int] = set()
+    seen: dict[int, tuple[Any, Any, tuple[Any, ...], torch.Tensor]] = {}
 
-    def check(layer: Any, args: tuple[Any, ...]) -> None:
-        x, *rest = args
-        added = bool(rest) and rest[0] is not None
-        shape = (*x.shape[:3], layer.num_groups, layer.silu, added)
-        assert by_layer[id(layer)] == shape and x.shape[2] == x.shape[3]
-        seen.add(id(layer))
+    def see(layer: Any, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        seen[id(layer)] = (layer, by_layer[id(layer)], args, out)
 
     for model in (unet, vae.decoder):
         for module in model.modules():
-            if isinstance(module, GroupNorm):
-                module.register_forward_pre_hook(check)
+            if isinstance(module, kinds):
+                module.register_forward_hook(see)
     predict_and_decode(unet, vae)
-    assert seen == set(by_layer)
+    assert seen.keys() == by_layer.keys() and seen
+    yield from seen.values()
+
+
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=("sd15", "sdxl"))
+def test_every_norm_is_tried_at_the_shape_it_has(config: Any) -> None:
+    for norm, shape, (x, *rest), _ in calls_of(config, fastest.group_norms, GroupNorm):
+        added = bool(rest) and rest[0] is not None
+        assert shape == (*x.shape[:3], norm.num_groups, norm.silu, added)
+        assert x.shape[2] == x.shape[3]
 
 
 @pytest.mark.parametrize("config", [SD15, SDXL], ids=("sd15", "sdxl"))
 def test_every_convolution_is_tried_at_the_shape_it_has(config: Any) -> None:
-    """Held to what a forward pass really gives each of a resnet's, and each up-sampler."""
-    unet, vae = empty_module(lambda: UNet(config.unet)), empty_module(lambda: VAE(config.vae))
-    assert isinstance(unet, UNet) and isinstance(vae, VAE)
-    shapes = fastest.convolutions(unet, vae.decoder)
-    by_layer = {id(layer): shape for shape, layers in shapes.items() for layer in layers}
-    seen: set[int] = set()
-
-    def check(layer: Any, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        *shape, _, _, _ = by_layer[id(layer)]
-        assert shape == [*args[0].shape[:3], out.shape[1]]
-        seen.add(id(layer))
-
-    for model in (unet, vae.decoder):
-        for module in model.modules():
-            if isinstance(module, (Conv3x3, Upsample)):
-                module.register_forward_hook(check)
-    predict_and_decode(unet, vae)
-    assert seen == set(by_layer)
+    for _, shape, args, out in calls_of(config, fastest.convolutions, Conv3x3, Upsample):
+        assert shape[:4] == (*args[0].shape[:3], out.shape[1])
 
 
 class Clock:
