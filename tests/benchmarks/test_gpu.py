@@ -154,5 +154,5 @@ def test_a_profile_names_what_takes_the_time(tmp_path: Path) -> None:
     report = tmp_path / "profile.md"
     step_profile.main(["--device", "cpu", "--output", str(report)])
     lines = report.read_text().splitlines()
-    assert lines[0].startswith("| kernel") and len(lines) > 10
+    assert lines[0] == "## 1 at once" and lines[2].startswith("| kernel") and len(lines) > 10
     assert any("conv" in line for line in lines[:12])
