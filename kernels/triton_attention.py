@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,11 +38,13 @@ def attend(
     FP8: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """out (B, queries, heads, WIDTH) = softmax(scale q k^T) v, BLOCK_Q queries of one head.
+    """out (B, queries, heads, WIDTH) = softmax(ln 2 scale q k^T) v, BLOCK_Q queries of one head.
 
-    x_b, x_h, x_n: strides of pictures, heads and tokens; a head's numbers lie side by side.
+    REST: how many keys there are at most beyond BLOCK_N, which are then all given. x_b, x_h, x_n:
+    strides of pictures, heads and tokens; a head's numbers lie side by side.
     """
     factor = factor_of(multiplier, FP8)
     b = tl.program_id(1) // heads
@@ -49,17 +53,33 @@ def attend(
     n = tl.arange(0, BLOCK_N)
     w = tl.arange(0, BLOCK_W)
     own = (i < queries)[:, None] & (w < WIDTH)[None, :]
-    given = (n < keys)[:, None] & (w < WIDTH)[None, :]
     q += b.to(tl.int64) * q_b + h * q_h
     k += b.to(tl.int64) * k_b + h * k_h
     v += b.to(tl.int64) * v_b + h * v_h
+    given = (n < keys)[:, None] & (w < WIDTH)[None, :]
     query = tl.load(q + i[:, None] * q_n + w[None, :], mask=own, other=0.0)
     key = tl.load(k + n[:, None] * k_n + w[None, :], mask=given, other=0.0)
-    scores = tl.dot(query, tl.trans(key)) * scale
-    scores = tl.where((n < keys)[None, :], scores, float("-inf"))
-    parts = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     value = tl.load(v + n[:, None] * v_n + w[None, :], mask=given, other=0.0)
-    attended = tl.dot(parts.to(value.dtype), value) / tl.sum(parts, axis=1)[:, None]
+    scores = tl.dot(query, tl.trans(key))
+    if REST > 0:
+        m = BLOCK_N + tl.arange(0, REST)
+        given = (m < keys)[:, None] & (w < WIDTH)[None, :]
+        last_key = tl.load(k + m[:, None] * k_n + w[None, :], mask=given, other=0.0)
+        last_value = tl.load(v + m[:, None] * v_n + w[None, :], mask=given, other=0.0)
+        last = tl.dot(query, tl.trans(last_key))
+        last = tl.where((m < keys)[None, :], last, float("-inf"))
+        most = tl.maximum(tl.max(scores, axis=1), tl.max(last, axis=1))
+        parts = tl.exp2(scale * (scores - most[:, None]))
+        last = tl.exp2(scale * (last - most[:, None]))
+        total = tl.sum(parts, axis=1) + tl.sum(last, axis=1)
+        attended = tl.dot(last.to(value.dtype), last_value)
+        attended = tl.dot(parts.to(value.dtype), value, attended)
+    else:
+        scores = tl.where((n < keys)[None, :], scores, float("-inf"))
+        parts = tl.exp2(scale * (scores - tl.max(scores, axis=1)[:, None]))
+        total = tl.sum(parts, axis=1)
+        attended = tl.dot(parts.to(value.dtype), value)
+    attended /= total[:, None]
     at = ((b.to(tl.int64) * queries + i[:, None]) * heads + h) * WIDTH + w[None, :]
     tl.store(out + at, rounded(attended, factor, out.dtype.element_ty, FP8), mask=own)
 
@@ -68,6 +88,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None, out: Tens
     """Attend from q (B, M, Nq, K) to k, v (B, M, N, K), N <= 128, into out (B, Nq, M, K)."""
     B, heads, queries, width = q.shape
     keys, block_w = k.shape[2], max(16, next_power_of_2(width))
+    block_n, rest = _blocks(keys)
     attend[(cdiv(queries, BLOCK_Q), B * heads)](
         q,
         k,
@@ -80,11 +101,20 @@ def launch(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None, out: Tens
         heads,
         queries,
         keys,
-        width**-0.5,
+        width**-0.5 / log(2),
         WIDTH=width,
         FP8=multiplier is not None,
         BLOCK_Q=BLOCK_Q,
-        BLOCK_N=max(16, next_power_of_2(keys)),
+        BLOCK_N=block_n,
+        REST=rest,
         BLOCK_W=block_w,
         num_warps=4 if block_w <= 64 else 8,  # with four, wider heads spill registers
     )
+
+
+def _blocks(keys: int) -> tuple[int, int]:
+    """Cut keys in a power of two of them and a smaller one, if that is less than one: 77 in 64 and
+    16, not in 128."""
+    whole: int = max(16, next_power_of_2(keys))
+    rest: int = max(16, next_power_of_2(keys - whole // 2))
+    return (whole // 2, rest) if 16 < keys and rest < whole // 2 else (whole, 0)

@@ -12,6 +12,20 @@ from fastsd.kernels.triton_fp8 import factor_of, rounded
 TILE = 1024  # elements that a program has
 
 
+@triton.jit
+def gelu(x):
+    """x times the normal distribution's function of x, right to 2e-7 |x|: Abramowitz and Stegun
+    1964, 7.1.26. With the library's erf the arithmetic took longer than the memory."""
+    z = tl.abs(x) * 0.8493218002880191  # 2^-z^2 = e^(-x^2 / 2)
+    t = 1.0 / (1.0 + 0.27273748 * z)
+    series = 1.061405429 * t - 1.453152027
+    series = series * t + 1.421413741
+    series = series * t - 0.284496736
+    series = series * t + 0.254829592
+    tail = 0.5 * t * series * tl.exp2(-z * z)  # beyond |x|
+    return x * tl.where(x < 0.0, tail, 1.0 - tail)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gated(
     x,
@@ -32,7 +46,7 @@ def gated(
     from_ = x + at + r[:, None].to(tl.int64) * C
     value = tl.load(from_, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(from_ + C, mask=mask, other=0.0).to(tl.float32)
-    y = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    y = value * gelu(gate)
     tl.store(out + at, rounded(y, factor, out.dtype.element_ty, FP8), mask=mask)
 
 

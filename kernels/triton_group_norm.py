@@ -2,16 +2,16 @@
 
 A group's channels lie side by side in every pixel, 4 to 80 of them. `launch` splits the pixels
 among as many programs as fill the GPU. Each finds its split's means and squared distances, in tiles
-of (pixels, groups, channels of a group), the last padded to a power of two: padding is not read. In
-the second launch each puts all splits' together anew, which takes less than a launch between the
-two, and has tiles of (pixels, channels), which are read 16 bytes at once. `one_group` has one
-program a group, which holds it in its registers.
+of (pixels, channels) that are read 16 bytes at once, of whole groups. In the second launch each
+puts all splits' together anew, which takes less than a launch between the two, and has tiles of
+other channels, as many as are a power of two. `one_group` has one program a group, which holds it
+in its registers.
 Nothing is lost where a mean is far from 0: distances are from a mean, or from the first pixel.
 """
 
 from __future__ import annotations
 
-from math import gcd
+from math import gcd, lcm
 
 import triton
 import triton.language as tl
@@ -20,12 +20,13 @@ from torch import Tensor, empty, float32
 from fastsd.kernels.sizes import cdiv, next_power_of_2
 from fastsd.kernels.triton_fp8 import factor_of, rounded
 
-LANES = 128  # channels of a tile, padding counted: what is read of a pixel is 128 bytes or more
+LANES = 128  # channels of a tile: what is read of a pixel is 128 bytes or more
 # Elements that a program holds at once, and about how many programs there are: four or eight for
 # each of an H100's or H200's 132 multiprocessors. Of maps of FEW pixels first.
 FEW = 1024
 TILES = ((1024, 1056), (4096, 528))
 WARPS = 4
+MEMBERS = 32  # groups that a program finds the moments of, at most
 SPLITS = 64  # that are put together at once
 GROUP_TILE = 32768  # the most elements of a group that a program holds; 64 a thread
 
@@ -54,28 +55,33 @@ def moments(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     ADDED: tl.constexpr,
+    OWN: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_W: tl.constexpr,
 ):
-    """Find each group's mean and squared distances from it in one split: partial (B, S, 2, G)."""
+    """Find each group's mean and squared distances from it in one split: partial (B, S, 2, G).
+
+    OWN: channels of BLOCK_C that are the program's, those of whole groups, at most BLOCK_G.
+    """
     split = tl.program_id(0)
     b = tl.program_id(1)
-    g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
-    w = tl.arange(0, BLOCK_W)
-    inside = (g < GROUPS)[:, None] & (w < WIDTH)[None, :]
-    c = g[:, None] * WIDTH + w[None, :]
+    own = tl.arange(0, BLOCK_C)
+    c = tl.program_id(2) * OWN + own
+    inside = own < OWN
+    if (GROUPS * WIDTH) % OWN:
+        inside &= c < C
     picture = x + b.to(tl.int64) * pixels * C
     begin = split * per_split
     end = tl.minimum(begin + per_split, pixels)
     shift = tl.load(picture + begin.to(tl.int64) * C + c, mask=inside, other=0.0).to(tl.float32)
-    first = tl.zeros([BLOCK_P, BLOCK_G, BLOCK_W], dtype=tl.float32)
-    second = tl.zeros([BLOCK_P, BLOCK_G, BLOCK_W], dtype=tl.float32)
+    first = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    second = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for start in range(begin, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < end)[:, None, None] & inside[None, :, :]
-        v = tl.load(picture + p[:, None, None].to(tl.int64) * C + c[None, :, :], mask=mask)
-        v = tl.where(mask, v.to(tl.float32) - shift[None, :, :], 0.0)
+        mask = (p < end)[:, None] & inside[None, :]
+        v = tl.load(picture + p[:, None].to(tl.int64) * C + c[None, :], mask=mask, other=0.0)
+        v = tl.where(mask, v.to(tl.float32) - shift[None, :], 0.0)
         first += v
         second += v * v
     # Chan et al. 1983: the channels' own means and squared distances, then the group's.
@@ -85,12 +91,16 @@ def moments(
     means = shift + sums / n
     if ADDED:
         means += tl.load(added + b * added_stride + c, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.where(inside, means, 0.0), axis=1) / WIDTH
-    apart = tl.where(inside, means - mean[:, None], 0.0)
-    distance = tl.sum(tl.where(inside, distances, 0.0) + n * apart * apart, axis=1)
-    row = partial + (b * splits + split) * 2 * GROUPS + g
-    tl.store(row, mean, mask=g < GROUPS)
-    tl.store(row + GROUPS, distance, mask=g < GROUPS)
+    g = tl.arange(0, BLOCK_G)
+    members = inside[:, None] & (own[:, None] // WIDTH == g[None, :])
+    mean = tl.sum(tl.where(members, means[:, None], 0.0), axis=0) / WIDTH
+    apart = means[:, None] - mean[None, :]
+    distance = tl.sum(tl.where(members, distances[:, None] + n * apart * apart, 0.0), axis=0)
+    group = tl.program_id(2) * (OWN // WIDTH) + g
+    mask = (g < OWN // WIDTH) & (group < GROUPS)
+    row = partial + (b * splits + split) * 2 * GROUPS + group
+    tl.store(row, mean, mask=mask)
+    tl.store(row + GROUPS, distance, mask=mask)
 
 
 @triton.jit(do_not_specialize=["pixels", "per_split", "splits", "added_stride"])
@@ -235,24 +245,25 @@ def launch(
         return
     B, C, H, W = x.shape
     pixels, width = H * W, C // groups
-    block_w = next_power_of_2(width)
-    block_g = max(1, min(LANES // block_w, next_power_of_2(groups)))
+    own = _whole_groups(C, width)
     block_c = min(LANES, next_power_of_2(gcd(C, LANES)) if C > LANES else next_power_of_2(C))
     tile, programs = TILES[pixels > FEW]
-    splits, per_split = _splits(programs, B * cdiv(groups, block_g), pixels, tile // LANES)
+    splits, per_split = _splits(programs, B * cdiv(C, own), pixels, tile // LANES)
     partial = empty((B, splits, 2, groups), dtype=float32, device=x.device)
     given = bias if added is None else added
     sizes = (C, pixels, per_split, splits, _stride(added))
     group = dict(GROUPS=groups, WIDTH=width, ADDED=added is not None, num_warps=WARPS)
-    moments[(splits, B, cdiv(groups, block_g))](
+    lanes = next_power_of_2(own)
+    moments[(splits, B, cdiv(C, own))](
         x,
         given,
         partial,
         *sizes,
         **group,
-        BLOCK_P=max(1, tile // (block_g * block_w)),
-        BLOCK_G=block_g,
-        BLOCK_W=block_w,
+        OWN=own,
+        BLOCK_P=max(1, tile // lanes),
+        BLOCK_C=lanes,
+        BLOCK_G=next_power_of_2(own // width),
     )
     touched = block_c // width if block_c % width == 0 else (block_c - 2) // width + 2
     normalise[(splits, B, cdiv(C, block_c))](
@@ -273,6 +284,18 @@ def launch(
         BLOCK_G=next_power_of_2(touched),
         BLOCK_S=SPLITS,
     )
+
+
+def _whole_groups(channels: int, width: int) -> int:
+    """Return how many channels a program of `moments` has: those of whole groups, at most MEMBERS of
+    them, about LANES, and so many that each program's are read 16 bytes at once."""
+    unit = lcm(width, 8)
+    if unit > 2 * LANES:
+        unit = width
+    lots = max(1, LANES // unit)
+    if lots * unit < 0.75 * LANES:  # little of LANES: of twice as many, more
+        lots = max(1, 2 * LANES // unit)
+    return min(lots * unit, MEMBERS * width, channels)
 
 
 def _splits(programs: int, alike: int, pixels: int, tile: int) -> tuple[int, int]:

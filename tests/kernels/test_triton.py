@@ -59,7 +59,7 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "moments": (
         "triton_group_norm",
         dict(x="*fp16", added="*fp16", **_MAP, **_SPLIT),
-        dict(BLOCK_P=32, BLOCK_G=8, BLOCK_W=16, **_GROUP),
+        dict(OWN=120, BLOCK_P=32, BLOCK_C=128, BLOCK_G=16, **_GROUP),
     ),
     "normalise": (
         "triton_group_norm",
@@ -86,7 +86,7 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         dict.fromkeys(("q", "k", "v", "out"), "*fp16")
         | {f"{x}_{axis}": "i32" for x in "qkv" for axis in "bhn"}
         | dict(heads="i32", queries="i32", keys="i32", scale="fp32", **_ROUNDED),
-        dict(WIDTH=64, FP8=False, BLOCK_Q=64, BLOCK_N=128, BLOCK_W=64),
+        dict(WIDTH=64, FP8=False, BLOCK_Q=64, BLOCK_N=64, REST=16, BLOCK_W=64),
     ),
     "residual_sum": (
         "triton_residual",
@@ -195,6 +195,15 @@ def resources(cubin: bytes, path: Path) -> dict[str, int]:
         [program, "--dump-resource-usage", path], capture_output=True, text=True, check=True
     ).stdout
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", told)}
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 7, 10, 20, 30, 31, 33, 40, 60, 80, 256, 300])
+def test_a_program_finds_the_moments_of_whole_groups(width: int) -> None:
+    from fastsd.kernels.triton_group_norm import _whole_groups
+
+    for groups in (1, 2, 32):
+        own = _whole_groups(groups * width, width)
+        assert own % width == 0 and own <= min(groups * width, max(256, width))
 
 
 # --- which one runs, and why ----------------------------------------------------------------------

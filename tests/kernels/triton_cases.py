@@ -317,6 +317,8 @@ CASES: dict[str, tuple[Case, float]] = {
     "layer norm far from zero": (layer_norm((5, 320), FULL, offset=1000.0), 2e-4),
     "layer norm to fp8": (layer_norm((5, 320), HALF, fp8=True), FP8_ERROR),
     "attention 77 keys": (attention((2, 8, 150, 77, 40)), 2e-3),
+    "attention 65 keys": (attention((1, 2, 70, 65, 64)), 2e-3),
+    "attention 96 keys": (attention((1, 2, 70, 96, 80)), 2e-3),
     "attention one key": (attention((1, 2, 3, 1, 64)), 2e-3),
     "attention 128 keys": (attention((1, 1, 128, 128, 160)), 2e-3),
     "attention to fp8": (attention((1, 2, 70, 77, 64), fp8=True), FP8_ERROR),
