@@ -29,6 +29,7 @@ from fastsd.kernels.dispatch import IMPLEMENTATIONS
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.group_norm import group_norm
 from fastsd.kernels.layer_norm import layer_norm
+from fastsd.kernels.linear import linear
 from fastsd.kernels.residual import residual
 from fastsd.kernels.sampler_step import sampler_step_
 
@@ -45,6 +46,7 @@ COMPUTED: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = MappingP
         "geglu": (geglu, reference.geglu),
         "group_norm": (group_norm, reference.group_norm),
         "layer_norm": (layer_norm, reference.layer_norm),
+        "linear": (linear, reference.linear),
         "residual": (residual, reference.residual),
         "sampler_step": (sampler_step_, reference.sampler_step_),
     }
@@ -188,6 +190,25 @@ def geglu_case(title: str, tokens: int, width: int, dtype: torch.dtype, device: 
     )
 
 
+def linear_case(
+    title: str, tokens: int, width: int, gated: bool, dtype: torch.dtype, device: str
+) -> Case:
+    """One of a feed-forward layer's: the first with its gate, or the last with its sum."""
+    numbers = _Numbers(dtype, device)
+    channels, out = (width, 4 * width) if gated else (4 * width, width)
+    weights = out * (2 if gated else 1)
+    x, weight = numbers(2, tokens, channels), numbers(weights, channels) / channels**0.5
+    bias, summed = numbers(weights), None if gated else numbers(2, tokens, out)
+    elements = x.numel() + weight.numel() + 2 * tokens * out * (1 if gated else 2)
+    return Case.of(
+        "linear",
+        f"{title}: 2x{tokens}x{channels} to {out}, {'gated' if gated else 'sum'}",
+        lambda multiply: multiply(x, weight, bias, residual=summed, gated=gated),
+        flop=2 * 2 * tokens * channels * weights,
+        bytes=elements * x.element_size(),
+    )
+
+
 def residual_case(
     title: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str
 ) -> Case:
@@ -301,6 +322,7 @@ OPS: dict[str, Sequence[Callable[[torch.dtype, str], Case]]] = {
     "geglu": [partial(geglu_case, *shape) for shape in TOKENS],
     "group_norm": [partial(group_norm_case, *shape) for shape in GROUP_NORM],
     "layer_norm": [partial(layer_norm_case, *shape) for shape in TOKENS],
+    "linear": [partial(linear_case, *shape, gated) for shape in TOKENS for gated in (True, False)],
     "residual": [partial(residual_case, *shape) for shape in RESIDUAL],
     "sampler_step": [partial(sampler_step_case, *shape) for shape in SAMPLER_STEP],
 }

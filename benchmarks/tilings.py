@@ -22,7 +22,7 @@ from fastsd.checkpoints.weights import empty_module
 from fastsd.config import SD15, SDXL
 from fastsd.files import read_json, write_json
 from fastsd.kernels.dispatch import time_ms
-from fastsd.kernels.tilings import BLOCK_C, SPLITS, TILINGS, Product, Tiling
+from fastsd.kernels.tilings import BLOCK_C, SPLITS, TILINGS, Convolution, Tiling
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 
@@ -33,7 +33,7 @@ FP8, FP16 = 1, 2  # sizes of an element, in bytes
 class Timed:
     """What a product took, cut so. tiling: its place in TILINGS."""
 
-    product: Product
+    product: Convolution
     tiling: int
     splits: int
     us: float
@@ -57,7 +57,7 @@ def measure(device: torch.device) -> list[Timed]:
     return found
 
 
-def products() -> Iterator[Product]:
+def products() -> Iterator[Convolution]:
     """Yield the products of SD1.5 and SDXL, each once, in fp16 and in fp8."""
     seen = set()
     for config in (SD15, SDXL):
@@ -69,7 +69,7 @@ def products() -> Iterator[Product]:
             side = shape.side * (config.unet.sample_size // DECODED if shape.rows == 1 else 1)
             for size in (FP16, FP8):
                 sizes = (shape.rows, shape.channels, side, side, shape.out)
-                product = Product(*sizes, up=shape.role == "up", size=size)
+                product = Convolution(*sizes, up=shape.role == "up", size=size)
                 if product not in seen:
                     seen.add(product)
                     yield product
@@ -80,7 +80,7 @@ def _splits(rounds: float) -> list[int]:
     return sorted({1, *(min(max(1, int(n * rounds)), SPLITS) for n in (1, 2))})
 
 
-def _convolution(product: Product, device: torch.device) -> Any:
+def _convolution(product: Convolution, device: torch.device) -> Any:
     """Return what computes a product, cut as it is told."""
     from fastsd.kernels.triton_conv3x3 import launch  # Triton may be absent
 
@@ -132,9 +132,9 @@ def _residue(result: Any) -> float:
 
 def losses(
     times: Sequence[Timed], tilings: Sequence[Tiling], multiprocessors: int
-) -> dict[Product, float]:
+) -> dict[Convolution, float]:
     """By how much each product takes longer than its fastest, if `tilings` choose: 0.02 is 2 %."""
-    by_product: dict[Product, list[Timed]] = {}
+    by_product: dict[Convolution, list[Timed]] = {}
     for timed in times:
         by_product.setdefault(timed.product, []).append(timed)
     lost = {}
@@ -147,7 +147,7 @@ def losses(
 def read(file: Path) -> tuple[list[Timed], int]:
     """Return the times in a file that `measure` wrote, and the GPU's multiprocessors."""
     data: Mapping[str, Any] = read_json(file)
-    rows = [Timed(**{**row, "product": Product(**row["product"])}) for row in data["times"]]
+    rows = [Timed(**{**row, "product": Convolution(**row["product"])}) for row in data["times"]]
     return rows, data["multiprocessors"]
 
 

@@ -36,6 +36,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "geglu": ("library", "triton"),
         "group_norm": ("library", "triton", "triton-group"),
         "layer_norm": ("library", "triton"),
+        "linear": ("library", "triton"),
         "residual": ("library", "triton"),
         "sampler_step": ("library", "triton"),
     }

@@ -109,6 +109,23 @@ def geglu(x: Tensor, *, multiplier: Tensor | None = None) -> Tensor:
     return y.float() if multiplier is None else in_fp8(y, multiplier)
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """Multiply as `kernels.linear.linear` does, in fp64."""
+    y = x.double() @ weight.double().t()
+    if bias is not None:
+        y = y + bias.double()
+    if gated:
+        return geglu(y)
+    return (y if residual is None else y + residual.double()).float()
+
+
 def residual(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
     """Add as `kernels.residual.residual` does, in fp64."""
     return (x.double() + h.double() + bias.double()[:, None, None]).float()

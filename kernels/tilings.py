@@ -1,13 +1,17 @@
-"""How the product that is a 3x3 convolution is cut into tiles and splits, by what they would take.
+"""How a product, a convolution or a linear layer, is cut into tiles and splits, by what they take.
 
-Times are an H200's, fitted by `fastsd.benchmarks.tilings`; another GPU's order is taken to be the
-same. Needs no Triton.
+Times are an H200's of convolutions, fitted by `fastsd.benchmarks.tilings`; another GPU's order is
+taken to be the same. Needs no Triton.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
+
+import torch
 
 from fastsd.kernels.sizes import cdiv
 
@@ -46,33 +50,34 @@ SPLITS = 16  # at most
 FEWEST = 4  # blocks of channels for which a split is worth its start
 
 
-@dataclass(frozen=True)
-class Product:
-    """A convolution of maps (B, C, H, W) to O channels. size: of what is multiplied, in bytes."""
+class Product(ABC):
+    """What is cut. size: of a number that is multiplied, in bytes; elements: of the result."""
 
-    B: int
-    C: int
-    H: int
-    W: int
-    O: int
-    up: bool
     size: int
 
     @property
+    @abstractmethod
     def block(self) -> int:
-        """How many channels are multiplied at once: 128 bytes of them, the most that is fast."""
-        return 2 * BLOCK_C if self.size == 1 and self.C % (2 * BLOCK_C) == 0 else BLOCK_C
+        """How many channels are multiplied at once."""
 
     @property
+    @abstractmethod
     def blocks(self) -> int:
         """How many times that is done for an output."""
-        return (4 if self.up else 9) * cdiv(self.C, self.block)
 
+    @property
+    @abstractmethod
+    def elements(self) -> int:
+        """How many outputs there are."""
+
+    @property
+    @abstractmethod
+    def most_splits(self) -> int:
+        """Into how many its sum may be split."""
+
+    @abstractmethod
     def tiles(self, tiling: Tiling) -> int:
         """How many tiles there are."""
-        pictures, height, width = tiling.patch(self.W)
-        patches = cdiv(self.B, pictures) * cdiv(self.H, height) * cdiv(self.W, width)
-        return patches * cdiv(self.O, tiling.channels) * (4 if self.up else 1)
 
     def shared(self, tiling: Tiling) -> int:
         """How many bytes of shared memory its loads ahead take."""
@@ -89,9 +94,82 @@ class Product:
             alone = cdiv(rest, multiprocessors) / tiling.at_once
             us += work * max(0.6, alone) + tiling.fixed_us
         if splits > 1:
-            elements = self.B * self.H * self.W * self.O * (4 if self.up else 1)
-            us += PARTS_US + 8 * splits * elements / PARTS_PER_US
+            us += PARTS_US + 8 * splits * self.elements / PARTS_PER_US
         return us
+
+
+@dataclass(frozen=True)
+class Convolution(Product):
+    """One of maps (B, C, H, W) to O channels, doubled first if `up`."""
+
+    B: int
+    C: int
+    H: int
+    W: int
+    O: int
+    up: bool
+    size: int
+
+    @property
+    def block(self) -> int:
+        """128 bytes of channels, the most that is fast."""
+        return 2 * BLOCK_C if self.size == 1 and self.C % (2 * BLOCK_C) == 0 else BLOCK_C
+
+    @property
+    def blocks(self) -> int:
+        """A tap's, for every tap."""
+        return (4 if self.up else 9) * cdiv(self.C, self.block)
+
+    @property
+    def elements(self) -> int:
+        """Those of the map that results."""
+        return self.B * self.H * self.W * self.O * (4 if self.up else 1)
+
+    @property
+    def most_splits(self) -> int:
+        """As many as are worth their start."""
+        return max(1, min(SPLITS, self.blocks // FEWEST))
+
+    def tiles(self, tiling: Tiling) -> int:
+        """Patches of pixels by channels; of a doubled map for each pixel of four."""
+        pictures, height, width = tiling.patch(self.W)
+        patches = cdiv(self.B, pictures) * cdiv(self.H, height) * cdiv(self.W, width)
+        return patches * cdiv(self.O, tiling.channels) * (4 if self.up else 1)
+
+
+@dataclass(frozen=True)
+class Linear(Product):
+    """One of `rows` of C numbers to O, in half precision; if `gated` to O twice, at once."""
+
+    rows: int
+    C: int
+    O: int
+    gated: bool
+    size: int = 2
+    block: int = BLOCK_C
+    most_splits: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Those of a row."""
+        return cdiv(self.C, self.block)
+
+    @property
+    def elements(self) -> int:
+        """Those of the result."""
+        return self.rows * self.O
+
+    def sizes(self, tiling: Tiling) -> tuple[int, int]:
+        """Return a tile's rows and outputs: a gated one has half of each output's two."""
+        if self.gated:
+            rows = min(tiling.pixels, tiling.channels)
+            return rows, tiling.pixels * tiling.channels // (2 * rows)
+        return tiling.pixels, tiling.channels
+
+    def tiles(self, tiling: Tiling) -> int:
+        """Lots of rows by lots of outputs."""
+        rows, outputs = self.sizes(tiling)
+        return cdiv(self.rows, rows) * cdiv(self.O, outputs)
 
 
 @cache
@@ -100,9 +178,17 @@ def plan(product: Product, multiprocessors: int, shared: int) -> tuple[Tiling, i
 
     shared: bytes that a program may have.
     """
-    most = max(1, min(SPLITS, product.blocks // FEWEST))
     fits = [tiling for tiling in TILINGS if product.shared(tiling) <= shared]
-    cuts = [(tiling, splits) for tiling in fits for splits in range(1, most + 1)]
+    cuts = [(tiling, splits) for tiling in fits for splits in range(1, product.most_splits + 1)]
     if not cuts:
         raise RuntimeError(f"no tiling fits in {shared} bytes of shared memory")
     return min(cuts, key=lambda cut: product.us(cut[0], cut[1], multiprocessors))
+
+
+@cache
+def gpu_of(device: torch.device) -> tuple[int, int]:
+    """Return its multiprocessors, and the bytes of shared memory that a program may have."""
+    if device.type != "cuda":  # the interpreter
+        return 4, 1 << 20
+    found: Any = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin

@@ -11,9 +11,6 @@ the GPU, the sum is split among programs, and a second launch adds the parts.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastsd.kernels.sizes import cdiv
-from fastsd.kernels.tilings import SPLITS, Product, Tiling, plan
+from fastsd.kernels.tilings import SPLITS, Convolution, Tiling, gpu_of, plan
 
 GROUP = 8  # rectangles whose channels are computed near each other in time: they share weights
 SUM_TILE = 256  # elements of the sum of parts that a program has
@@ -165,8 +162,8 @@ def launch(
     """
     B, C, H, W = x.shape
     O = out.shape[1]
-    product = Product(B, C, H, W, O, up, x.element_size())
-    tiling, splits = cut or plan(product, *_gpu(x.device))
+    product = Convolution(B, C, H, W, O, up, x.element_size())
+    tiling, splits = cut or plan(product, *gpu_of(x.device))
     pictures, height, width = tiling.patch(W)
     block = product.block
     across, down = cdiv(W, width), cdiv(H, height)
@@ -211,12 +208,3 @@ def launch(
         sum_parts[(cdiv(out.numel(), SUM_TILE),)](
             parts, *added, out, O, out.numel(), splits, **flags, SPLITS=SPLITS, BLOCK=SUM_TILE
         )
-
-
-@cache
-def _gpu(device: torch.device) -> tuple[int, int]:
-    """Return its multiprocessors, and the bytes of shared memory that a program may have."""
-    if device.type != "cuda":  # the interpreter
-        return 4, 1 << 20
-    found: Any = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.shared_memory_per_block_optin

@@ -287,8 +287,8 @@ def launch(
 
 
 def _whole_groups(channels: int, width: int) -> int:
-    """Return how many channels a program of `moments` has: those of whole groups, at most MEMBERS of
-    them, about LANES, and so many that each program's are read 16 bytes at once."""
+    """Return how many channels a program of `moments` has: those of whole groups, at most MEMBERS,
+    about LANES, and so many that each program's are read 16 bytes at once."""
     unit = lcm(width, 8)
     if unit > 2 * LANES:
         unit = width

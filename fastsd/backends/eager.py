@@ -22,6 +22,7 @@ from fastsd.backends.fastest import (
     gates,
     group_norms,
     layer_norms,
+    linears,
     sums,
     use_fastest_,
 )
@@ -29,10 +30,9 @@ from fastsd.backends.for_gpu import JoinedUNet, join_text_, spare_passes_
 from fastsd.backends.fp8 import put_in_fp8_, require_fp8
 from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
-from fastsd.kernels import dispatch
-from fastsd.kernels.conv3x3 import fits
+from fastsd.kernels import conv3x3, dispatch, linear
 from fastsd.models.clip import CLIPText
-from fastsd.models.layers import LAYERS, Attention, Conv3x3, Upsample, use_kernel
+from fastsd.models.layers import LAYERS, Attention, Upsample, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, PixelAttention, fit_fp16_
 from fastsd.quant.linear import Fp8Conv3x3
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from fastsd.checkpoints import Checkpoint
 
 
+# ops whose kernels do not take every weight -> whether one's does, in a dtype
+_FITS = {"conv3x3": conv3x3.fits, "linear": linear.fits}
 _PARTS_OF = {"vae": ("vae_decoder", "vae_encoder")}
 WEIGHT_FORMATS = ("int8", "fp8")  # what weights can be kept in, beside the precision
 
@@ -167,6 +169,7 @@ class EagerBackend(Graphed):
             # A VAE that visits the GPU would bring the sums of its taps every time too.
             here = nn.Identity() if "vae" in self._on_host else decoder
             self._choices["conv3x3"] = use("conv3x3", convolutions(unet, here))
+            self._choices["linear"] = use("linear", linears(unet))
 
     def put_in_fp8(self, draw: Callable[[], object]) -> None:
         """Put the UNet's and the decoder's layers in fp8, by the ranges of numbers `draw` shows.
@@ -188,8 +191,8 @@ class EagerBackend(Graphed):
     def use(self, op: str, implementation: str) -> None:
         """Compute `op` by `implementation` in every part."""
         choice = dispatch.choose(op, self.device, implementation)
-        if op == "conv3x3":
-            self._require_convolutions(implementation)
+        if op in _FITS:
+            self._require_fits(op, implementation)
         for module in self.modules.values():
             use_kernel(module, op, implementation)
             for layer in module.modules() if op == "attention" else ():
@@ -197,19 +200,19 @@ class EagerBackend(Graphed):
                     layer.implementation = "products" if implementation == "products" else "sdpa"
         self._choices[op] = [str(choice)]
 
-    def _require_convolutions(self, implementation: str) -> None:
-        """Raise UsageError unless every resnet's and up-sampler's can be computed so."""
-        if any(map(_convolves_in_fp8, self.modules.values())):
+    def _require_fits(self, op: str, implementation: str) -> None:
+        """Raise UsageError unless every convolution or linear layer can be computed so."""
+        if op == "conv3x3" and any(map(_convolves_in_fp8, self.modules.values())):
             raise UsageError(
                 "the convolutions multiply in fp8, which one kernel does; load the model without "
                 "weights='fp8' to choose another"
             )
         for module in self.modules["unet"].modules() if implementation != "library" else ():
-            if isinstance(module, (Conv3x3, Upsample)):
+            if isinstance(module, LAYERS[op]):
                 weight = (module.conv if isinstance(module, Upsample) else module).weight
-                if not isinstance(weight, torch.Tensor) or not fits(weight, self.dtype):
+                if not isinstance(weight, torch.Tensor) or not _FITS[op](weight, self.dtype):
                     raise UsageError(
-                        f"conv3x3 by {implementation!r} takes fp16 and bf16 that are not kept in "
+                        f"{op} by {implementation!r} takes fp16 and bf16 that are not kept in "
                         f"int8, on GPUs since Hopper; this model is in {self.precision} on "
                         f"{self.device}{' and int8' if _in_int8(self.modules['unet']) else ''}; "
                         "use 'library'"

@@ -27,16 +27,19 @@ from fastsd.kernels import (
     geglu,
     group_norm,
     layer_norm,
+    linear,
     residual,
     sampler_step,
 )
 from fastsd.models.layers import (
     GEGLU,
     Attention,
+    Conv1x1,
     Conv3x3,
     GroupNorm,
     LayerNorm,
     Level,
+    Linear,
     Resnet,
     Transformer,
     TransformerBlock,
@@ -48,7 +51,18 @@ from fastsd.models.vae import Decoder, PixelAttention
 
 Candidates = Mapping[str, Callable[[], Tensor]]
 Numbers = Callable[[Sequence[int]], Tensor]  # a shape -> a tensor of it
-Layer = Attention | PixelAttention | Conv3x3 | GroupNorm | LayerNorm | GEGLU | Resnet | Upsample
+Layer = (
+    Attention
+    | PixelAttention
+    | Conv1x1
+    | Conv3x3
+    | GroupNorm
+    | LayerNorm
+    | Linear
+    | GEGLU
+    | Resnet
+    | Upsample
+)
 # Latents along a side at which a decoder's norms are tried: what wins there does at any size, and
 # the maps of a large picture take gigabytes.
 DECODED = 64
@@ -252,6 +266,33 @@ class GateShape(NamedTuple):
         return geglu.candidates(numbers((2, self.tokens, 8 * self.width)))
 
 
+class LinearShape(NamedTuple):
+    """A linear layer and what follows it. gate_by: what else would gate; "" where a sum follows."""
+
+    tokens: int
+    channels: int
+    out: int
+    gate_by: str = ""
+
+    def __str__(self) -> str:
+        sizes = f"2x{self.tokens}x{self.channels} to {self.out}"
+        return f"{sizes}, {'gated' if self.gate_by else 'sum'}"
+
+    def candidates(self, numbers: Numbers) -> Candidates:
+        """Multiply the tokens of a guidance pair."""
+        x = numbers((2, self.tokens, self.channels))
+        out = self.out * (2 if self.gate_by else 1)
+        weight, bias = numbers((out, self.channels)) / self.channels**0.5, numbers((out,))
+        if not self.gate_by:
+            summed = numbers((2, self.tokens, self.out))
+            return linear.candidates(x, weight, bias, residual=summed)
+
+        def library() -> Tensor:
+            return geglu.geglu(F.linear(x, weight, bias), implementation=self.gate_by)
+
+        return linear.candidates(x, weight, bias, gated=True) | {"library": library}
+
+
 class SumShape(NamedTuple):
     """The sum that ends a resnet, with a bias."""
 
@@ -377,6 +418,30 @@ def gates(unet: UNet) -> dict[GateShape, list[Layer]]:
     for tokens, block in _blocks(unet):
         shape = GateShape(tokens, block.norm1.normalized_shape[0])
         found.setdefault(shape, []).extend(m for m in block.ff.modules() if isinstance(m, GEGLU))
+    return found
+
+
+def linears(unet: UNet) -> dict[LinearShape, list[Layer]]:
+    """Group the linear layers that a gate or a residual sum follows, after the gates were chosen
+    for. Without those that are in int8."""
+    found: dict[LinearShape, list[Layer]] = {}
+
+    def add(layer: nn.Module, tokens: int, gate_by: str = "") -> None:
+        if isinstance(layer, (Linear, Conv1x1)) and isinstance(layer.weight, Tensor):
+            out, channels = layer.weight.shape[:2]
+            shape = LinearShape(tokens, channels, out // 2 if gate_by else out, gate_by)
+            found.setdefault(shape, []).append(layer)
+
+    for side, level in _levels(unet):
+        for module in level.modules():
+            if isinstance(module, Transformer):
+                tokens = side * side
+                for block in module.transformer_blocks:
+                    gate, _, last = block.ff.net  # type: ignore[misc,union-attr]
+                    assert isinstance(gate, GEGLU)
+                    add(gate.proj, tokens, gate.implementation)
+                add(last, tokens)  # the others' sums are the next norm's
+                add(module.proj_out, tokens)
     return found
 
 

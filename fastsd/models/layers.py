@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from types import MappingProxyType
-from typing import final
+from typing import cast, final
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from fastsd.kernels.conv3x3 import conv3x3, summed_taps
 from fastsd.kernels.geglu import geglu
 from fastsd.kernels.group_norm import group_norm
 from fastsd.kernels.layer_norm import layer_norm
+from fastsd.kernels.linear import linear
 from fastsd.kernels.residual import residual
 
 KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, M, N, K)
@@ -114,23 +115,80 @@ class Attention(nn.Module):
         return split_heads(x.float() if self.upcast else x, self.heads)
 
 
+def adds(layer: nn.Module) -> bool:
+    """Whether a sum or a gate after `layer`, which it is told of then, costs no pass of its own.
+
+    Engines and fp8 have layers of their own, for which it does.
+    """
+    return bool(getattr(layer, "adds", False))
+
+
+def summed(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """Return residual + layer(x), which has the residual's memory format."""
+    out: Tensor = layer(x, residual) if adds(layer) else residual + layer(x)
+    return out
+
+
+@final
+class Linear(nn.Linear):
+    """A linear layer, and the gate or the sum after it.
+
+    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them.
+    """
+
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__(in_width, width)
+        self.implementation = "library"
+
+    @property
+    def adds(self) -> bool:
+        """Whether a sum or a gate costs no pass of its own."""
+        return self.implementation != "library"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, gated: bool = False) -> Tensor:
+        """(…, C_in), and what to add, (…, C) -> (…, C), or gated (…, C / 2)."""
+        alone = residual is None and not gated
+        return linear(
+            x,
+            self.weight,
+            self.bias,
+            residual=residual,
+            gated=gated,
+            implementation="library" if alone else self.implementation,
+        )
+
+
 @final
 class Conv1x1(nn.Conv2d):
-    """A convolution of single pixels.
+    """A convolution of single pixels, and the sum after it.
 
     as_product: compute it as a linear layer over channels-last pixels, whose bias costs nothing.
+    implementation: which kernel computes that and a sum, as `fastsd.kernels.dispatch` has them.
     """
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__(in_width, width, 1)
         self.as_product = False
+        self.implementation = "library"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C, H, W)."""
+    @property
+    def adds(self) -> bool:
+        """Whether a sum costs no pass of its own."""
+        return self.as_product and self.implementation != "library"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, C_in, H, W), and a map to add -> (B, C, H, W)."""
         if not self.as_product:
-            return super().forward(x)
+            out = super().forward(x)
+            return out if residual is None else residual + out
         pixels = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        return F.linear(pixels, torch.flatten(self.weight, 1), self.bias).permute(0, 3, 1, 2)
+        return linear(
+            pixels,
+            torch.flatten(self.weight, 1),
+            self.bias,
+            residual=None if residual is None else residual.permute(0, 2, 3, 1),
+            implementation="library" if residual is None else self.implementation,
+        ).permute(0, 3, 1, 2)
 
 
 @final
@@ -224,22 +282,24 @@ class LayerNorm(nn.LayerNorm):
 class GEGLU(nn.Module):
     """value * gelu(gate), both linear in x (Shazeer 2020).
 
-    implementation: which kernel gates, as `fastsd.kernels.dispatch` has them. multiplier: of the
-    layer after it, if that one multiplies in fp8; else None.
+    implementation: which kernel gates what the linear layer does not, as `fastsd.kernels.dispatch`
+    has them. multiplier: of the layer after it, if that one multiplies in fp8; else None.
     """
 
     multiplier: Tensor | None
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        self.proj = Linear(width, 2 * inner)
         self.implementation = "library"
         self.register_buffer("multiplier", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width) -> (…, inner)."""
-        gates = self.proj(x)
-        return geglu(gates, multiplier=self.multiplier, implementation=self.implementation)
+        if self.multiplier is None and adds(self.proj):
+            gated: Tensor = self.proj(x, gated=True)
+            return gated
+        return geglu(self.proj(x), multiplier=self.multiplier, implementation=self.implementation)
 
 
 @final
@@ -249,14 +309,13 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         # The layout numbers a dropout 1.
-        self.net = nn.Sequential(
-            GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
-        )
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        out: Tensor = self.net(x)
-        return out
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, N, C), and what to add -> (B, N, C)."""
+        gate, _, last = self.net
+        out: Tensor = gate(x)
+        return last(out) if residual is None else summed(last, out, residual)
 
 
 @final
@@ -273,14 +332,15 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, kv: KV, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, N, C), what is yet to be added to it, and the cross-attention's kv -> the same two.
+        """(B, N, C), the cross-attention's kv, and what is yet to be added to x -> x and its norm,
+        which `ff` takes, to be added to x again.
 
         They have 2 B if kv has. Each sum is left to the norm after it, which may compute both.
         """
         x, normed = self.norm1(x, added)
         x, normed = self.norm2(x, self.attn1(normed))
         x, normed = self.norm3(widen(x, kv[0].shape[0]), self.attn2(normed, kv))
-        return x, self.ff(normed)
+        return x, normed
 
 
 @final
@@ -308,19 +368,25 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, heads, context_width, upcast=upcast) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(width, width) if linear else Conv1x1(width, width)
+        self.proj_out = Linear(width, width) if linear else Conv1x1(width, width)
 
     def forward(self, x: Tensor, kv: Iterator[KV]) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), or kv's 2 B, taking one of `kv` a block."""
         h = self.norm(x)
         h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
         added = None
-        for block in self.transformer_blocks:
-            h, added = block(h, next(kv), added)
-        h = h if added is None else h + added
-        size = x.shape[-2:]
-        h = to_pixels(self.proj_out(h), size) if self.linear else self.proj_out(to_pixels(h, size))
-        return widen(x, h.shape[0]) + h  # x first: the sum takes its memory format
+        *blocks, last = cast(Sequence[TransformerBlock], self.transformer_blocks)
+        for block in blocks:
+            h, normed = block(h, next(kv), added)
+            added = block.ff(normed)
+        h, normed = last(h, next(kv), added)
+        h = last.ff(normed, h)
+        x, size = widen(x, h.shape[0]), x.shape[-2:]
+        if not self.linear:
+            return summed(self.proj_out, to_pixels(h, size), x)
+        if adds(self.proj_out):
+            return to_pixels(summed(self.proj_out, h, to_tokens(x)), size)
+        return x + to_pixels(self.proj_out(h), size)  # x first: the sum takes its memory format
 
 
 @final
@@ -357,7 +423,7 @@ class Resnet(nn.Module):
         h = self.norm2(h, self.shift if t is None else t)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         out: Tensor
-        if getattr(self.conv2, "adds", False):  # engines have layers of their own there
+        if adds(self.conv2):
             out = self.conv2(h, self.bias, x)
         elif self.bias is None:
             out = x + self.conv2(h)
@@ -474,7 +540,21 @@ class PhasedUpsample(nn.Module):
 
 # op -> the layers that leave its choice to a value
 LAYERS: Mapping[
-    str, tuple[type[Attention | Conv3x3 | GEGLU | GroupNorm | LayerNorm | Resnet | Upsample], ...]
+    str,
+    tuple[
+        type[
+            Attention
+            | Conv1x1
+            | Conv3x3
+            | GEGLU
+            | GroupNorm
+            | LayerNorm
+            | Linear
+            | Resnet
+            | Upsample
+        ],
+        ...,
+    ],
 ] = MappingProxyType(
     {
         "attention": (Attention,),
@@ -482,6 +562,7 @@ LAYERS: Mapping[
         "group_norm": (GroupNorm,),
         "layer_norm": (LayerNorm,),
         "geglu": (GEGLU,),
+        "linear": (Linear, Conv1x1),
         "residual": (Resnet,),
     }
 )

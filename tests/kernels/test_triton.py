@@ -88,6 +88,24 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         | dict(heads="i32", queries="i32", keys="i32", scale="fp32", **_ROUNDED),
         dict(WIDTH=64, FP8=False, BLOCK_Q=64, BLOCK_N=64, REST=16, BLOCK_W=64),
     ),
+    **{
+        f"multiply{what}": (
+            "triton_linear",
+            dict(x=f"tensordesc<fp16[{rows},64]>", weight=f"tensordesc<fp16[{outputs},64]>")
+            | dict.fromkeys(("bias", "residual", "out"), "*fp16")
+            | dict.fromkeys(("C", "O", "rows"), "i32"),
+            dict(GATED="gate" in what, HAS_BIAS=True, HAS_RESIDUAL="gate" not in what)
+            | dict(BLOCK_R=rows, BLOCK_O=outputs, BLOCK_C=64, GROUP=8),
+        )
+        for what, rows, outputs in (
+            ("", 256, 128),
+            (" 128", 128, 128),
+            (" 64", 64, 128),
+            (" gate", 128, 128),
+            (" gate 128", 128, 64),
+            (" gate 64", 64, 64),
+        )
+    },
     "residual_sum": (
         "triton_residual",
         dict(x="*fp16", h="*fp16", bias="*fp16", out="*fp16", C="i32", pixels="i32"),
@@ -132,9 +150,17 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 # may take of a multiprocessor; and a group's program
 LARGE = {
     "attend": (4, 3, 255, 99 << 10),
-    **{name: (8, 4, 255, 227 << 10) for name in KERNELS if name.startswith("convolve")},
-    **{name: (4, 3, 255, 113 << 10) for name in KERNELS if name.startswith("convolve 128")},
-    **{name: (4, 4, 128, 113 << 10) for name in KERNELS if name.startswith("convolve 64")},
+    **{
+        name: limits
+        for size, limits in (
+            ("", (8, 4, 255, 227 << 10)),
+            (" 128", (4, 3, 255, 113 << 10)),
+            (" 64", (4, 4, 128, 113 << 10)),
+        )
+        for kind in ("convolve", "multiply", "multiply gate")
+        for name in KERNELS
+        if name.startswith(kind + size)
+    },
     "one_group": (16, 3, 128, 48 << 10),
 }
 # What a launch finds to be multiples of 16: every map's address, and channels, which all families
@@ -149,6 +175,7 @@ ALIGNED = {
     "one_group": ("x", "out", "weight", "bias", "added", "C"),
     "sum_parts": ("parts", "bias", "scale", "residual", "out", "O"),
     "convolve": ("bias", "scale", "residual", "out", "C", "O"),
+    "multiply": ("bias", "residual", "out", "C", "O"),
 }
 ARCHITECTURES = (80, 89, 90, 100)
 
@@ -167,7 +194,7 @@ def test_a_kernel_compiles_without_spills(name: str, arch: int, tmp_path: Path) 
     module, signature, constants = KERNELS[name]
     kernel_name = name.split()[0]
     kernel = getattr(importlib.import_module(f"fastsd.kernels.{module}"), kernel_name)
-    if arch < 90 and kernel_name == "convolve":
+    if arch < 90 and kernel_name in ("convolve", "multiply"):
         pytest.skip("it needs loads of rectangles, which GPUs have since Hopper")
     if not hasattr(kernel, "cache_key"):
         pytest.skip("TRITON_INTERPRET is set, so there is nothing to compile")

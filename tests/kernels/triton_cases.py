@@ -25,6 +25,7 @@ from fastsd.kernels.conv3x3 import conv3x3 as our_conv3x3
 from fastsd.kernels.geglu import geglu as our_geglu
 from fastsd.kernels.group_norm import group_norm as our_group_norm
 from fastsd.kernels.layer_norm import layer_norm as our_layer_norm
+from fastsd.kernels.linear import linear as our_linear
 from fastsd.kernels.residual import residual as our_residual
 from fastsd.kernels.sampler_step import sampler_step_
 from fastsd.models.layers import use_kernel
@@ -157,6 +158,33 @@ def attention(
     return run
 
 
+def linear(
+    rows: tuple[int, ...],
+    channels: int,
+    outputs: int,
+    *,
+    dtype: torch.dtype = torch.float16,
+    gated: bool = False,
+    ends: bool = False,
+    biased: bool = True,
+) -> Case:
+    """ends: add a residual."""
+
+    def run(device: str) -> float:
+        out_channels = outputs * (2 if gated else 1)
+        weight = draw(out_channels, channels, seed=1) / channels**0.5
+        given = [draw(*rows, channels), weight, draw(out_channels, seed=2)]
+        x, weight, bias = (t.to(device, dtype) for t in given)
+        options: dict[str, Any] = dict(bias=bias if biased else None, gated=gated)
+        if ends:
+            options["residual"] = draw(*rows, outputs, seed=3).to(device, dtype)
+        out = our_linear(x, weight, **options, implementation="triton")
+        assert out.dtype == dtype and out.shape == (*rows, outputs)
+        return relative_l2(out, reference.linear(x, weight, **options))
+
+    return run
+
+
 def residual(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
     def run(device: str) -> float:
         x, h = (draw(*shape, seed=i).to(device, dtype) for i in (0, 1))
@@ -260,16 +288,16 @@ def unet(implementation: str) -> Case:
     return run
 
 
-def convolutions(device: str) -> float:
-    """A whole small UNet, rewritten for a GPU, with our convolutions and with the library's; norms
-    of tokens add the biases that were moved to them."""
+def products(device: str) -> float:
+    """A whole small UNet, rewritten for a GPU, with our convolutions and linear layers and with the
+    library's; norms of tokens add the biases that were moved to them."""
     model = small_unet(device, HALF)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     spare_passes_(model, norms_add=True)
     x, text = draw(2, 4, 8, 8).to(device, HALF), draw(2, 7, 16, seed=1).to(device, HALF)
     given = (x, model.time_rows(torch.tensor([10.0], device=device))[0], model.context(text))
     expected = model(*given)
-    for op in ("conv3x3", "layer_norm"):
+    for op in ("conv3x3", "layer_norm", "linear"):
         use_kernel(model, op, "triton")
     return relative_l2(model(*given), expected)
 
@@ -329,6 +357,11 @@ CASES: dict[str, tuple[Case, float]] = {
     "gate fp32": (geglu((17, 600), FULL), 1e-6),
     "gate bf16": (geglu((17, 64), BRAIN), 4e-3),
     "gate to fp8": (geglu((17, 640), HALF, fp8=True), FP8_ERROR),
+    "linear and a sum": (linear((2, 150), 320, 640, ends=True), 5e-4),
+    "linear, odd sizes": (linear((3, 5, 7), 40, 72, ends=True, biased=False), 5e-4),
+    "linear alone": (linear((130,), 64, 96), 5e-4),
+    "linear and a gate": (linear((2, 150), 320, 1280, gated=True), 1e-3),
+    "linear and a gate, odd sizes": (linear((3, 43), 72, 136, gated=True, biased=False), 1e-3),
     **{
         f"step {n} slots guided={g}": (sampler_step(n, g), 1e-6)
         for n in range(5)
@@ -344,12 +377,13 @@ CASES: dict[str, tuple[Case, float]] = {
     "conv of fp8": (conv3x3((2, 128, 9, 17), 64, ends=True, fp8=True), 5e-4),
     "conv of fp8, in splits": (conv3x3((1, 320, 8, 8), 32, fp8=True), 5e-4),
     **{f"unet, {name}": (unet(name), 1e-5) for name in ("triton", "triton-group")},
-    "unet, our convolutions": (convolutions, 5e-3),
+    "unet, our products": (products, 5e-3),
     "step fp32 NCHW": (sampler_step(4, True, dtype=FULL, channels_last=False), 1e-6),
     "step bf16": (sampler_step(2, True, dtype=BRAIN), 1e-6),
 }
 
 if torch.cuda.is_available():  # Triton's interpreter multiplies bf16's bit patterns as integers
+    CASES["linear bf16"] = (linear((2, 70), 64, 96, dtype=BRAIN, ends=True), 4e-3)
     CASES["conv bf16"] = (conv3x3((1, 64, 8, 8), 64, dtype=BRAIN, ends=True), 4e-3)
     CASES |= {
         f"norm {'x'.join(map(str, s))} fp16": (group_norm(s, HALF, rows=1), 5e-4) for s in TRUE_MAPS
