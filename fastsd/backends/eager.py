@@ -150,10 +150,12 @@ class EagerBackend(Graphed):
         for op in LAYERS:
             self._choices[op] = [str(dispatch.choose(op, device))]
         if device.type == "cuda":
-            self._use_fastest(to_compile=to_compile)
+            self._use_fastest(to_compile=to_compile, fp8=weights == "fp8")
 
-    def _use_fastest(self, *, to_compile: bool) -> None:
-        """Let every layer use the kernels that are fastest on this GPU."""
+    def _use_fastest(self, *, to_compile: bool, fp8: bool) -> None:
+        """Let every layer use the kernels that are fastest on this GPU.
+
+        fp8: what it will replace is not tried."""
         use = partial(use_fastest_, dtype=self.dtype, device=self.device)
         unet, vae = cast(UNet, self.modules["unet"]), cast(VAE, self.modules["vae"])
         if to_compile:
@@ -169,7 +171,7 @@ class EagerBackend(Graphed):
             # A VAE that visits the GPU would bring the sums of its taps every time too.
             here = nn.Identity() if "vae" in self._on_host else decoder
             self._choices["conv3x3"] = use("conv3x3", convolutions(unet, here))
-            self._choices["linear"] = use("linear", linears(unet))
+            self._choices["linear"] = use("linear", linears(unet, feed_forward=not fp8))
 
     def put_in_fp8(self, draw: Callable[[], object]) -> None:
         """Put the UNet's and the decoder's layers in fp8, by the ranges of numbers `draw` shows.

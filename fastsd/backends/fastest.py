@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -421,9 +421,9 @@ def gates(unet: UNet) -> dict[GateShape, list[Layer]]:
     return found
 
 
-def linears(unet: UNet) -> dict[LinearShape, list[Layer]]:
+def linears(unet: UNet, *, feed_forward: bool = True) -> dict[LinearShape, list[Layer]]:
     """Group the linear layers that a gate or a residual sum follows, after the gates were chosen
-    for. Without those that are in int8."""
+    for. Without those that are in int8, and unless told otherwise with feed-forward layers'."""
     found: dict[LinearShape, list[Layer]] = {}
 
     def add(layer: nn.Module, tokens: int, gate_by: str = "") -> None:
@@ -435,13 +435,13 @@ def linears(unet: UNet) -> dict[LinearShape, list[Layer]]:
     for side, level in _levels(unet):
         for module in level.modules():
             if isinstance(module, Transformer):
-                tokens = side * side
-                for block in module.transformer_blocks:
-                    gate, _, last = block.ff.net  # type: ignore[misc,union-attr]
-                    assert isinstance(gate, GEGLU)
-                    add(gate.proj, tokens, gate.implementation)
-                add(last, tokens)  # the others' sums are the next norm's
-                add(module.proj_out, tokens)
+                blocks = cast(Sequence[TransformerBlock], module.transformer_blocks)
+                for block in blocks if feed_forward else ():
+                    gate = cast(GEGLU, block.ff.net[0])
+                    add(gate.proj, side * side, gate.implementation)
+                if feed_forward:  # the others' sums are the next norm's
+                    add(blocks[-1].ff.net[2], side * side)
+                add(module.proj_out, side * side)
     return found
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastsd import Pipeline
 from fastsd.artifact import cache_folder
 from fastsd.backends import fastest
 from fastsd.backends import measured as measured_
 from fastsd.backends.eager import EagerBackend
-from fastsd.backends.fastest import use_fastest_
+from fastsd.backends.fastest import LinearShape, use_fastest_
 from fastsd.backends.for_gpu import spare_passes_
 from fastsd.backends.measured import measured
 from fastsd.benchmarks.shipped import TABLE
@@ -276,7 +277,8 @@ def test_convolutions_are_tried_with_what_they_save(
 def test_what_an_h200_measured_comes_along(
     config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every shape of SD1.5 and SDXL in fp16 is in the table, so that nothing is tried there."""
+    """Every shape of SD1.5 and SDXL in fp16 is in the table, so that nothing is tried there; but
+    those of linear layers, which none has measured yet."""
     keys = [key.split(" of ") for key in read_json(TABLE)["times"]]
     able = {ran.split()[0]: tried.split(", ") for ran, tried in keys}
     monkeypatch.setenv("FASTSD_CACHE", str(tmp_path))
@@ -305,6 +307,44 @@ def test_what_an_h200_measured_comes_along(
     assert any("up, bias: triton" in line for line in said)
     assert all(" us" in line for line in said)
     fastest.fastest_step.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks", "transformers"), [(SD15, 16, 16), (SDXL, 70, 11)], ids=("sd15", "sdxl")
+)
+def test_linear_layers_are_tried_with_what_follows(
+    config: Any, blocks: int, transformers: int
+) -> None:
+    unet = empty_module(lambda: UNet(config.unet))
+    assert isinstance(unet, UNet)
+    found = fastest.linears(unet)
+    counted = {True: 0, False: 0}
+    for shape, layers in found.items():
+        counted[bool(shape.gate_by)] += len(layers)
+    assert counted == {True: blocks, False: 2 * transformers}
+    alone = fastest.linears(unet, feed_forward=False)
+    assert sum(map(len, alone.values())) == transformers
+    said = set(map(str, found))
+    assert config is SDXL or said >= {
+        "2x4096x320 to 1280, gated",
+        "2x4096x1280 to 320, sum",
+        "2x64x1280 to 1280, sum",
+    }
+
+
+def test_a_linear_layers_candidates_are_one_function() -> None:
+    for shape in (LinearShape(9, 16, 24, gate_by="library"), LinearShape(9, 16, 24)):
+        generator = torch.Generator().manual_seed(0)
+        calls = shape.candidates(lambda sizes: torch.randn(sizes, generator=generator))
+        generator.manual_seed(0)
+        out = 48 if shape.gate_by else 24
+        sizes = ((2, 9, 16), (out, 16), (out,), (2, 9, 24))
+        x, weight, bias, summed = (torch.randn(size, generator=generator) for size in sizes)
+        y = F.linear(x, weight / 4, bias)
+        value, gate = y.chunk(2, dim=-1)
+        expected = value * F.gelu(gate) if shape.gate_by else summed + y
+        assert list(calls) == ["library"]
+        torch.testing.assert_close(calls["library"](), expected)
 
 
 def test_a_caches_times_are_shipped(tmp_path: Path) -> None:
