@@ -335,7 +335,7 @@ def test_linear_layers_are_tried_with_what_follows(
 def test_a_linear_layers_candidates_are_one_function() -> None:
     for shape in (LinearShape(9, 16, 24, gate_by="library"), LinearShape(9, 16, 24)):
         generator = torch.Generator().manual_seed(0)
-        calls = shape.candidates(lambda sizes: torch.randn(sizes, generator=generator))
+        calls = shape.candidates(partial(torch.randn, generator=generator))
         generator.manual_seed(0)
         out = 48 if shape.gate_by else 24
         sizes = ((2, 9, 16), (out, 16), (out,), (2, 9, 24))
