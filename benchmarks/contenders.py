@@ -265,6 +265,7 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "attention-cudnn": {"use": {"attention": "cudnn"}},
     "norm-library": {"use": {"group_norm": "library"}},
     "convolution-library": {"use": {"conv3x3": "library"}},
+    "linear-library": {"use": {"linear": "library"}},
     "norm-triton": {"use": {"group_norm": "triton"}},
     "between-library": {
         "use": {"layer_norm": "library", "geglu": "library", "residual": "library"}
