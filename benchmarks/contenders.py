@@ -268,7 +268,10 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "linear-library": {"use": {"linear": "library"}},
     "norm-triton": {"use": {"group_norm": "triton"}},
     "between-library": {
-        "use": {"layer_norm": "library", "geglu": "library", "residual": "library"}
+        "use": {
+            **{"layer_norm": "library", "geglu": "library", "residual": "library"},
+            "linear": "library",  # or it would gate
+        }
     },
     "step-library": {"use": {"sampler_step": "library"}},
     "step-triton": {"use": {"sampler_step": "triton"}},

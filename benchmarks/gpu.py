@@ -117,6 +117,7 @@ STAGES = (
         + ("tests/backends/test_cuda.py",),
         takes_s=180.0,  # Triton compiles
     ),
+    _profile("sdxl"),
     _bench(
         "sdxl-4-steps",
         "SDXL at 1024 in four steps, without guidance",
@@ -136,7 +137,6 @@ STAGES = (
         ("fastsd", "bench", "ops", "--precision", "fp16", "--output", "{folder}/ops.json"),
         "ops.json",
     ),
-    _profile("sdxl"),
     *(
         _bench(
             f"{model}-memory",

@@ -47,9 +47,11 @@ def linear(
             "linear by triton computes fp16 and bf16, of whole 16 bytes of channels, on GPUs since "
             f"Hopper, not {x.dtype} of {x.shape[-1]} channels here; use 'library'"
         )
+    if x.shape[-1] != weight.shape[1]:
+        raise UsageError(f"linear: a weight of {weight.shape[1]} channels, {x.shape[-1]} given")
     outputs = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    residual = None if residual is None or gated else residual.contiguous()
+    residual = None if residual is None or gated else residual.expand(out.shape).contiguous()
     torch.ops.fastsd.linear(x.contiguous(), weight.contiguous(), bias, residual, gated, out)
     return out
 

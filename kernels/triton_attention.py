@@ -59,9 +59,9 @@ def attend(
     given = (n < keys)[:, None] & (w < WIDTH)[None, :]
     query = tl.load(q + i[:, None] * q_n + w[None, :], mask=own, other=0.0)
     key = tl.load(k + n[:, None] * k_n + w[None, :], mask=given, other=0.0)
-    value = tl.load(v + n[:, None] * v_n + w[None, :], mask=given, other=0.0)
     scores = tl.dot(query, tl.trans(key))
     if REST > 0:
+        value = tl.load(v + n[:, None] * v_n + w[None, :], mask=given, other=0.0)
         m = BLOCK_N + tl.arange(0, REST)
         given = (m < keys)[:, None] & (w < WIDTH)[None, :]
         last_key = tl.load(k + m[:, None] * k_n + w[None, :], mask=given, other=0.0)
@@ -78,6 +78,7 @@ def attend(
         scores = tl.where((n < keys)[None, :], scores, float("-inf"))
         parts = tl.exp2(scale * (scores - tl.max(scores, axis=1)[:, None]))
         total = tl.sum(parts, axis=1)
+        value = tl.load(v + n[:, None] * v_n + w[None, :], mask=given, other=0.0)
         attended = tl.dot(parts.to(value.dtype), value)
     attended /= total[:, None]
     at = ((b.to(tl.int64) * queries + i[:, None]) * heads + h) * WIDTH + w[None, :]
@@ -88,7 +89,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None, out: Tens
     """Attend from q (B, M, Nq, K) to k, v (B, M, N, K), N <= 128, into out (B, Nq, M, K)."""
     B, heads, queries, width = q.shape
     keys, block_w = k.shape[2], max(16, next_power_of_2(width))
-    block_n, rest = _blocks(keys)
+    # Of the widest heads two lots of keys spill registers, on GPUs other than Hopper.
+    block_n, rest = _blocks(keys) if block_w <= 128 else (max(16, next_power_of_2(keys)), 0)
     attend[(cdiv(queries, BLOCK_Q), B * heads)](
         q,
         k,

@@ -3,7 +3,8 @@
 What runs, agrees with the library and takes least is used, and remembered for the next time. Trying
 takes up to a minute, most of it Triton's compiling, when a model of new shapes is loaded for the
 first time, and nothing in a request. What was found so for SD1.5 and SDXL comes with fastsd for the
-GPUs and the torch that it was found on: there only the fastest is tried, whether it runs.
+GPUs and the torch that it was found on: there only the fastest is tried, whether it runs;
+linear layers, which came later, are tried there too.
 """
 
 from __future__ import annotations

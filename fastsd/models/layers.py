@@ -118,13 +118,13 @@ class Attention(nn.Module):
 def adds(layer: nn.Module) -> bool:
     """Whether a sum or a gate after `layer`, which it is told of then, costs no pass of its own.
 
-    Engines and fp8 have layers of their own, for which it does.
+    Engines have layers of their own, and fp8 has linear ones, for which it does.
     """
     return bool(getattr(layer, "adds", False))
 
 
 def summed(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """Return residual + layer(x), which has the residual's memory format."""
+    """Return residual + layer(x)."""
     out: Tensor = layer(x, residual) if adds(layer) else residual + layer(x)
     return out
 

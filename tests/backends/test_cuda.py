@@ -142,13 +142,14 @@ def test_a_model_in_fp8_draws_a_near_picture() -> None:
     ("op", "kernel"),
     [("group_norm", "triton"), ("group_norm", "triton-group"), ("sampler_step", "triton")]
     + [("layer_norm", "triton"), ("geglu", "triton"), ("residual", "triton")]
-    + [("conv3x3", "triton")],
+    + [("conv3x3", "triton"), ("linear", "triton")],
 )
 def test_our_kernels_draw_the_same_picture(sd1_folder: Path, op: str, kernel: str) -> None:
-    if op == "conv3x3" and torch.cuda.get_device_capability() < CONVOLUTIONS_SINCE:
+    if op in ("conv3x3", "linear") and torch.cuda.get_device_capability() < CONVOLUTIONS_SINCE:
         pytest.skip("this GPU does not load rectangles")
-    ours = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: kernel}))
-    librarys = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{op: "library"}))
+    others = {"linear": "library"}  # or it would gate
+    ours = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{**others, op: kernel}))
+    librarys = draw(open_on_gpu(sd1_folder, precision="fp16").use(**{**others, op: "library"}))
     assert psnr(ours, librarys) >= 35
 
 

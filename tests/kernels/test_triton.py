@@ -106,6 +106,13 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
             (" gate 64", 64, 64),
         )
     },
+    "attend 160": (
+        "triton_attention",
+        dict.fromkeys(("q", "k", "v", "out"), "*fp16")
+        | {f"{x}_{axis}": "i32" for x in "qkv" for axis in "bhn"}
+        | dict(heads="i32", queries="i32", keys="i32", scale="fp32", **_ROUNDED),
+        dict(WIDTH=160, FP8=False, BLOCK_Q=64, BLOCK_N=128, REST=0, BLOCK_W=256),
+    ),
     "residual_sum": (
         "triton_residual",
         dict(x="*fp16", h="*fp16", bias="*fp16", out="*fp16", C="i32", pixels="i32"),
@@ -150,6 +157,7 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 # may take of a multiprocessor; and a group's program
 LARGE = {
     "attend": (4, 3, 255, 99 << 10),
+    "attend 160": (8, 3, 255, 99 << 10),
     **{
         name: limits
         for size, limits in (
@@ -318,6 +326,8 @@ def test_the_kernels_trace() -> None:
         torch.ops.fastsd.group_norm(x, weight, weight, 32, 1e-5, None, True, None, False, out)
         taps = torch.empty(320, 9 * 320)
         torch.ops.fastsd.conv3x3(x, taps, weight, None, x, False, out)
+        rows = torch.empty(2, 9, 320)
+        torch.ops.fastsd.linear(rows, taps[:, :320], weight, rows, False, torch.empty_like(rows))
         sources = torch.empty(5, 2, 4, 8, 8)
         row = torch.empty(1, dtype=torch.int64)
         torch.ops.fastsd.sampler_step(sources, sources[0], torch.empty(9, 9), row, None)

@@ -249,7 +249,7 @@ def conv3x3(
     return run
 
 
-def small_unet(device: str, dtype: torch.dtype) -> UNet:
+def small_unet(device: str, dtype: torch.dtype, *, linear: bool = False) -> UNet:
     torch.manual_seed(0)
     small = replace(
         SD15.unet,
@@ -259,6 +259,7 @@ def small_unet(device: str, dtype: torch.dtype) -> UNet:
         layers_per_level=1,
         context_width=16,
         norm_groups=4,
+        linear_projection=linear,
     )
     return UNet(small).requires_grad_(False).to(device, dtype)
 
@@ -288,18 +289,22 @@ def unet(implementation: str) -> Case:
     return run
 
 
-def products(device: str) -> float:
+def products(*, linear: bool) -> Case:
     """A whole small UNet, rewritten for a GPU, with our convolutions and linear layers and with the
     library's; norms of tokens add the biases that were moved to them."""
-    model = small_unet(device, HALF)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    spare_passes_(model, norms_add=True)
-    x, text = draw(2, 4, 8, 8).to(device, HALF), draw(2, 7, 16, seed=1).to(device, HALF)
-    given = (x, model.time_rows(torch.tensor([10.0], device=device))[0], model.context(text))
-    expected = model(*given)
-    for op in ("conv3x3", "layer_norm", "linear"):
-        use_kernel(model, op, "triton")
-    return relative_l2(model(*given), expected)
+
+    def run(device: str) -> float:
+        model = small_unet(device, HALF, linear=linear)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        spare_passes_(model, norms_add=True)
+        x, text = draw(2, 4, 8, 8).to(device, HALF), draw(2, 7, 16, seed=1).to(device, HALF)
+        given = (x, model.time_rows(torch.tensor([10.0], device=device))[0], model.context(text))
+        expected = model(*given)
+        for op in ("conv3x3", "layer_norm", "linear"):
+            use_kernel(model, op, "triton")
+        return relative_l2(model(*given), expected)
+
+    return run
 
 
 # Triton's interpreter cuts off what fp8 cannot hold, where GPUs round to the nearest.
@@ -377,7 +382,10 @@ CASES: dict[str, tuple[Case, float]] = {
     "conv of fp8": (conv3x3((2, 128, 9, 17), 64, ends=True, fp8=True), 5e-4),
     "conv of fp8, in splits": (conv3x3((1, 320, 8, 8), 32, fp8=True), 5e-4),
     **{f"unet, {name}": (unet(name), 1e-5) for name in ("triton", "triton-group")},
-    "unet, our products": (products, 5e-3),
+    **{
+        f"unet, our products, linear={each}": (products(linear=each), 5e-3)
+        for each in (True, False)
+    },
     "step fp32 NCHW": (sampler_step(4, True, dtype=FULL, channels_last=False), 1e-6),
     "step bf16": (sampler_step(2, True, dtype=BRAIN), 1e-6),
 }
