@@ -55,6 +55,11 @@ _MAP = dict(C="i32", pixels="i32", added_stride="i32")
 _SPLIT = dict(partial="*fp32", per_split="i32", splits="i32")
 _GROUP = dict(GROUPS=32, WIDTH=10, ADDED=True)
 _ROWS = dict(C="i32", rows="i32", **_ROUNDED)
+_ATTENTION = {
+    **dict.fromkeys(("q", "k", "v", "out"), "*fp16"),
+    **{f"{x}_{axis}": "i32" for x in "qkv" for axis in "bhn"},
+    **dict(heads="i32", queries="i32", keys="i32", scale="fp32", **_ROUNDED),
+}
 KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "moments": (
         "triton_group_norm",
@@ -83,9 +88,7 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     ),
     "attend": (
         "triton_attention",
-        dict.fromkeys(("q", "k", "v", "out"), "*fp16")
-        | {f"{x}_{axis}": "i32" for x in "qkv" for axis in "bhn"}
-        | dict(heads="i32", queries="i32", keys="i32", scale="fp32", **_ROUNDED),
+        _ATTENTION,
         dict(WIDTH=64, FP8=False, BLOCK_Q=64, BLOCK_N=64, REST=16, BLOCK_W=64),
     ),
     **{
@@ -108,9 +111,7 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     },
     "attend 160": (
         "triton_attention",
-        dict.fromkeys(("q", "k", "v", "out"), "*fp16")
-        | {f"{x}_{axis}": "i32" for x in "qkv" for axis in "bhn"}
-        | dict(heads="i32", queries="i32", keys="i32", scale="fp32", **_ROUNDED),
+        _ATTENTION,
         dict(WIDTH=160, FP8=False, BLOCK_Q=64, BLOCK_N=128, REST=0, BLOCK_W=256),
     ),
     "residual_sum": (
