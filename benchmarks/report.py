@@ -1,9 +1,11 @@
-"""Results for people: tables, plots, the contact sheet, what changed between two runs, the README's
+"""Results for people: tables, plots, the contact sheet, what changed between two runs, READMEs'
 rows. Reads nothing but a run's results; knows no contender and no process."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,6 @@ PART_TITLES = {
     "other": "the rest",
     "png": "PNG",
 }
-MARKS = ("<!-- bench: rows -->", "<!-- bench: end -->")
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -89,9 +90,8 @@ def speed_table(results: Results) -> Table:
     """A row a contender, in order of speed; those without one come last, with the reason."""
     head = ["contender", "p50", "p90", tail_title(results), "n", "speed vs reference"]
     head += ["worst picture", "task score", "share of limit", "cold start", "memory"]
-    measured = [row for row in results["rows"] if "latency_s" in row]
     table = [head]
-    for row in sorted(measured, key=lambda row: row["latency_s"]["p50"]):
+    for row in _by_speed(results):
         latency, quality = row["latency_s"], row["quality"]
         reference, true = row["name"] == results["reference"], row["name"] == truth_of(results)
         tail = latency["p99"] if latency["p99"] is not None else latency["largest"]
@@ -294,7 +294,12 @@ def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:
 
 # --- plots ----------------------------------------------------------------------------------------
 
-_COLOURS = {"fastsd": "#1b6ca8", "diffusers": "#8a8f98", "diffusers-compile": "#5c6370"}
+_COLOURS = {
+    "fastsd": "#1b6ca8",
+    "diffusers": "#8a8f98",
+    "diffusers-compile": "#5c6370",
+    "diffusers-reduce-overhead": "#5c6370",
+}
 _OTHER = "#c98b2b"
 _PART_COLOURS = {
     "text_encoder": "#7fb069",
@@ -314,16 +319,7 @@ def _colour(name: str) -> str:
 
 def _plots(folder: Path, results: Results) -> list[str]:
     """Draw every plot that the results have numbers for; return the files' names."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependency(
-            "a report needs matplotlib; run pip install 'fastsd[bench]'"
-        ) from error
-    rows = sorted(
-        (row for row in results["rows"] if "latency_s" in row),
-        key=lambda row: row["latency_s"]["p50"],
-    )
+    rows = _by_speed(results)
     drawn = []
     for name, draw, wanted in (
         ("latency.png", _latency, rows),
@@ -333,13 +329,20 @@ def _plots(folder: Path, results: Results) -> list[str]:
     ):
         if wanted:
             tall = 2.2 + 0.42 * len(wanted)
-            figure = Figure(figsize=(9, max(4.5, tall) if name == "quality.png" else tall))
-            figure.set_layout_engine("constrained")
+            figure = _figure(9, max(4.5, tall) if name == "quality.png" else tall)
             draw(figure.subplots(), wanted, results)
             figure.supxlabel(scene_text(results), fontsize=8, color="#5c6370")
             figure.savefig(folder / name, dpi=130)
             drawn.append(name)
     return drawn
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependency("plots need matplotlib; run pip install 'fastsd[bench]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _bars(axes: Any, rows: Sequence[Row], title: str, label: str) -> None:
@@ -549,21 +552,19 @@ def _quality_change(before: Row, after: Row) -> str:
     return f"{word}: {before['psnr_db']['worst']:.1f} -> {after['psnr_db']['worst']:.1f} dB"
 
 
-# --- the README's rows ----------------------------------------------------------------------------
+# --- the READMEs' rows ----------------------------------------------------------------------------
+
+_MARKED = re.compile(r"(<!-- bench: rows( [^>]*)? -->\n).*?(<!-- bench: end -->)", re.DOTALL)
+SPEEDS = "speeds.png"
 
 
-def readme_table(folder: Path) -> list[str]:
-    """The rows of every committed run under `folder`, as Markdown."""
+def readme_table(runs: Mapping[str, Results]) -> list[str]:
+    """The rows of committed runs, by the folder that a README links to, as Markdown."""
     table = [["model, size, steps", "contender", "hardware", "p20 / p50 / p80", "speed", "quality"]]
     table[0] += ["share of limit", "run"]
-    for path in sorted(folder.rglob("results.json")):
-        results = read_results(path)
-        scene, environment = results["scene"], results["environment"]
-        hardware = environment["devices"].get("cuda:0", "").split(",")[0]
-        if scene["device"] == "cpu":
-            hardware = f"{environment['cpu']['name']}, {scene['threads']} threads"
-        rows = [row for row in results["rows"] if "latency_s" in row]
-        for row in sorted(rows, key=lambda row: row["latency_s"]["p50"]):
+    for folder, results in runs.items():
+        scene = results["scene"]
+        for row in _by_speed(results):
             latency, reference = row["latency_s"], row["name"] == results["reference"]
             true = row["name"] == truth_of(results)
             score = score_text(row["quality"])
@@ -571,31 +572,86 @@ def readme_table(folder: Path) -> list[str]:
                 [
                     f"{scene['model']}, {scene['size']}, {scene['steps']}",
                     row["name"],
-                    hardware,
+                    _hardware(results),
                     " / ".join(duration(latency[p]) for p in ("p20", "p50", "p80")),
                     "reference" if reference else ratio_text(row["ratio"]),
                     ("reference" if true else quality_text(row["quality"]))
                     + (f"; {score} named right" if score else ""),
                     f"{100 * row['limit']['share']:.0f}%" if "limit" in row else "",
-                    f"[{results['created'][:10]}](benchmarks/results/{path.parent.name}/report.md)",
+                    f"[{results['created'][:10]}]({folder}/report.md)",
                 ]
             )
     return markdown(table)
 
 
 def update_readme(readme: Path, results: Path) -> bool:
-    """Put the rows of `results` between the README's two marks; say whether that changed it."""
+    """Put rows of `results` between a README's two marks; say whether that changed it.
+
+    The first mark names the runs, `<!-- bench: rows A B -->`, which are also drawn into the
+    results' speeds.png; one that names none has the rows of all, and no picture.
+    """
     text = readme.read_text("utf-8")
-    start, end = MARKS
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise UsageError(f"{readme} must hold the lines {start} and {end}, once each")
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    rows = readme_table(results) if results.is_dir() else []
-    new = "\n".join([f"{before}{start}", *rows, f"{end}{after}"])
+    marks = list(_MARKED.finditer(text))
+    if len(marks) != 1:
+        raise UsageError(
+            f"{readme} must hold the lines <!-- bench: rows --> and <!-- bench: end -->, once each"
+        )
+    start, named, end = marks[0].groups()
+    folders = [path.parent for path in sorted(results.rglob("results.json"))]
+    if named:
+        folders = [results / name for name in named.split()]
+    runs = {
+        Path(os.path.relpath(folder, readme.parent)).as_posix(): read_results(folder)
+        for folder in folders
+    }
+    rows = "\n".join([*readme_table(runs), ""])
+    new = text[: marks[0].start()] + start + rows + end + text[marks[0].end() :]
     if new != text:
+        if named:
+            _draw_speeds(results / SPEEDS, list(runs.values()))
         readme.write_text(new, "utf-8")
     return new != text
+
+
+def _draw_speeds(path: Path, runs: Sequence[Results]) -> None:
+    """Draw the latencies of several runs side by side, each with its quality."""
+    figure = _figure(11, 0.5 + sum(0.75 + 0.3 * len(_by_speed(run)) for run in runs[::2]))
+    grid = figure.subplots(-(-len(runs) // 2), 2, squeeze=False).flat
+    for axes in grid[len(runs) :]:
+        axes.set_visible(False)
+    for axes, run in zip(grid, runs, strict=False):
+        scene, rows = run["scene"], _by_speed(run)
+        times = [row["latency_s"]["p50"] for row in rows]
+        _bars(axes, rows, "", "")
+        axes.barh(range(len(rows)), times, color=[_colour(row["name"]) for row in rows], height=0.7)
+        for i, row in enumerate(rows):
+            worst = row["quality"]["psnr_db"]["worst"]
+            near = "reference" if row["name"] == truth_of(run) else f"{worst:.0f} dB"
+            axes.text(times[i], i, f"  {duration(times[i])}, {near}", va="center", fontsize=9)
+        axes.set_title(
+            f"{scene['model'].removeprefix('random:')}, {scene['size']}x{scene['size']}, "
+            f"{scene['steps']} steps; {_hardware(run)}",
+            loc="left",
+            fontsize=10,
+        )
+        axes.set_xlim(0, 1.5 * max(times))
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def _by_speed(results: Results) -> list[Row]:
+    """The rows that have a speed, the fastest first."""
+    rows = [row for row in results["rows"] if "latency_s" in row]
+    return sorted(rows, key=lambda row: row["latency_s"]["p50"])
+
+
+def _hardware(results: Results) -> str:
+    scene, environment = results["scene"], results["environment"]
+    if scene["device"] == "cpu":
+        return f"{environment['cpu']['name']}, {scene['threads']} threads"
+    name: str = environment["devices"]["cuda:0"]
+    return name.split(",")[0]
 
 
 def to_json_line(data: object) -> str:

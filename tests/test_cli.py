@@ -511,7 +511,7 @@ def test_bench_measures_draws_and_reports(run: Run, sd1_folder: Path) -> None:
     Path("README.md").write_text("<!-- bench: rows -->\n<!-- bench: end -->\n")
     Path("committed").mkdir()
     Path("new").rename("committed/one")
-    assert "updated" in run("bench", "readme", "--results", "committed").out
+    assert "updated" in run("bench", "readme", "README.md", "--results", "committed").out
     assert "| fastsd/eager/fp32 |" in Path("README.md").read_text()
 
 

@@ -188,13 +188,23 @@ def bench_gpu(
 
 @bench_app.command("readme")
 def bench_readme(
-    readme: Annotated[Path, typer.Argument(help="The file to update.")] = Path("README.md"),
+    readmes: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="The files to update. [default: README.md and the results' own]",
+            show_default=False,
+        ),
+    ] = None,
     results: Annotated[Path, typer.Option(help="The folder of committed runs.")] = Path(
         "benchmarks/results"
     ),
 ) -> None:
-    """Write the rows of committed runs into the README, between its two marks."""
+    """Write rows of committed runs into READMEs, between their two marks, and draw them.
+
+    The first mark names the runs: <!-- bench: rows RUN RUN -->; without a name it has all of them.
+    """
     from fastsd.benchmarks import report as reports
 
-    changed = reports.update_readme(readme, results)
-    print(f"{readme}: {'updated' if changed else 'up to date'}")
+    for readme in readmes or (Path("README.md"), results / "README.md"):
+        changed = reports.update_readme(readme, results)
+        print(f"{readme}: {'updated' if changed else 'up to date'}")

@@ -43,7 +43,7 @@ from fastsd.benchmarks.run import (
 from fastsd.benchmarks.timing import paired_ratio
 from fastsd.benchmarks.truth import Truth
 from fastsd.benchmarks.worker import Worker
-from fastsd.errors import UsageError
+from fastsd.errors import CheckpointError, UsageError
 
 SYNTHETIC = "tests.benchmarks.synthetic"
 SCENE = Scene(model="builtin", size=64, steps=2, guidance=7.5, prompts=("a cat", "a dog"))
@@ -618,23 +618,34 @@ def test_compare_says_what_changed_beyond_the_noise(
         report.compare(results, changed(results, lambda copy: copy.update(rows=[])))
 
 
-def test_the_readme_shows_committed_rows(
+def test_readmes_show_committed_rows(
     whole_run: tuple[dict[str, Any], dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
+    """One with the rows of all runs; one that names its runs has theirs, and a picture of them."""
     results, pictures, _ = whole_run
-    readme = tmp_path / "README.md"
-    start, end = report.MARKS
-    readme.write_text(f"before\n{start}\nold\n{end}\nafter\n", "utf-8")
-    report.write_report(tmp_path / "results" / "one", results, pictures)
-    assert report.update_readme(readme, tmp_path / "results")
-    assert not report.update_readme(readme, tmp_path / "results")
-    lines = readme.read_text("utf-8").splitlines()
-    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
-    assert sum(line.startswith("| builtin, 64, 2 |") for line in lines) == 3
-    assert "(benchmarks/results/one/report.md)" in lines[4]
-    readme.write_text("no marks", "utf-8")
+    folder = tmp_path / "results"
+    for name in ("one", "two"):
+        report.write_report(folder / name, results, pictures)
+    everything, some = folder / "README.md", tmp_path / "README.md"
+    for readme, named in ((everything, ""), (some, " two")):
+        mark = f"<!-- bench: rows{named} -->"
+        readme.write_text(f"before\n{mark}\nold\n<!-- bench: end -->\nafter\n", "utf-8")
+        assert report.update_readme(readme, folder)
+        assert (folder / report.SPEEDS).exists() == bool(named)
+        assert not report.update_readme(readme, folder)
+        lines = readme.read_text("utf-8").splitlines()
+        assert lines[:2] == ["before", mark] and lines[-1] == "after" and "old" not in lines
+        runs = 1 if named else 2
+        assert sum(line.startswith("| builtin, 64, 2 |") for line in lines) == 3 * runs
+    assert "(one/report.md)" in everything.read_text("utf-8")
+    assert "(results/two/report.md)" in some.read_text("utf-8")
+    assert "results/one" not in some.read_text("utf-8")
+    some.write_text("<!-- bench: rows three -->\n<!-- bench: end -->\n", "utf-8")
+    with pytest.raises(CheckpointError, match="three is missing"):
+        report.update_readme(some, folder)
+    some.write_text("no marks", "utf-8")
     with pytest.raises(UsageError, match="must hold the lines"):
-        report.update_readme(readme, tmp_path / "results")
+        report.update_readme(some, folder)
 
 
 @pytest.mark.parametrize(
