@@ -52,6 +52,13 @@ INSTEAD = {
 }
 
 
+def described(given: Any) -> str:
+    """Say what a user gave in a tensor's place: its dtype and shape, or its type."""
+    if isinstance(given, Tensor):
+        return f"{given.dtype} of shape {tuple(given.shape)}"
+    return type(given).__name__
+
+
 def chosen_device(device: str | torch.device | None) -> torch.device:
     """Return the device of that name; None: the GPU if there is one."""
     if device is None:

@@ -37,6 +37,7 @@ from fastsd.arguments import (
     chosen_device,
     chosen_precision,
     count_steps,
+    described,
     generators_of,
     instead,
     levels,
@@ -51,12 +52,12 @@ from fastsd.backends.auto import choose
 from fastsd.backends.fastest import fastest_step
 from fastsd.checkpoints import (
     Checkpoint,
-    Embedding,
     open_checkpoint,
     open_description,
     open_lora,
     read_embedding,
 )
+from fastsd.conditioning import Conditioning, Prompts, Sizes, TextEncoder, Texts, Vocabulary
 from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import LONGEST_SIDE, to_pil
@@ -67,17 +68,7 @@ from fastsd.models.vae import VAE
 from fastsd.prompts import SYNTAXES
 from fastsd.quant.draws import PROMPTS, draw_settings
 from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
-from fastsd.tasks import (
-    Conditioning,
-    Noise,
-    Prompts,
-    Sizes,
-    Source,
-    Start,
-    TextEncoder,
-    Texts,
-)
-from fastsd.tokenizers import CLIPTokenizer
+from fastsd.tasks import Noise, Source, Start
 
 log = logging.getLogger("fastsd")
 
@@ -108,40 +99,6 @@ class Output:
     def to_tuple(self) -> tuple[Any, None]:
         """Return what return_dict=False gives."""
         return self.images, self.nsfw_content_detected
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What texts are read with: a tokenizer and learned vectors (V, D) for each text encoder.
-
-    Never changed in place: a call keeps the one that it began with.
-    """
-
-    tokenizers: tuple[CLIPTokenizer, ...]
-    learned: tuple[Tensor, ...] = ()
-    embeddings: tuple[Embedding, ...] = ()
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, embeddings: Sequence[Embedding] = ()) -> Vocabulary:
-        """Add `embeddings` to the words that a checkpoint knows."""
-        if not embeddings:
-            return cls(checkpoint.tokenizers)
-        counts = {embedding.token: embedding.count for embedding in embeddings}
-        return cls(
-            tuple(
-                tokenizer.with_learned(counts, first=encoder.vocab_size)
-                for tokenizer, encoder in zip(
-                    checkpoint.tokenizers, checkpoint.config.text_encoders, strict=True
-                )
-            ),
-            tuple(map(torch.cat, zip(*(e.vectors for e in embeddings), strict=True))),
-            tuple(embeddings),
-        )
-
-    def named_in(self, texts: Sequence[str | None]) -> dict[str, str]:
-        """Return token -> SHA-256 of the learned words that `texts` hold."""
-        joined = "\n".join(text for text in texts if text).lower()
-        return {e.token: e.sha256 for e in self.embeddings if e.token.lower() in joined}
 
 
 class Pipeline:
@@ -1191,7 +1148,7 @@ class Call:
         if not isinstance(changed, dict):
             raise UsageError(
                 "callback_on_step_end must return a dict of what it changed, or None, not "
-                f"{tasks.described(changed)}"
+                f"{described(changed)}"
             )
         latents = changed.get("latents", self._loop.latents)
         if latents is not self._loop.latents:
@@ -1207,7 +1164,7 @@ class Call:
         if not isinstance(context, Tensor) or context.ndim != 3 or context.shape[-1] != width:
             raise UsageError(
                 "prompt_embeds that the callback returns must be a torch tensor (rows, tokens, "
-                f"{width}), not {tasks.described(context)}"
+                f"{width}), not {described(context)}"
             )
         kept = 2 * batch if self.do_classifier_free_guidance else batch
         if len(context) < kept:

@@ -25,6 +25,7 @@ ORDER = (
     ("checkpoints", "quant"),
     ("backends",),
     ("engine", "adapters", "arguments"),
+    ("conditioning",),
     ("tasks",),
     ("pipeline",),
     ("quality",),
