@@ -6,15 +6,13 @@ Every rewrite puts a module in the place of one or more of the model's own, befo
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from fastsd.kernels import native
+from fastsd.kernels import dispatch, native
 from fastsd.models.layers import (
     Attention,
     GroupNorm,
@@ -222,16 +220,6 @@ class AndBf16(nn.Module):
         return out.bfloat16()
 
 
-@cache
 def bf16_pays() -> bool:
-    """Measure whether this CPU multiplies bf16 clearly faster than fp32: some do not."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.ones(768, 768, dtype=dtype) for _ in range(2))
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.float32] > 1.4 * seconds[torch.bfloat16]
+    """Say whether this CPU multiplies bf16 clearly faster than fp32: some do not."""
+    return dispatch.cpu_gain(torch.bfloat16) > 1.4

@@ -6,6 +6,7 @@ what a loop repeats is captured (`Graphed`).
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -42,9 +43,12 @@ if TYPE_CHECKING:
     from fastsd.checkpoints import Checkpoint
 
 
+log = logging.getLogger("fastsd")
+
 # ops whose kernels do not take every weight -> whether one's does, in a dtype
 _FITS = {"conv3x3": conv3x3.fits, "linear": linear.fits}
 _PARTS_OF = {"vae": ("vae_decoder", "vae_encoder")}
+SLOWER = 0.8  # of fp32's speed on a CPU, below which a precision is warned of
 WEIGHT_FORMATS = ("int8", "fp8")  # what weights can be kept in, beside the precision
 
 
@@ -85,6 +89,13 @@ class EagerBackend(Graphed):
         self._on_host = tuple(on_host)
         if device.type == "cpu":
             keep_freed_memory()
+            if precision != "fp32" and (gain := dispatch.cpu_gain(self.dtype)) < SLOWER:
+                log.warning(
+                    "this CPU multiplies %s at %.2f times the speed of fp32; precision='fp32' is "
+                    "faster, and exact",
+                    precision,
+                    gain,
+                )
         host = torch.device("cpu")
         waiting = ("unet", *on_host) if device.type == "cuda" else on_host
         modules = {

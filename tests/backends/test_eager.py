@@ -45,6 +45,27 @@ def test_memory_that_cannot_be_locked_serves_as_it_is() -> None:
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize(
+    ("precision", "gain", "warned"), [("bf16", 0.1, True), ("bf16", 1.9, False), ("fp32", 0, False)]
+)
+def test_a_precision_that_a_cpu_is_slow_in_is_warned_of(
+    sd1_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    gain: float,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(dispatch, "cpu_gain", lambda dtype: gain)
+    Pipeline.from_pretrained(sd1_folder, device="cpu", precision=precision)
+    told = [r.message for r in caplog.records if "precision='fp32' is faster" in r.message]
+    assert len(told) == warned
+
+
+def test_a_cpu_is_as_fast_as_itself() -> None:
+    assert 0.2 < dispatch.cpu_gain(torch.float32) < 5 and dispatch.cpu_gain(torch.bfloat16) > 0
+
+
 def test_an_attention_asked_for_is_the_decoders_too(sd1_folder: Path) -> None:
     pipe = Pipeline.from_pretrained(sd1_folder, device="cpu")
     backend = pipe._backend
