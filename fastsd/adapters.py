@@ -134,7 +134,8 @@ class Adapters:
             yield new
             if new:
                 self._forget()
-                self._apply(self.active, self.loaded, new[0])
+                active, self.active = self.active, {}  # none is on there before all are
+                self._apply(active, self.loaded, new[0])
 
     def _known(self, names: Mapping[str, float] | list[str]) -> None:
         for name in names:

@@ -60,9 +60,9 @@ def described(given: Any) -> str:
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:
-    """Return the device of that name; None: the GPU if there is one."""
+    """Return the device of that name, a GPU by its number; None: the GPU if there is one."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -71,6 +71,8 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
         raise UsageError(
             "device 'cuda' was asked for, but torch sees no GPU; `fastsd env` says why"
         )
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 

@@ -187,7 +187,8 @@ class SamplingLoop:
 
         Where they do not fit the buffers, the rest of the run is stepped as it is, uncaptured.
         """
-        if (guidance is not None) == self._guided and _alike(denoiser, self._now):
+        fits = (guidance is not None) == self._guided and _alike(denoiser, self._denoiser)
+        if self._as_captured and fits:
             self._take(denoiser, guidance)
             return
         self._now, self._as_captured = denoiser, False
@@ -273,6 +274,23 @@ class SamplingLoop:
         _copy(self._denoiser.fixed, denoiser.fixed)
 
 
+class _Lent(threading.local):
+    """to_this_thread: whether it has a kept loop, of whatever pipeline, at the moment."""
+
+    to_this_thread = False
+
+    @contextmanager
+    def lending(self) -> Iterator[None]:
+        self.to_this_thread = True
+        try:
+            yield
+        finally:
+            self.to_this_thread = False
+
+
+_lent = _Lent()
+
+
 class Loops:
     """The loops of one backend: a fresh one a run, or where steps are captured, kept ones.
 
@@ -326,20 +344,21 @@ class Loops:
     def take(self, run: Run) -> Iterator[SamplingLoop]:
         """Lend a loop that is loaded with `run`; where one is kept, other threads wait for it.
 
-        From inside a callback of the same structure a fresh, uncaptured one is lent.
+        From inside a callback a fresh, uncaptured one is lent: two threads that each held a loop
+        and waited for the other's would wait for ever.
         """
-        kept = self._find(run) if self._keeps else None
-        if kept is None or kept.turn.owner == threading.get_ident():
+        if not self._keeps or _lent.to_this_thread:
             loop = SamplingLoop(run, slots=run.table.slots, rows=run.table.rows)
             if not self.backend.captures:
                 loop.capture(self.backend.capture)
             loop.load(run)
             yield loop
             return
-        with kept.turn(run.latents.device):
+        kept = self._find(run)
+        with kept.turn(run.latents.device), _lent.lending():
             if kept.loop is None or kept.loop.rows < run.table.rows:
                 kept.turn.settle()
-                kept.loop = None  # its memory goes before the next one's comes
+                kept.loop, kept.size_bytes = None, 0  # its memory goes before the next one's comes
                 if self._limit_bytes == 0:
                     self._evict(kept, 0)
                 kept.loop, kept.size_bytes = self._build(run, kept)

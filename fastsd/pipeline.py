@@ -313,6 +313,7 @@ class Pipeline:
                         opened.use(op, implementation)
                 self._backend.close()
                 self._backend = opened
+                self._loops = self._new_loops(opened)  # what is captured goes with the old one
                 new.append(opened)
         return self
 
@@ -454,11 +455,6 @@ class Pipeline:
         """Pass `config` on to tqdm, e.g. disable=True."""
         self._progress = {**self._progress, **config}
 
-    def _loops_of(self, backend: Backend) -> Loops:
-        if self._loops.backend is not backend:  # another device or precision since
-            self._loops = self._new_loops(backend)
-        return self._loops
-
     def _new_loops(self, backend: Backend) -> Loops:
         asked, device = self._kernels.get("sampler_step"), backend.device
         if asked is None and device.type == "cuda":
@@ -499,28 +495,26 @@ class Pipeline:
         batch: pictures at once. height, width: pixels; None takes the model's own size. guidance:
         with it or without; the two are captured apart, as are sizes and batches. Everything else
         (prompt of one chunk, seed, sampler, steps, the weight of guidance) may change without a new
-        capture.
+        capture, but guidance_rescale, a mask for a model that does not inpaint, and more than 128
+        evaluations are captured when they are first asked for.
         Where the whole loop is captured, it is for num_inference_steps and for pictures as PIL's
         only. Text encoders are captured for a batch of prompts and for one prompt of a batch of
         pictures, as they are without learned words and clip_skip. Returns the pipeline.
         """
         check_count("batch", batch)
+        settings = {
+            **draw_settings(self.config, self._size(height, width), num_inference_steps),
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": None if guidance else 1.0,
+            "strength": 1.0 if self.config.inpaints else None,
+        }
         for prompts in dict.fromkeys((batch, 1)):
-            self(
-                [""] * prompts,
-                num_images_per_prompt=batch // prompts,
-                height=height,
-                width=width,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=None if guidance else 1.0,
-                seed=0,
-            )
+            self([""] * prompts, num_images_per_prompt=batch // prompts, seed=0, **settings)
         return self
 
     def explain(self) -> list[str]:
         """Say how the parts run and what is captured, a line a fact."""
-        loops = self._loops_of(self._backend)
-        return [*self._backend.explain(), str(self._step), *loops.explain()]
+        return [*self._backend.explain(), str(self._step), *self._loops.explain()]
 
     def load_textual_inversion(
         self, source: str | Path | Mapping[str, Tensor], token: str | None = None, **unknown: object
@@ -702,7 +696,7 @@ class Pipeline:
                 syntax=prompt_syntax,
                 clip_skip=0 if clip_skip is None else clip_skip,
                 one_at_a_time=batch_invariant,
-                once=self._loops_of(self._backend).once,
+                once=self._loops.once,
             )
             call = Call(
                 pipeline=self,
@@ -1026,7 +1020,7 @@ class Call:
         """Sample and decode; return the pictures in the form of `output_type`."""
         noise = Noise(generators, self._latent_shape, self._backend.device)
         self._start = self._prepare(noise, latents)
-        loops = self.pipeline._loops_of(self._backend)
+        loops = self.pipeline._loops
         self._decoder = tasks.bind_decoder(
             self._backend,
             self._config,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastsd.adapters import SharedLock
+from fastsd.adapters import Adapters, SharedLock
 from fastsd.backends import Backend
 from fastsd.checkpoints import convert, open_checkpoint
 from fastsd.errors import CheckpointError, FastsdError, UsageError
@@ -471,3 +471,31 @@ def test_an_interrupted_changer_leaves_the_lock(monkeypatch: pytest.MonkeyPatch)
 def _note(held: Any, order: list[str], what: str) -> None:
     with held:
         order.append(what)
+
+
+def test_a_lora_that_does_not_come_along_is_off(
+    pipe: Pipeline, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where .to() finds no memory for it: what is said to be on is what draws."""
+    pipe.load_lora_weights(write_lora(tmp_path / "lora.safetensors", theirs, kohya))
+    write = Adapters._write
+
+    def full(self: Adapters, target: Any, weight: Any, active: Any, loaded: Any) -> None:
+        if active:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        write(self, target, weight, active, loaded)
+
+    monkeypatch.setattr(Adapters, "_write", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe.to(torch.bfloat16)
+    monkeypatch.undo()
+    assert pipe.dtype == torch.bfloat16 and not pipe.get_active_adapters()
+
+    def draw() -> Any:
+        return pipe(PROMPT, seed=0, output_type="np", **CALL).images
+
+    without = draw()
+    pipe.enable_lora()
+    assert not np.array_equal(draw(), without)
+    pipe.unload_lora_weights()
+    np.testing.assert_array_equal(draw(), without)

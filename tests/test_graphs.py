@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -185,6 +186,47 @@ def test_prepared_is_captured(captured: Pipeline) -> None:
     said = captured.explain()
     assert said[0] == "backend: eager, fp32, on cpu"
     assert sum("guided, one step" in line for line in said) == 2
+
+
+def test_a_model_that_inpaints_can_be_prepared(
+    sd1_folder: Path, capturing: None, tmp_path: Path
+) -> None:
+    pipeline = quiet(fixtures.write_inpainting(tmp_path / "inpaints", sd1_folder))
+    pipeline.prepare(height=64, width=72)
+    assert pipeline._loops.captures == 1
+    size = (64, 72)
+    draw(pipeline, image=picture(size), mask_image=mask(size))
+    assert pipeline._loops.captures == 1
+
+
+def test_a_lora_needs_no_new_capture(plain: Pipeline, captured: Pipeline) -> None:
+    """On and off again: the pictures of uncaptured steps, and the first one to the bit."""
+    lora = {
+        f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_{side}.weight": tensor
+        for side, tensor in (("A", torch.randn(4, 64)), ("B", torch.randn(64, 4)))
+    }
+    first = draw(captured)
+    graphs = captured.explain()
+    try:
+        for pipeline in (captured, plain):
+            pipeline.load_lora_weights(lora)
+        changed = draw(captured)
+        np.testing.assert_array_equal(changed, draw(plain))
+        assert not np.array_equal(changed, first)
+    finally:
+        plain.unload_lora_weights()
+    captured.unload_lora_weights()
+    np.testing.assert_array_equal(draw(captured), first)
+    assert captured._loops.captures == 1 and captured.explain() == graphs
+
+
+def test_what_was_captured_elsewhere_is_not_replayed(captured: Pipeline) -> None:
+    before = draw(captured)
+    captured.to(torch.bfloat16)
+    half = draw(captured)
+    assert captured._loops.captures == 1, "of the new backend's loops"
+    np.testing.assert_allclose(half, before, atol=0.1)
+    assert not np.array_equal(half, before)
 
 
 def test_weights_are_replaced_in_place(sd1_folder: Path, captured: Pipeline) -> None:
@@ -502,6 +544,28 @@ def test_a_callback_may_draw_with_the_same_pipeline(plain: Pipeline, captured: P
     np.testing.assert_array_equal(ours, draw(plain))
     for drawn in inner:
         np.testing.assert_array_equal(drawn, draw(plain, "a dog", seed=9))
+
+
+def test_callbacks_that_draw_other_sizes_do_not_wait_for_each_other(captured: Pipeline) -> None:
+    """Each thread holds the loop that the other's callback would wait for."""
+    for side in (64, 72):
+        captured.prepare(height=side, width=side)
+    both = threading.Barrier(2)
+
+    def request(side: int, other: int) -> np.ndarray:
+        def preview(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 0:
+                both.wait(30)
+                draw(captured, height=other, width=other)
+            return {}
+
+        return draw(captured, height=side, width=side, callback_on_step_end=preview)
+
+    pool = ThreadPoolExecutor(2)
+    drawn = [pool.submit(request, *sides) for sides in ((64, 72), (72, 64))]
+    pool.shutdown(wait=False)
+    for side, future in zip((64, 72), drawn, strict=True):
+        assert future.result(60).shape[1] == side
 
 
 def test_eight_threads_share_the_captured_steps(plain: Pipeline, captured: Pipeline) -> None:

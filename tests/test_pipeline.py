@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastsd import Pipeline
+from fastsd.arguments import chosen_device
 from fastsd.backends.eager import EagerBackend
 from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.errors import FastsdError, NumericsError, OutOfMemory, UnknownName, UsageError
@@ -137,6 +138,20 @@ def test_latents_and_embeddings_in_and_out(sd1: Pipeline, sd1_folder: Path) -> N
     assert nsfw is None and digest(images[0]) == digest(pil)
 
 
+# --- devices
+# ---------------------------------------------------------------------------------------
+
+
+def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that "cuda" and "cuda:0" are one device, and other threads' calls go to the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name in (None, "cuda", torch.device("cuda")):
+        assert chosen_device(name) == torch.device("cuda:1")
+    assert chosen_device("cuda:0") == torch.device("cuda:0")
+    assert chosen_device("cpu") == torch.device("cpu")
+
+
 # --- callbacks
 # ---------------------------------------------------------------------------------------
 
@@ -177,7 +192,36 @@ def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> d
     return tensors
 
 
-@pytest.mark.parametrize("callback", [stop_guidance, change_latents, interrupt])
+def stop_guidance_then_change_the_text(
+    pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
+) -> dict[str, Any]:
+    if step == 1:
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
+    return {"prompt_embeds": tensors["prompt_embeds"].flip(1) * 20} if step == 3 else {}
+
+
+def lengthen_the_text_twice(
+    pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
+) -> dict[str, Any]:
+    if step in (1, 2):
+        text = tensors["prompt_embeds"]
+        return {"prompt_embeds": torch.cat([text, text.flip(1)], dim=1)}
+    if step == 3:
+        pipe._guidance_scale = 3.0
+    return {}
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        stop_guidance,
+        change_latents,
+        interrupt,
+        stop_guidance_then_change_the_text,
+        lengthen_the_text_twice,
+    ],
+)
 def test_callbacks_do_what_they_do_in_diffusers(
     callback: Any, sd1: Pipeline, sd1_folder: Path
 ) -> None:

@@ -146,8 +146,9 @@ class EagerBackend(Graphed):
         for name in on_host if device.type != "cpu" else ():
             if name not in modules:
                 continue
+            lock = threading.Lock()  # of the module: its parts move the same weights
             for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
-                parts[part] = visiting(modules[name], parts[part], device)
+                parts[part] = visiting(modules[name], parts[part], device, lock)
             where = "locked memory" if locked_(modules[name]) else "memory"
             self._choices[name] = [f"{name}: in the host's {where}, on the GPU while it runs"]
         if device.type == "cuda" and precision == "fp32" and convolves_in_tf32():
@@ -291,9 +292,11 @@ def locked_(module: nn.Module) -> bool:
     return True
 
 
-def visiting(module: nn.Module, part: Part, device: torch.device) -> Part:
-    """Return `part` with the module's weights on `device` while it runs, one call at a time."""
-    lock = threading.Lock()
+def visiting(module: nn.Module, part: Part, device: torch.device, lock: threading.Lock) -> Part:
+    """Return `part` with the module's weights on `device` while it runs.
+
+    lock: one for all parts of the module, which run one at a time.
+    """
     holder = _Holder(module, part)
 
     def call(*args: Any, **kwargs: Any) -> Any:

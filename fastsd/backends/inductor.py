@@ -94,13 +94,14 @@ class CompiledPart:
     """
 
     def __init__(self, part: Part, *, tune: bool) -> None:
-        self.seconds: dict[str, float] = {}  # shape -> what the first call took
+        self.seconds: dict[str, float] = {}  # the inputs' shapes -> what the first call took
         options: dict[str, Any] | None = dict(TUNED) if tune else None
         self._call = torch.compile(part, fullgraph=True, dynamic=False, options=options)
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        shape = "x".join(map(str, args[0].shape)) + f" and {len(tree_leaves(args))} tensors"
+        shapes = ["x".join(map(str, tensor.shape)) for tensor in tree_leaves(args)]
+        shape = ", ".join(dict.fromkeys(shapes))
         if shape in self.seconds:
             return self._call(*args)
         with self._lock:  # one compilation at a time

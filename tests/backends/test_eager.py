@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -27,13 +29,34 @@ def test_weights_visit_the_device_and_come_back() -> None:
         seen.append(layer.weight.device)
         return layer(x)  # type: ignore[no-any-return]
 
-    call = visiting(layer, part, torch.device("meta"))
+    call = visiting(layer, part, torch.device("meta"), threading.Lock())
     assert call(torch.empty(2, 4, device="meta")).shape == (2, 3)
     assert seen == [torch.device("meta")]
     with pytest.raises(RuntimeError):
         call(torch.empty(2, 5, device="meta"))
     for parameter, data in zip(layer.parameters(), host, strict=True):
         assert parameter.data_ptr() == data.data_ptr(), "the host's weights are back, uncopied"
+
+
+def test_parts_of_one_module_visit_one_after_the_other() -> None:
+    """The VAE's encoder and decoder: the first to end would take the other's weights away."""
+    layer = torch.nn.Linear(4, 3)
+    inside, ended = threading.Event(), threading.Event()
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        inside.set()
+        ended.wait(0.5)
+        return layer(x)  # type: ignore[no-any-return]
+
+    lock, meta = threading.Lock(), torch.device("meta")
+    slow, quick = (visiting(layer, part, meta, lock) for part in (waits, layer))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(slow, torch.empty(2, 4, device="meta"))
+        assert inside.wait(30)
+        second = pool.submit(quick, torch.empty(2, 4, device="meta"))
+        second.add_done_callback(lambda _: ended.set())
+        assert first.result(30).device == second.result(30).device == meta
+    assert layer.weight.device == layer.bias.device == torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has such memory")

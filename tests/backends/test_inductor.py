@@ -36,7 +36,9 @@ def test_a_part_is_compiled_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(graphs) == len(part.seconds) == 11, "a shape is never compiled for any shape"
         layer.weight.data.mul_(2)
         torch.testing.assert_close(part(x, [torch.ones(4)]), layer(x) + 1)
-    assert len(graphs) == 11, "weights change in place"
+        assert len(graphs) == 11, "weights change in place"
+        part(torch.randn(1, 4), [torch.ones(1, 4)])
+    assert len(graphs) == len(part.seconds) == 12, "a text of another shape is one too"
 
 
 @pytest.mark.slow
