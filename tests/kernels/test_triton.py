@@ -192,15 +192,31 @@ ARCHITECTURES = (80, 89, 90, 100)
 @pytest.mark.parametrize(
     "arch", [pytest.param(a, marks=[] if a == 90 else pytest.mark.slow) for a in ARCHITECTURES]
 )
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_compiles_without_spills(name: str, arch: int, tmp_path: Path) -> None:
-    """Registers for two programs of four warps a multiprocessor and more, and nothing spilled."""
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, "fp16") for name in KERNELS),
+        *((name, "fp8") for name, (_, _, constants) in KERNELS.items() if "FP8" in constants),
+        *(pytest.param(name, "bf16", marks=pytest.mark.slow) for name in KERNELS),
+    ],
+)
+def test_a_kernel_compiles_without_spills(name: str, form: str, arch: int, tmp_path: Path) -> None:
+    """Registers for two programs of four warps a multiprocessor and more, and nothing spilled.
+
+    form: fp16, its numbers as bf16, or what it writes as fp8.
+    """
     import importlib
 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module, signature, constants = KERNELS[name]
+    if form == "bf16":
+        signature = {n: dtype.replace("fp16", "bf16") for n, dtype in signature.items()}
+    if form == "fp8":
+        if arch < 89:
+            pytest.skip("GPUs have fp8 since Ada")
+        signature, constants = signature | {"out": "*fp8e4nv"}, constants | {"FP8": True}
     kernel_name = name.split()[0]
     kernel = getattr(importlib.import_module(f"fastsd.kernels.{module}"), kernel_name)
     if arch < 90 and kernel_name in ("convolve", "multiply"):
@@ -217,7 +233,7 @@ def test_a_kernel_compiles_without_spills(name: str, arch: int, tmp_path: Path) 
     assert f".target sm_{arch}" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= shared
     used = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
-    print(f"{name} sm_{arch}: {used}, {compiled.metadata.shared} bytes of shared memory")
+    print(f"{name} {form} sm_{arch}: {used}, {compiled.metadata.shared} bytes of shared memory")
     assert used["REG"] <= registers and used["STACK"] == used["LOCAL"] == 0, used
 
 
