@@ -227,12 +227,13 @@ def open_engine(scene: Scene, folder: str, *, cache_interval: int = 1, **_: str)
 
 @contextmanager
 def _watch_fastsd(pipeline: Any, watch: Watch) -> Iterator[None]:
-    backend = pipeline._backend
+    backend, loops = pipeline._backend, pipeline._loops
     pipeline._backend = _Watched(backend, watch)
+    pipeline._loops = pipeline._new_loops(pipeline._backend)
     try:
         yield
     finally:
-        pipeline._backend = backend
+        pipeline._backend, pipeline._loops = backend, loops
 
 
 _PARTS = {

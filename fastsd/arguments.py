@@ -22,6 +22,7 @@ from fastsd.errors import UsageError
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
+_PARTS = "its parts are not modules to change; backend='inductor' compiles them with torch.compile"
 # Names that diffusers scripts use and fastsd does not have -> what stands in their place.
 INSTEAD = {
     "callback": "use callback_on_step_end",
@@ -39,6 +40,7 @@ INSTEAD = {
     "unfuse_lora": "unload_lora_weights takes LoRAs out of the weights, to the last bit",
     "ip_adapter_image": "pictures as prompts are not supported yet; drop it",
     "ip_adapter_image_embeds": "pictures as prompts are not supported yet; drop it",
+    **dict.fromkeys(("components", "text_encoder", "tokenizer", "unet", "vae"), _PARTS),
     "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
     "masked_image_latents": "it is made from image and mask_image; drop it",
     "negative_original_size": "both halves are told original_size; drop it",
@@ -46,6 +48,7 @@ INSTEAD = {
     "original_config": "a single file's family is recognised from its tensors; drop it",
     "padding_mask_crop": "crop the picture and the mask yourself, and paste the result back",
     "scheduler": "choose it by name with sampler=, as listed by `fastsd samplers`",
+    "save_pretrained": "`fastsd convert MODEL FOLDER` writes a folder that diffusers loads",
     "trust_remote_code": "code from a checkpoint is never run; drop it",
     "_guidance_scale": "set it on the object that callback_on_step_end is given",
     "_interrupt": "set it on the object that callback_on_step_end is given",
@@ -76,16 +79,19 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def chosen_precision(precision: str | None, dtype: torch.dtype | None) -> str | None:
-    """Return the precision asked for by name or, as in diffusers, by dtype; None: by neither."""
+def chosen_precision(precision: str | None, dtype: str | torch.dtype | None) -> str | None:
+    """Return the precision asked for by name or, as in diffusers, by dtype (torch.float16, or
+    "float16"); None: by neither."""
     if dtype is None:
         return precision
     for name, known in PRECISIONS.items():
-        if known == dtype and precision in (None, name):
-            return name
+        if dtype in (known, str(known).removeprefix("torch.")):
+            if precision in (None, name):
+                return name
+            raise UsageError(f"dtype={dtype} and precision={precision!r} do not fit; drop one")
     raise UsageError(
-        f"dtype={dtype} and precision={precision!r} do not fit; "
-        f"give precision= one of {', '.join(PRECISIONS)}"
+        f"dtype={dtype} is none that fastsd computes in; give precision= one of "
+        f"{', '.join(PRECISIONS)}"
     )
 
 
@@ -174,7 +180,8 @@ def instead(name: str, known: Sequence[str]) -> str:
     """Say what stands in the place of a name that is not one of `known`."""
     if name in INSTEAD:
         return INSTEAD[name]
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [each for each in known if name in each.split("_")]  # steps: num_inference_steps
+    near += difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"did you mean {near[0]!r}?" if near else "see help(fastsd.Pipeline)"
 
 

@@ -170,8 +170,8 @@ class Pipeline:
         local_files_only: bool | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
         use_safetensors: bool | None = None,
         safety_checker: None = None,
         feature_extractor: None = None,
@@ -397,20 +397,37 @@ class Pipeline:
         *,
         weight_name: str | None = None,
         adapter_name: str | None = None,
-        **hub_options: Any,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool | None = None,
+        **unknown: object,
     ) -> None:
         """Load a LoRA and turn it on, alone and at weight 1, as in diffusers; see set_adapters.
 
         source: a safetensors file of kohya's, PEFT's or diffusers' making, a folder or hub id that
-        holds one (weight_name says which), or a dict of tensors. Weights are changed in place, once
-        no call uses them: a call, in whatever thread, sees one set of them from start to end.
-        hub_options: revision, token, cache_dir, local_files_only.
+        holds one (subfolder and weight_name say where), or a dict of tensors. Weights are changed
+        in place, once no call uses them: a call, in whatever thread, sees one set of them from
+        start to end.
+        revision, token, cache_dir, local_files_only: for a hub id.
         Raises CheckpointError, with nothing changed, for one that does not fit the model.
         """
+        refuse(unknown, self.load_lora_weights)
         name = adapter_name or _free_name(self._adapters.loaded)
         parts = self.checkpoint.parts or ("unet",)  # an engine's description has no weights
         weights = {part: self._backend.weights(part) for part in parts}
-        lora = open_lora(source, self.config, weights, weight_name=weight_name, **hub_options)
+        lora = open_lora(
+            source,
+            self.config,
+            weights,
+            weight_name=weight_name,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         self._adapters.load(name, lora, self._backend)
 
     def set_adapters(

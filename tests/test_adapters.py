@@ -312,7 +312,7 @@ def narrow(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         (add(f"{FIRST}.lora_mid.weight"), "Tucker"),
         (add(f"{FIRST}.dora_scale"), "DoRA"),
         (add("lora_unet_nowhere.lora_down.weight"), "1 of its .* keys name nothing in it"),
-        (add("lora_te2_text_model_x.lora_up.weight"), "It was made for sdxl"),
+        (add("lora_te2_text_model_x.lora_up.weight"), "it was made for sdxl"),
         pytest.param(
             *(
                 lambda t: t | {f"lora_unet_{i}.alpha": torch.ones(()) for i in range(10**5)},

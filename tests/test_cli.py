@@ -388,7 +388,10 @@ def test_an_unwritable_place_is_refused_before_drawing(
         ({"prompt": None}, "a prompt is missing"),
         ({"strength": "1"}, "its strength is"),
         ({"embeddings": {"<a>": 1}}, "its embeddings is"),
-        ({"image_sha256": "0" * 64}, "was drawn from another picture; give it with --image"),
+        (
+            {"image_sha256": "0" * 64},
+            "was drawn from another picture; give what it was with --image",
+        ),
     ],
 )
 def test_again_trusts_nothing(change: dict[str, Any], message: str, run: Run) -> None:

@@ -126,7 +126,7 @@ def dtype_of(precision: str, supported: tuple[str, ...], backend: str) -> torch.
     if precision not in supported:
         raise UsageError(
             f"precision {precision!r} is not one that the {backend} backend has; "
-            f"it has {', '.join(supported)}"
+            f"give one of {', '.join(supported)}"
         )
     return PRECISIONS[precision]
 

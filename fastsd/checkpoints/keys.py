@@ -20,6 +20,7 @@ _FAMILIES = (
     ("lora_", "a LoRA"),
     ("base_model.model.", "a LoRA"),
     ("unet.down_blocks.", "a LoRA"),
+    ("emb_params", "a textual inversion"),
     ("controlnet_", "a ControlNet"),
     ("control_model.", "a ControlNet"),
     ("double_blocks.", "a FLUX transformer"),

@@ -24,7 +24,7 @@ from fastsd.checkpoints import hub
 from fastsd.checkpoints.keys import canonical, guess
 from fastsd.checkpoints.layout import BUILTIN
 from fastsd.checkpoints.ldm import unet_map
-from fastsd.checkpoints.weights import WEIGHT_DTYPES, read_header, read_metadata
+from fastsd.checkpoints.weights import WEIGHT_DTYPES, TensorInfo, read_header, read_metadata
 from fastsd.config import PRESETS, ModelConfig
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.files import read_json
@@ -134,7 +134,7 @@ def read_lora(
         shown = ", ".join(unknown[:_SHOWN]) + (", …" if len(unknown) > _SHOWN else "")
         raise CheckpointError(
             f"{title} does not fit this {config.family} model: {len(unknown)} of its "
-            f"{len(tensors)} keys name nothing in it ({shown}). {_made_for(tensors)}"
+            f"{len(tensors)} keys name nothing in it ({shown}); {_made_for(tensors)}"
         )
     if not pairs:
         raise CheckpointError(f"{title} holds nothing")
@@ -147,7 +147,11 @@ def read_lora(
 
 def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a file's tensors, and what its metadata or adapter_config.json say of ranks."""
-    for key, info in read_header(file).items():
+    header = read_header(file)
+    marks = [*(end for end, _ in _ENDINGS), *map(re.compile, OTHER_KINDS)]
+    if header and not any(mark.search(key) for mark in marks for key in header):
+        raise CheckpointError(f"{file} is no LoRA: {_made_for(header)}")
+    for key, info in header.items():
         if info.dtype not in WEIGHT_DTYPES and not key.endswith(".alpha"):
             raise CheckpointError(f"{file}: {key} is {info.dtype}, not {', '.join(WEIGHT_DTYPES)}")
     try:
@@ -255,7 +259,7 @@ def _delta(
     if up.shape[1] != rank or (up.shape[0], down.shape[1]) != wanted:
         raise CheckpointError(
             f"{title} does not fit: it changes {name} by {tuple(up.shape)} @ {tuple(down.shape)}, "
-            f"which is not {wanted}. {_made_for(tensors)}"
+            f"which is not {wanted}; {_made_for(tensors)}"
         )
     if "alpha" in pair:
         scale = float(tensors[pair["alpha"]]) / rank
@@ -282,19 +286,21 @@ def _scale(settings: Mapping[str, Any], part: str, name: str, rank: int) -> floa
     return alpha / (math.sqrt(rank) if settings.get(f"{prefix}use_rslora") else rank)
 
 
-def _made_for(tensors: Mapping[str, Tensor]) -> str:
+def _made_for(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
     """Say which family a LoRA's cross-attention reads the text of."""
     widths = {
         tensor.shape[1]
         for key, tensor in tensors.items()
-        if tensor.ndim > 1 and _TEXT_READER.search(key)
+        if len(tensor.shape) > 1 and _TEXT_READER.search(key)
     }
     families = [name for name, p in PRESETS.items() if p.unet.context_width in widths]
     if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in tensors):
         families = ["sdxl"]
     if families:
-        return f"It was made for {' or '.join(families)}"
-    return f"By its keys it is {guess(tensors)}"
+        return f"it was made for {' or '.join(families)}"
+    kind = guess(tensors)
+    advice = "; give one that was made for this model" if kind == "a LoRA" else ""
+    return f"by its keys it is {kind}{advice}"
 
 
 def open_lora(
@@ -303,19 +309,25 @@ def open_lora(
     weights: Weights,
     *,
     weight_name: str | None = None,
+    subfolder: str = "",
     **hub_options: Any,
 ) -> LoRA:
     """Open a LoRA: a file, a folder or hub id with one, or a dict of tensors. See `read_lora`.
 
-    "builtin-lcm" is the built-in model's own, for 1 to 4 steps.
+    "builtin-lcm" is the built-in model's own, for 1 to 4 steps. hub_options: as `fetch_file` has
+    them.
     """
     if isinstance(source, Mapping):
         return read_lora(source, config, weights, title="the given tensors")
-    file = BUILTIN / "lcm_lora" if source == "builtin-lcm" else Path(source)
+    if source == "builtin-lcm":
+        file = _only_file(BUILTIN / "lcm_lora", None)
+        return read_lora(file, config, weights, title=source)
+    file = Path(source)
     if file.is_dir():
-        file = _only_file(file, weight_name)
+        file = _only_file(file / subfolder, weight_name)
     elif not file.exists() and isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        file = hub.fetch_file(source, weight_name or _USUAL_NAME, **hub_options)
+        inside = f"{subfolder}/{weight_name or _USUAL_NAME}".lstrip("/")
+        file = hub.fetch_file(source, inside, **hub_options)
     elif not file.exists():
         raise CheckpointError(f"{str(source)!r} is no LoRA file or folder here, and no hub id")
     return read_lora(file, config, weights, title=file.name)

@@ -4,6 +4,7 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -38,7 +39,7 @@ Lora = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE[:WEIGHT]",
-        help="A LoRA to draw with, builtin-lcm for the built-in model's own; may be given again.",
+        help="A LoRA to use, builtin-lcm for the built-in model's own; may be given again.",
     ),
 ]
 Tokenizer = Annotated[
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
+        say("interrupted")
         sys.exit(130)
     sys.exit(0)
 
@@ -117,8 +119,10 @@ def weighted_files(given: Sequence[str]) -> list[tuple[str, float]]:
         file, _, weight = text.rpartition(":")
         try:
             read.append((file, float(weight)) if file else (text, 1.0))
-        except ValueError:  # a colon of the path's own
-            read.append((text, 1.0))
+        except ValueError:
+            if Path(file).is_file() and not Path(text).exists():
+                raise UsageError(f"the weight {weight!r} of {file} is not a number") from None
+            read.append((text, 1.0))  # a colon of the path's own
     return read
 
 

@@ -87,13 +87,17 @@ def _backends() -> dict[str, str]:
     """Say of each backend that it is usable, or why not."""
     from importlib import import_module
 
-    from fastsd.backends import BACKENDS
+    import torch
 
-    def state(home: str) -> str:
+    from fastsd.backends import BACKENDS, RUNS_ON
+
+    def state(name: str, home: str) -> str:
         try:
             import_module(home.partition(":")[0])
         except ImportError as error:  # MissingDependency is one and names the extra to install
             return f"not usable: {error}"
+        if RUNS_ON.get(name) == "cuda" and not torch.cuda.is_available():
+            return "not usable: torch sees no GPU"
         return "usable"
 
-    return {name: state(home) for name, home in BACKENDS.items()}
+    return {name: state(name, home) for name, home in BACKENDS.items()}

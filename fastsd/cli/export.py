@@ -112,7 +112,11 @@ def export(
         refit=refit,
     )
     name = Path(model).name if Path(model).exists() else model
-    artifact = run(checkpoint, name, request, output, force=force, tell=say)
+    try:
+        artifact = run(checkpoint, name, request, output, force=force, tell=say)
+    except KeyboardInterrupt:
+        say("what is done is kept in a hidden folder; the same command goes on from there")
+        raise
     if as_json:
         print(json.dumps({"path": str(artifact.path), **asdict(artifact.manifest)}, indent=2))
     else:

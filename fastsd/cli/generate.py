@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,8 +93,9 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="A PNG file or a folder, made if missing; a file of that name is replaced. {seed} "
-            "stands for the seed; without it several pictures become out-1.png, out-2.png, ...",
+            help="A PNG file, which is replaced, or a folder: one that is there or, to be made, a "
+            "name with / at its end. {seed} stands for the seed; without it several pictures "
+            "become out-1.png, out-2.png, ...",
         ),
     ] = DEFAULT_NAME,
     model: Annotated[
@@ -311,10 +313,23 @@ def generate(
         resolve(settings["sampler"])  # here too, so that a wrong name does not wait for torch
     if mask:
         settings.pop("outpaint", None)
-    for digest, (name, option) in DIGESTS.items():
-        made = name == "mask_image" and "outpaint" in settings
-        if digest in settings and name not in settings and not made:
-            raise UsageError(f"{again} was drawn from another picture; give it with {option}")
+    missing = [
+        option
+        for digest, (name, option) in DIGESTS.items()
+        if digest in settings
+        and name not in settings
+        and not (name == "mask_image" and "outpaint" in settings)
+    ]
+    if missing:
+        raise UsageError(
+            f"{again} was drawn from another picture; give what it was with {' and '.join(missing)}"
+        )
+    for file, _ in weighted_files(settings.get("lora") or []):
+        if again and not lora and file != "builtin-lcm" and not Path(file).exists():
+            raise UsageError(
+                f"{again} was drawn with the LoRAs {', '.join(settings['lora'])}; give each with "
+                "--lora FILE:WEIGHT"
+            )
     if preview is not None and preview.suffix.lower() != ".png":
         raise UsageError(f"--preview {preview} must end in .png")
     if preview_vae is not None and preview is None:
@@ -401,6 +416,8 @@ def _paths(output: str, seeds: Sequence[int]) -> list[Path]:
             f"--output {output!r} must be a folder (that exists or ends in /) or a name ending in "
             ".png: pictures are saved as PNG, which holds how they were drawn"
         )
+    if other := re.search(r"\{(?!seed\})\w*\}", pattern.name):
+        raise UsageError(f"--output {output!r}: {other[0]} stands for nothing; {{seed}} does")
     if "{seed}" in pattern.name:
         names = [pattern.name.replace("{seed}", str(seed)) for seed in seeds]
     elif len(seeds) == 1:
