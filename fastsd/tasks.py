@@ -7,6 +7,7 @@ Knows the parts' contract (backends/base.py); knows no text, file, vendor or sam
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,8 @@ from fastsd.engine import Denoiser, Known
 from fastsd.errors import UsageError
 from fastsd.images import digest, feathered, to_tensor, to_uint8, widen
 from fastsd.samplers import StepTable
+
+log = logging.getLogger("fastsd")
 
 
 @dataclass(frozen=True)
@@ -304,6 +307,14 @@ def _fitting(
         raise UsageError(
             f"image has {own[1]}x{own[0]} pixels, and {factor} must divide both sides for pixels "
             f"to be kept as they are; crop it, or resize it with width={width}, height={height}"
+        )
+    if asked == (None, None) and (height, width) != own:
+        log.warning(
+            "image has %dx%d pixels, and is resized to %dx%d, which %d divides",
+            *reversed(own),
+            width,
+            height,
+            factor,
         )
     return height, width
 

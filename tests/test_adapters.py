@@ -473,6 +473,16 @@ def _note(held: Any, order: list[str], what: str) -> None:
         order.append(what)
 
 
+def test_a_lora_in_a_subfolder(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
+    """As diffusers' scripts say it; and what neither knows is an error."""
+    (tmp_path / "styles").mkdir()
+    write_lora(tmp_path / "styles" / "ink.safetensors", theirs, kohya)
+    pipe.load_lora_weights(tmp_path, subfolder="styles", weight_name="ink.safetensors")
+    assert pipe.get_active_adapters() == ["default_0"]
+    with pytest.raises(UsageError, match="did you mean 'adapter_name'"):
+        pipe.load_lora_weights(tmp_path, adapter_nme="ink")
+
+
 def test_a_lora_that_does_not_come_along_is_off(
     pipe: Pipeline, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

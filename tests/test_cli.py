@@ -109,7 +109,7 @@ def test_settings_that_save_memory_are_recorded(run: Run, sd1_folder: Path) -> N
     assert run(*again, "--device", "cpu", "--weights", "full", "--no-low-memory").code == 0
     assert pixels("b.png") == pixels("plain.png"), "what was recorded can be undone"
     result = run("generate", "a cat", *options, "--weights", "int4")
-    assert result.code == 2 and "'int4' is unknown; pass 'int8'" in result.err
+    assert result.code == 2 and "--weights int4 is unknown; pass 'int8'" in result.err
 
 
 @pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
@@ -305,13 +305,13 @@ def test_learned_words_and_again(run: Run, sd1_folder: Path) -> None:
     ("arguments", "message"),
     [
         (["--sampler", "eulr"], "did you mean euler"),
-        (["--steps", "0"], "steps must be"),
+        (["--steps", "0"], "error: --steps must be"),
         (["--steps", "x"], "--steps"),
         (["--width", "65"], "multiple of 8"),
         (["--height", "-8"], "height must be"),
         (["--height", "0"], "height must be"),
-        (["--guidance", "nan"], "guidance_scale must be a finite number"),
-        (["--guidance", "inf"], "guidance_scale must be a finite number"),
+        (["--guidance", "nan"], "error: --guidance must be a finite number"),
+        (["--guidance", "inf"], "error: --guidance must be a finite number"),
         (["--seed", "-1"], "seed must be"),
         (["--seed", str(2**64)], "seed must be"),
         (["--count", "0"], "--count"),
@@ -321,12 +321,15 @@ def test_learned_words_and_again(run: Run, sd1_folder: Path) -> None:
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["--output", "a.jpg"], "ending in .png"),
         (["--output", "a"], "ending in .png"),
+        (["--output", "{prompt}.png"], "{prompt} stands for nothing"),
         (["--stepz", "2"], "--stepz"),
         (["--image", "missing.png"], "cannot read missing.png"),
         (["--mask", "missing.png"], "cannot read missing.png"),
-        (["--strength", "0.5"], "give image"),
-        (["--feather", "4"], "give it as image"),
-        (["--outpaint", "1,2,3"], "give it as image"),
+        (["--strength", "0.5"], "give --image"),
+        (["--feather", "4"], "error: --feather is for drawing on a picture; give it as --image"),
+        (["--outpaint", "1,2,3"], "give it as --image"),
+        (["--weights", "fp8"], "error: --weights fp8 needs a GPU"),
+        (["--floor", "20"], "pass --backend auto with it"),
         (["--outpaint", "a,b"], "--outpaint 'a,b' must be the pixels"),
         (["--clip-skip", "-1"], "clip_skip must be"),
         (["--guidance-rescale", "2"], "guidance_rescale must be from 0 to 1"),
@@ -388,6 +391,8 @@ def test_an_unwritable_place_is_refused_before_drawing(
         ({"prompt": None}, "a prompt is missing"),
         ({"strength": "1"}, "its strength is"),
         ({"embeddings": {"<a>": 1}}, "its embeddings is"),
+        ({"lora": ["lost.safetensors:0.7"]}, "with the LoRAs lost.safetensors:0.7; give each with"),
+        ({"image_sha256": "0", "mask_sha256": "0"}, "with --image and --mask"),
         (
             {"image_sha256": "0" * 64},
             "was drawn from another picture; give what it was with --image",
@@ -399,6 +404,19 @@ def test_again_trusts_nothing(change: dict[str, Any], message: str, run: Run) ->
     save_png(Image.new("RGB", (8, 8)), "a.png", metadata)
     result = run("generate", "--again", "a.png")
     assert result.code == 2 and message in result.err
+
+
+def test_again_with_the_built_in_lora(run: Run) -> None:
+    options = ("--lora", "builtin-lcm", "--preset", "lcm", "--steps", 1, "--seed", 3)
+    assert run("generate", "a red apple", "-o", "a.png", *options).code == 0
+    assert run("generate", "--again", "a.png", "-o", "b.png").code == 0
+    assert pixels("a.png") == pixels("b.png")
+
+
+def test_a_loras_weight_is_a_number(run: Run) -> None:
+    Path("a.safetensors").write_bytes(b"")
+    result = run("generate", "a cat", "--lora", "a.safetensors:strong")
+    assert result.code == 2 and "the weight 'strong' of a.safetensors is not" in result.err
 
 
 def test_again_of_another_programs_picture(run: Run) -> None:
@@ -414,7 +432,7 @@ def test_again_of_another_programs_picture(run: Run) -> None:
     [
         (OutOfMemory("not enough memory"), 1, "error: not enough memory\n"),
         (OSError(28, "No space left on device", "x"), 1, "error: x: No space left on device\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_failures_while_drawing(

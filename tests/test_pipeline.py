@@ -385,6 +385,7 @@ def test_a_diffusers_script_moves_over(sd1_folder: Path) -> None:
 
 def test_a_pipeline_changes_its_precision(sd1_folder: Path) -> None:
     """From the weights as they are stored: nothing of what bf16 lost stays lost."""
+    assert quiet(sd1_folder, torch_dtype="bfloat16").dtype == torch.bfloat16
     pipe = quiet(sd1_folder, torch_dtype=torch.bfloat16)
     assert pipe.dtype == torch.bfloat16
     again = pipe.to(torch.float32)(PROMPT, seed=0, num_inference_steps=3).images[0]
@@ -459,6 +460,9 @@ def test_scheduler_objects_are_refused(sd1: Pipeline) -> None:
     [
         (dict(callback=print), "callback_on_step_end"),
         (dict(guidance_scal=7), "did you mean 'guidance_scale'"),
+        (dict(steps=7), "did you mean 'num_inference_steps'"),
+        (dict(mask=7), "did you mean 'mask_image'"),
+        (dict(freeu=7), "is unknown; see help"),
         (dict(height=100), "multiple of 8.*96 or 104"),
         (dict(width=0), "width"),
         (dict(height=-64), "height"),
@@ -546,6 +550,8 @@ def test_bad_loading_arguments(sd1_folder: Path) -> None:
         dict(device="warp"),
         dict(torch_dtype=torch.int8),
         dict(torch_dtype=torch.float16, precision="fp32"),
+        dict(torch_dtype="float16", precision="fp32"),
+        dict(torch_dtype="auto"),
         dict(scheduler=object()),
         dict(custom_pipeline="x"),
         dict(safety_checker=object()),

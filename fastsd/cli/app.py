@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,20 @@ Tokenizer = Annotated[
 ]
 
 
+INTERRUPTED = 130  # the exit code of a shell's Ctrl-C
+# What the library's messages call what has another name here.
+_OPTIONS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "mask_image": "--mask",
+    "mask_feather": "--feather",
+    "as image": "as --image",
+    "give image": "give --image",
+    "low_memory=True": "--low-memory",
+}
+_KEYWORDS = ("backend", "precision", "weights", "prediction", "preset", "tokenizer")
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; a user's mistake is one line on stderr, never a traceback."""
     _listen()
@@ -63,7 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         say("interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # what typer makes of it
+            say("interrupted")
+        raise
     sys.exit(0)
 
 
@@ -96,8 +115,15 @@ def _checked(arguments: Sequence[str]) -> list[str]:
 
 
 def _fail(error: object, code: int) -> NoReturn:
-    say(f"error: {error}")
+    say(f"error: {_as_options(str(error))}")
     sys.exit(code)
+
+
+def _as_options(text: str) -> str:
+    """Say options where the library's messages say arguments: --steps for num_inference_steps."""
+    for argument, option in _OPTIONS.items():
+        text = re.sub(rf"\b{argument}\b", option, text)
+    return re.sub(rf"\b({'|'.join(_KEYWORDS)})='?([\w-]*)'?", r"--\1 \2", text).replace(" ,", ",")
 
 
 def say(line: str) -> None:
