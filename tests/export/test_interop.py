@@ -24,7 +24,7 @@ from tests.export.test_to_onnx import draw
 pytestmark = pytest.mark.slow
 
 PROMPT, SEED, STEPS, GUIDANCE = "a red apple", 1, 8, 7.5
-OPTIMUM = ("optimum-onnx[onnxruntime]==0.1.0", "torch")
+OPTIMUM = ("optimum-onnx[onnxruntime]==0.1.0", "diffusers", "torch")  # whose pipeline it wraps
 GENAI = ("openvino-genai==2026.4.*", "torch", "numpy")  # torch draws its noise
 
 OPTIMUM_SCRIPT = """
