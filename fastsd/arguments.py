@@ -22,7 +22,12 @@ from fastsd.errors import UsageError
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
-_PARTS = "its parts are not modules to change; backend='inductor' compiles them with torch.compile"
+# Parts of diffusers' pipelines, which ours has not as attributes.
+PARTS = ("components", "text_encoder", "tokenizer", "unet", "vae")
+_PARTS = (
+    "its parts are not modules to change; give another vae or tokenizer to from_pretrained, and "
+    "backend='inductor' for torch.compile"
+)
 # Names that diffusers scripts use and fastsd does not have -> what stands in their place.
 INSTEAD = {
     "callback": "use callback_on_step_end",
@@ -40,7 +45,7 @@ INSTEAD = {
     "unfuse_lora": "unload_lora_weights takes LoRAs out of the weights, to the last bit",
     "ip_adapter_image": "pictures as prompts are not supported yet; drop it",
     "ip_adapter_image_embeds": "pictures as prompts are not supported yet; drop it",
-    **dict.fromkeys(("components", "text_encoder", "tokenizer", "unet", "vae"), _PARTS),
+    **dict.fromkeys(PARTS, _PARTS),
     "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
     "masked_image_latents": "it is made from image and mask_image; drop it",
     "negative_original_size": "both halves are told original_size; drop it",
@@ -170,7 +175,8 @@ def plain_numbers(given: Sequence[float] | None) -> list[float] | None:
 def refuse(unknown: dict[str, object], function: Callable[..., object]) -> None:
     """Raise for arguments that `function` does not have, naming what stands in their place."""
     for name, value in unknown.items():
-        if value is None and name in INSTEAD:  # diffusers' default for most of these
+        # diffusers' default for most of these; of a part, that it is left out
+        if value is None and name in INSTEAD and name not in PARTS:
             continue
         known = list(inspect.signature(function).parameters)
         raise UsageError(f"argument {name!r} is unknown; {instead(name, known)}")

@@ -455,6 +455,15 @@ def test_scheduler_objects_are_refused(sd1: Pipeline) -> None:
         sd1.scheduler = object()
 
 
+def test_parts_are_not_modules(sd1: Pipeline, sd1_folder: Path) -> None:
+    with pytest.raises(UnknownName, match="'inductor' for torch.compile"):
+        torch.compile(sd1.unet)
+    with pytest.raises(UnknownName, match="another vae"):
+        sd1.vae = object()
+    with pytest.raises(UsageError, match="another vae"):
+        Pipeline.from_pretrained(sd1_folder, text_encoder=None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
