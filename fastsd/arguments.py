@@ -24,7 +24,7 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
 # Parts of diffusers' pipelines, which ours has not as attributes.
 PARTS = ("components", "text_encoder", "tokenizer", "unet", "vae")
-_PARTS = (
+_NO_MODULES = (
     "its parts are not modules to change; give another vae or tokenizer to from_pretrained, and "
     "backend='inductor' for torch.compile"
 )
@@ -45,7 +45,7 @@ INSTEAD = {
     "unfuse_lora": "unload_lora_weights takes LoRAs out of the weights, to the last bit",
     "ip_adapter_image": "pictures as prompts are not supported yet; drop it",
     "ip_adapter_image_embeds": "pictures as prompts are not supported yet; drop it",
-    **dict.fromkeys(PARTS, _PARTS),
+    **dict.fromkeys(PARTS, _NO_MODULES),
     "low_cpu_mem_usage": "weights are always memory-mapped; drop it",
     "masked_image_latents": "it is made from image and mask_image; drop it",
     "negative_original_size": "both halves are told original_size; drop it",

@@ -123,7 +123,8 @@ def _as_options(text: str) -> str:
     """Say options where the library's messages say arguments: --steps for num_inference_steps."""
     for argument, option in _OPTIONS.items():
         text = re.sub(rf"\b{argument}\b", option, text)
-    return re.sub(rf"\b({'|'.join(_KEYWORDS)})='?([\w-]*)'?", r"--\1 \2", text).replace(" ,", ",")
+    keyword = rf"\b({'|'.join(_KEYWORDS)})=(?:'([\w-]*)')?"
+    return re.sub(keyword, lambda found: f"--{found[1]} {found[2] or ''}".rstrip(), text)
 
 
 def say(line: str) -> None:

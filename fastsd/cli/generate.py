@@ -324,12 +324,12 @@ def generate(
         raise UsageError(
             f"{again} was drawn from another picture; give what it was with {' and '.join(missing)}"
         )
-    for file, _ in weighted_files(settings.get("lora") or []):
-        if again and not lora and file != "builtin-lcm" and not Path(file).exists():
-            raise UsageError(
-                f"{again} was drawn with the LoRAs {', '.join(settings['lora'])}; give each with "
-                "--lora FILE:WEIGHT"
-            )
+    recorded = [] if lora else weighted_files(settings.get("lora", ()))
+    if any(file != "builtin-lcm" and not Path(file).exists() for file, _ in recorded):
+        raise UsageError(
+            f"{again} was drawn with the LoRAs {', '.join(settings['lora'])}; give each with "
+            "--lora FILE:WEIGHT"
+        )
     if preview is not None and preview.suffix.lower() != ".png":
         raise UsageError(f"--preview {preview} must end in .png")
     if preview_vae is not None and preview is None:
