@@ -216,6 +216,29 @@ class Prompts:
         return [texts, _spread(second, self.batch, "negative_prompt_2")]
 
 
+def condition(
+    prompts: Prompts,
+    sizes: Sizes,
+    encoder: TextEncoder,
+    *,
+    size: tuple[int, int],
+    count: int,
+    guided: bool,
+) -> Conditioning:
+    """Encode all that `count` pictures a prompt are told, of `size` pixels, height first.
+
+    (B, …), or where guided (2 B, …) with the unconditional half first.
+    """
+    config = encoder.config
+    conditioning = prompts.conditioning(
+        encoder, guided=guided, zero_empty=config.zero_empty_negative
+    ).map(lambda t: t.repeat_interleave(count, dim=0))
+    if config.unet.size_ids:
+        ids = sizes.ids(config, size, len(conditioning), guided=guided)
+        conditioning = replace(conditioning, size_ids=ids.to(encoder.backend.device))
+    return conditioning
+
+
 def _listed(texts: Texts | None) -> list[str]:
     if texts is None:
         return []

@@ -286,6 +286,13 @@ class ModelConfig:
         """The weight of guidance where neither a user nor the checkpoint names one."""
         return 5.0 if self.family.startswith("sdxl") else 7.5
 
+    def guided(self, weight: float) -> bool:
+        """Whether the UNet answers twice a step, with the prompt and without, at this guidance.
+
+        UNets with guidance_width are told the weight instead.
+        """
+        return weight > 1 and not self.unet.guidance_width
+
     @property
     def default_size(self) -> int:
         """Side in pixels of the pictures the model was trained on."""

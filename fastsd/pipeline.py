@@ -11,19 +11,16 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
-from functools import lru_cache
-from numbers import Integral
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import fastsd
-from fastsd import tasks
 from fastsd.adapters import Adapters
 from fastsd.arguments import (
     CALLBACK_TENSORS,
@@ -32,12 +29,10 @@ from fastsd.arguments import (
     check_choice,
     check_count,
     check_fraction,
-    check_latents,
     check_number,
     chosen_device,
     chosen_precision,
     count_steps,
-    described,
     generators_of,
     instead,
     levels,
@@ -50,6 +45,7 @@ from fastsd.artifact import Artifact, is_artifact
 from fastsd.backends import BACKENDS, ENGINES, Backend, open_artifact, open_backend
 from fastsd.backends.auto import choose
 from fastsd.backends.fastest import fastest_step
+from fastsd.call import Call, Callback
 from fastsd.checkpoints import (
     Checkpoint,
     open_checkpoint,
@@ -57,8 +53,8 @@ from fastsd.checkpoints import (
     open_lora,
     read_embedding,
 )
-from fastsd.conditioning import Conditioning, Prompts, Sizes, TextEncoder, Texts, Vocabulary
-from fastsd.engine import GRAPHS, Denoiser, Loops, Run, check_finite, explained_memory_errors
+from fastsd.conditioning import Prompts, Sizes, TextEncoder, Texts, Vocabulary, condition
+from fastsd.engine import GRAPHS, Loops, explained_memory_errors
 from fastsd.errors import UnknownName, UsageError
 from fastsd.images import LONGEST_SIDE, to_pil
 from fastsd.kernels import dispatch
@@ -68,11 +64,11 @@ from fastsd.models.vae import VAE
 from fastsd.prompts import SYNTAXES
 from fastsd.quant.draws import PROMPTS, draw_settings
 from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
-from fastsd.tasks import Noise, Source, Start
+from fastsd.sources import Source
+from fastsd.tasks import Decode
 
 log = logging.getLogger("fastsd")
 
-Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 Preview = Callable[[int, list[Image]], object]
 
 WATCHED, WATCHED_STEPS = 2, 4  # pictures and their steps by which fp8's ranges are found
@@ -378,8 +374,8 @@ class Pipeline:
         assert isinstance(module, (VAE, TinyVAE))
         self._preview_vae = module
 
-    def _preview(self, clean: Tensor, decoder: Callable[[Tensor], Tensor]) -> list[Image]:
-        """Decode clean latents (B, C, h, w) as the pictures that a run is on its way to.
+    def _show(self, preview: Preview, row: int, clean: Tensor, decoder: Decode) -> None:
+        """Decode clean latents (B, C, h, w), the pictures that a run is on its way to.
 
         decoder: the model's own, where no other was loaded.
         """
@@ -389,7 +385,7 @@ class Pipeline:
         else:
             vae = vae.to(self.device)
             pictures = vae.decode(clean.to(vae.dtype) / vae.config.scale + vae.config.shift)
-        return to_pil((pictures.float() / 2 + 0.5).nan_to_num().clamp(0, 1))
+        preview(row, to_pil((pictures.float() / 2 + 0.5).nan_to_num().clamp(0, 1)))
 
     def load_lora_weights(
         self,
@@ -666,9 +662,22 @@ class Pipeline:
         prompts.check_embeds(self.config)
         count = check_count("num_images_per_prompt", num_images_per_prompt)
         with explained_memory_errors("image at this size"):
-            source = self._source(
-                prompts, image, mask_image, outpaint, (height, width), mask_feather
+            size = self._size(height, width)
+            source = Source.given(
+                self.config,
+                image,
+                mask_image,
+                outpaint=outpaint,
+                size=(height, width),
+                feather=mask_feather,
             )
+        if source is not None:
+            size = source.size(self.config)
+            if len(source.pictures) not in (1, prompts.batch):
+                raise UsageError(
+                    f"{len(source.pictures)} pictures were given for {prompts.batch} prompts; "
+                    "give one, or one each"
+                )
         guidance = self._default_guidance(source) if guidance_scale is None else guidance_scale
         check_number("guidance_scale", guidance)
         check_fraction("guidance_rescale", guidance_rescale)
@@ -684,7 +693,6 @@ class Pipeline:
             check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
         timesteps = levels("timesteps", timesteps)
         sigmas = levels("sigmas", sigmas)
-        size = self._size(height, width) if source is None else source.size(self.config)
         if num_inference_steps is None:
             if sigmas is None and timesteps is None:
                 timesteps = levels("timesteps", self.config.schedule.timesteps)
@@ -715,28 +723,33 @@ class Pipeline:
                 one_at_a_time=batch_invariant,
                 once=self._loops.once,
             )
+            sizes = Sizes(
+                original=original_size,
+                crop=crops_coords_top_left,
+                target=target_size,
+                scores=(aesthetic_score, negative_aesthetic_score),
+            )
+            guided = self.config.guided(guidance)
+            conditioning = condition(prompts, sizes, encoder, size=size, count=count, guided=guided)
             call = Call(
                 pipeline=self,
+                backend=self._backend,
+                loops=self._loops,
+                kernel=self._step.implementation,
+                tile=TILE if self._low_memory else None,
+                progress=self._progress,
                 table=table,
-                prompts=prompts,
-                encoder=encoder,
-                count=count,
+                conditioning=conditioning,
+                batch=prompts.batch * count,
                 size=size,
-                sizes=Sizes(
-                    original=original_size,
-                    crop=crops_coords_top_left,
-                    target=target_size,
-                    scores=(aesthetic_score, negative_aesthetic_score),
-                ),
                 guidance=float(guidance),
                 rescale=float(guidance_rescale),
                 source=source,
-                feather=mask_feather,
                 from_noise=source is not None and source.mask is not None and strength == 1,
                 noised=denoising_start is not None,
                 callback=callback_on_step_end,
                 callback_tensors=tuple(callback_on_step_end_tensor_inputs),
-                preview=preview,
+                preview=None if preview is None else partial(self._show, preview),
                 one_at_a_time=batch_invariant,
                 cache_interval=cache_interval,
             )
@@ -803,62 +816,6 @@ class Pipeline:
             return self.config.schedule.guidance
         inpaints = source is not None and source.mask is not None
         return 7.5 if inpaints else self.config.usual_guidance
-
-    def _source(
-        self,
-        prompts: Prompts,
-        image: Any,
-        mask_image: Any,
-        outpaint: Sequence[int] | None,
-        size: tuple[int | None, int | None],
-        feather: int | None,
-    ) -> Source | None:
-        """Check the picture to start from, and that it fits the rest; None for text to image."""
-        if image is None:
-            needless = {"mask_image": mask_image, "outpaint": outpaint, "mask_feather": feather}
-            for name, value in needless.items():
-                if value is not None:
-                    raise UsageError(f"{name} is for drawing on a picture; give it as image")
-            if self.config.inpaints:
-                raise UsageError(
-                    f"{self.name} is a model that inpaints; give image and mask_image, or outpaint"
-                )
-            return None
-        self._size(*size)
-        source = Source.given(
-            self.config,
-            image,
-            mask_image,
-            outpaint=outpaint,
-            size=size,
-            exact=feather is not None,
-        )
-        if len(source.pictures) not in (1, prompts.batch):
-            raise UsageError(
-                f"{len(source.pictures)} pictures were given for {prompts.batch} prompts; "
-                "give one, or one each"
-            )
-        if self.config.inpaints and (source.mask is None or source.latent):
-            raise UsageError(
-                f"{self.name} is a model that inpaints; give mask_image too, or outpaint, and "
-                "image as a picture, not latents"
-            )
-        if feather is not None:
-            if isinstance(feather, bool) or not isinstance(feather, Integral) or feather < 0:
-                raise UsageError(
-                    f"mask_feather must be a whole number of pixels, 0 or more, not {feather!r}"
-                )
-            if feather > max(source.size(self.config)):
-                raise UsageError(
-                    f"mask_feather {feather} is wider than the picture, "
-                    f"{max(source.size(self.config))} pixels; give fewer"
-                )
-            if source.mask is None or source.latent:
-                raise UsageError(
-                    "mask_feather keeps a picture's own pixels outside a mask; give mask_image "
-                    "or outpaint, and image as a picture, not latents"
-                )
-        return source
 
     def _strength(
         self, strength: float | None, source: Source | None, denoising_start: float | None
@@ -964,230 +921,6 @@ class Pipeline:
 
 # A table takes a millisecond or two to build, is read-only, and mostly the last call's.
 _built = lru_cache(maxsize=32, typed=True)(build_table)
-
-
-def _to_host(pictures: Tensor) -> Tensor:
-    """Copy pictures to the host, from a GPU through locked memory: ten times as fast."""
-    copy = pictures.to("cpu", non_blocking=pictures.is_cuda)
-    if pictures.is_cuda:
-        torch.cuda.current_stream(pictures.device).synchronize()
-    return copy
-
-
-@dataclass(kw_only=True, eq=False, repr=False)
-class Call:
-    """One call of a Pipeline: all that changes while it runs. Callbacks get it as `pipe`.
-
-    _interrupt and _guidance_scale are diffusers' names for what a callback may set; every other
-    attribute is the pipeline's.
-    """
-
-    pipeline: Pipeline
-    table: StepTable
-    prompts: InitVar[Prompts]
-    encoder: InitVar[TextEncoder]
-    count: InitVar[int]
-    size: tuple[int, int]
-    sizes: InitVar[Sizes]
-    guidance: InitVar[float]
-    rescale: float
-    source: Source | None
-    feather: int | None
-    from_noise: bool
-    noised: bool
-    callback: Callback | None
-    callback_tensors: tuple[str, ...]
-    preview: Preview | None
-    one_at_a_time: bool
-    cache_interval: int
-
-    def __post_init__(
-        self, prompts: Prompts, encoder: TextEncoder, count: int, sizes: Sizes, guidance: float
-    ) -> None:
-        self._backend = self.pipeline._backend
-        self._config = self.pipeline.config
-        self._interrupt = False
-        self._guidance_scale = guidance
-        self._conditioning = self._encode(prompts, encoder, count, sizes)
-
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance weight in force."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the model answers twice a step; distilled models are told the weight instead."""
-        return self._guidance_scale > 1 and not self._config.unet.guidance_width
-
-    @property
-    def num_timesteps(self) -> int:
-        """How many times the model is evaluated."""
-        return self.table.rows
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pipeline, name)
-
-    def draw(
-        self,
-        generators: torch.Generator | Sequence[torch.Generator],
-        latents: Tensor | None,
-        output_type: str,
-    ) -> Any:
-        """Sample and decode; return the pictures in the form of `output_type`."""
-        noise = Noise(generators, self._latent_shape, self._backend.device)
-        self._start = self._prepare(noise, latents)
-        loops = self.pipeline._loops
-        self._decoder = tasks.bind_decoder(
-            self._backend,
-            self._config,
-            one_at_a_time=self.one_at_a_time,
-            tile=TILE if self.pipeline._low_memory else None,
-        )
-        watched = self.callback is not None or self.preview is not None
-        whole = loops.graph == "loop" and not watched and output_type != "latent"
-        source = self.source if self.feather is not None else None
-        finish = tasks.Finish(self._decoder, rounded=output_type == "pil" and source is None)
-        run = Run(
-            table=self.table,
-            latents=self._start.latents,
-            denoiser=self._denoiser(),
-            guidance=self._guidance,
-            rescale=self.rescale,
-            known=self._start.known,
-            finish=finish if whole else None,
-            kernel=self.pipeline._step.implementation,
-        )
-        with (
-            loops.take(run) as self._loop,
-            tqdm(total=self.table.rows, **self.pipeline._progress) as bar,
-        ):
-            results = self._loop.run(noise, lambda row: self._end_row(row, bar))
-            *finished, latents = (each.clone() for each in (*results, self._loop.latents))
-        # To look at them waits for the device: where steps are launched ahead, decoding is too.
-        if output_type == "latent" or not self._backend.captures:
-            check_finite(latents, "the latents")
-        if output_type == "latent":
-            return latents
-        pictures, total = finished if whole else finish(latents)
-        if self._backend.captures:
-            check_finite(latents, "the latents")
-        check_finite(total, "the picture")
-        if source is not None and self.feather is not None:
-            pictures = source.keep(pictures, self.feather)
-        if output_type == "pt":
-            return pictures
-        if output_type == "np":
-            return pictures.permute(0, 2, 3, 1).cpu().numpy()
-        return to_pil(_to_host(pictures).numpy() if finish.rounded else pictures)
-
-    @property
-    def _guidance(self) -> float | None:
-        return self._guidance_scale if self.do_classifier_free_guidance else None
-
-    @property
-    def _latent_shape(self) -> tuple[int, int, int, int]:
-        batch = len(self._conditioning) // (2 if self.do_classifier_free_guidance else 1)
-        factor = self._config.vae.downscale
-        height, width = (side // factor for side in self.size)
-        return batch, self._config.vae.latent_channels, height, width
-
-    def _encode(
-        self, prompts: Prompts, encoder: TextEncoder, count: int, sizes: Sizes
-    ) -> Conditioning:
-        conditioning = prompts.conditioning(
-            encoder,
-            guided=self.do_classifier_free_guidance,
-            zero_empty=self._config.zero_empty_negative,
-        ).map(lambda t: t.repeat_interleave(count, dim=0))
-        if self._config.unet.size_ids:
-            ids = sizes.ids(
-                self._config,
-                self.size,
-                len(conditioning),
-                guided=self.do_classifier_free_guidance,
-            )
-            conditioning = replace(conditioning, size_ids=ids.to(self._backend.device))
-        return conditioning
-
-    def _denoiser(self) -> Denoiser:
-        return tasks.bind_denoiser(
-            self._backend,
-            self._config,
-            torch.tensor(self.table.timesteps),
-            self._conditioning,
-            guided=self.do_classifier_free_guidance,
-            guidance=self._guidance_scale,
-            extra=self._start.extra,
-            one_at_a_time=self.one_at_a_time,
-            cache_interval=self.cache_interval,
-        )
-
-    def _prepare(self, noise: Noise, latents: Tensor | None) -> Start:
-        if latents is not None:
-            check_latents(latents, self._latent_shape)
-            latents = latents.to(self._backend.device, torch.float32)
-        return tasks.prepare(
-            self._backend,
-            self._config,
-            self.table,
-            noise,
-            self.source,
-            latents=latents,
-            from_noise=self.from_noise,
-            noised=self.noised,
-            one_at_a_time=self.one_at_a_time,
-        )
-
-    def _end_row(self, row: int, bar: Any) -> bool:
-        """Advance the bar, ask the callback, take over what it changed; False ends the run."""
-        bar.update(row + 1 - bar.n)
-        if self.preview is not None:
-            self.preview(row, self.pipeline._preview(self._loop.clean, self._decoder))
-        if self.callback is None:
-            return True
-        batch = len(self._loop.latents)
-        tensors = {
-            "latents": self._loop.latents,
-            "prompt_embeds": self._conditioning.context,
-            "negative_prompt_embeds": self._conditioning.context[:-batch],
-        }
-        given = {name: tensors[name] for name in self.callback_tensors}
-        before = self._guidance_scale
-        timestep = torch.tensor(self.table.timesteps[row], dtype=torch.float32)
-        changed = self.callback(self, row, timestep, given) or {}
-        if not isinstance(changed, dict):
-            raise UsageError(
-                "callback_on_step_end must return a dict of what it changed, or None, not "
-                f"{described(changed)}"
-            )
-        latents = changed.get("latents", self._loop.latents)
-        if latents is not self._loop.latents:
-            self._loop.latents.copy_(check_latents(latents, self._loop.latents.shape))
-        context = changed.get("prompt_embeds", self._conditioning.context)
-        if context is not self._conditioning.context or before != self._guidance_scale:
-            self._rebind(context)
-        return not self._interrupt
-
-    def _rebind(self, context: Tensor) -> None:
-        """Go on with another context or guidance weight, as diffusers' loop does."""
-        width, batch = self._config.unet.context_width, len(self._loop.latents)
-        if not isinstance(context, Tensor) or context.ndim != 3 or context.shape[-1] != width:
-            raise UsageError(
-                "prompt_embeds that the callback returns must be a torch tensor (rows, tokens, "
-                f"{width}), not {described(context)}"
-            )
-        kept = 2 * batch if self.do_classifier_free_guidance else batch
-        if len(context) < kept:
-            raise UsageError(
-                f"guidance of {batch} pictures takes {kept} rows of text, negative ones first, and "
-                f"the callback left {len(context)}; begin the call with guidance, and turn it off "
-                "for good or not at all"
-            )
-        self._conditioning = replace(
-            self._conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
-        )
-        self._loop.rebind(self._denoiser(), self._guidance)
 
 
 def _tell(line: str) -> None:

@@ -442,5 +442,5 @@ def sd1_pipe(sd1_folder: Path) -> Pipeline:
 def test_a_model_that_inpaints_wants_a_mask(inpainting_folders: dict[str, Path]) -> None:
     pipe = quiet(inpainting_folders["sd1"])
     for arguments in ({}, {"image": picture()}, {"image": LATENTS, "mask_image": mask()}):
-        with pytest.raises(UsageError, match="is a model that inpaints; give"):
+        with pytest.raises(UsageError, match="this model inpaints; give"):
             pipe(PROMPT, num_inference_steps=1, **arguments)

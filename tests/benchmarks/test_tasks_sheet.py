@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastsd.benchmarks import tasks_sheet
-from fastsd.tasks import Source
+from fastsd.sources import Source
 
 
 def draw(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
