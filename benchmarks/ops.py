@@ -245,7 +245,7 @@ def sampler_step_case(
             states[step] = sources.clone()
         state = states[step]
         step(state, prediction, coefficients, row, guidance)
-        return state[:-2]
+        return state[:-1]
 
     state_bytes = sources[0].numel() * sources.element_size()
     return Case.of(
@@ -253,7 +253,7 @@ def sampler_step_case(
         f"{title}: {batch}x4x{side}x{side}, {slots} slots",
         run,
         flop=2 * (1 + slots) * (3 + slots) * sources[0].numel(),
-        bytes=(2 * slots + 3) * state_bytes + prediction.numel() * prediction.element_size(),
+        bytes=(2 * slots + 4) * state_bytes + prediction.numel() * prediction.element_size(),
     )
 
 

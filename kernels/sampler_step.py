@@ -22,17 +22,17 @@ def sampler_step_(
     *,
     implementation: str = "library",
 ) -> None:
-    """Replace x and the slots by what row `row` makes of them and of the model's prediction.
+    """Replace x, the slots and D by what row `row` makes of them and of the model's prediction.
 
     m = prediction, or under guidance u + w (c - u) of its two halves
     D = p x + q m
     [x, s1..sS]' = A [x, s1..sS] + b D + c noise
 
-    sources: (1 + S + 2, B, C, H, W) fp32, contiguous, in place: x, the slots, a place for D, the
-    noise. prediction: (B, C, H, W), any float dtype, contiguous or channels-last; with guidance
-    (2 B, C, H, W), unconditional first. coefficients: (R, W) fp32; a row holds c_in, p, q, then
-    A | b | c row by row, (1 + S, 1 + S + 2) numbers; what follows is not read. row: (1,) int64.
-    guidance: (), fp32, the weight w. implementation: "library" (some thirty launches of torch, each
+    sources: (1 + S + 2, B, C, H, W) fp32, contiguous, in place: x, the slots, D (only written), the
+    noise (only read). prediction: (B, C, H, W), any float dtype, contiguous or channels-last; with
+    guidance (2 B, C, H, W), unconditional first. coefficients: (R, W) fp32; a row holds c_in, p, q,
+    then A | b | c row by row, (1 + S, 1 + S + 2) numbers; what follows is not read. row: (1,)
+    int64. guidance: (), fp32, the weight w. implementation: "library" (some thirty launches of torch, each
     rounding alone) or "triton" (one).
     """
     if implementation == "library":
@@ -53,13 +53,13 @@ def candidates(
 ) -> dict[str, Callable[[], Tensor]]:
     """Return what can step on this device, by name, ready to be tried, the library's first.
 
-    Each begins with a copy of `sources` and returns the state that follows.
+    Each begins with a copy of `sources` and returns the state that follows, and D.
     """
 
     def step(name: str) -> Tensor:
         given = sources.clone()
         sampler_step_(given, prediction, coefficients, row, guidance, implementation=name)
-        return given[:-2]
+        return given[:-1]
 
     return {
         name: lambda name=name: step(name)  # type: ignore[misc]

@@ -30,10 +30,11 @@ def step(
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Replace sources[:STATE] by A [x, slots] + b D + c noise, over BLOCK elements.
+    """Replace sources[:STATE] by A [x, slots] + b D + c noise, sources[STATE] by D, over BLOCK
+    elements.
 
-    sources: STATE + 2 times `elements` numbers: x, the slots, D (unread), the noise. A picture has
-    `picture` elements in planes of `pixels`; the strides are the prediction's.
+    sources: STATE + 2 times `elements` numbers: x, the slots, D (written only), the noise. A
+    picture has `picture` elements in planes of `pixels`; the strides are the prediction's.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
@@ -61,6 +62,7 @@ def step(
         mixing = tl.load(numbers + 3 + slot * (STATE + 2) + j, mask=j < STATE + 2, other=0.0)
         result = tl.sum(mixing * given, axis=0)
         tl.store(sources + slot * elements + i, result, mask=inside)
+    tl.store(sources + STATE * elements + i, clean, mask=inside)
 
 
 def launch(

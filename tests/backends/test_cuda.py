@@ -72,6 +72,19 @@ def test_half_precision_is_near_fp32(
     assert psnr(draw(open_on_gpu(folder, precision=precision)), exact) >= 25
 
 
+def test_previews_are_of_what_our_kernels_step_makes(sd1_folder: Path) -> None:
+    shown: dict[str, list[np.ndarray[Any, Any]]] = {"triton": [], "library": []}
+    for implementation, pictures in shown.items():
+
+        def preview(step: int, so_far: list[Any], kept: list[Any] = pictures) -> None:
+            kept.append(np.asarray(so_far[0]))
+
+        draw(open_on_gpu(sd1_folder).use(sampler_step=implementation), preview=preview)
+    for ours, expected in zip(*shown.values(), strict=True):
+        assert np.abs(ours.astype(int) - expected).max() <= 1
+        assert expected.std() > 0
+
+
 def test_low_memory_draws_the_same_picture(sd1_folder: Path) -> None:
     """64 latents and fewer are one tile: nothing but the place of the weights differs."""
     low, plain = (  # a VAE in the host's memory keeps the library's convolutions
