@@ -32,8 +32,8 @@ def sampler_step_(
     noise (only read). prediction: (B, C, H, W), any float dtype, contiguous or channels-last; with
     guidance (2 B, C, H, W), unconditional first. coefficients: (R, W) fp32; a row holds c_in, p, q,
     then A | b | c row by row, (1 + S, 1 + S + 2) numbers; what follows is not read. row: (1,)
-    int64. guidance: (), fp32, the weight w. implementation: "library" (some thirty launches of torch, each
-    rounding alone) or "triton" (one).
+    int64. guidance: (), fp32, the weight w. implementation: "library" (some thirty launches of
+    torch, each rounding alone) or "triton" (one).
     """
     if implementation == "library":
         reference.sampler_step_(sources, prediction, coefficients, row, guidance)

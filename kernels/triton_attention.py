@@ -22,18 +22,18 @@ def attend(
     multiplier,
     out,
     q_b,
-    q_h,
     q_n,
     k_b,
-    k_h,
     k_n,
     v_b,
-    v_h,
     v_n,
     heads,
     queries,
     keys,
     scale,
+    Q_H: tl.constexpr,
+    K_H: tl.constexpr,
+    V_H: tl.constexpr,
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -43,8 +43,10 @@ def attend(
 ):
     """out (B, queries, heads, WIDTH) = softmax(ln 2 scale q k^T) v, BLOCK_Q queries of one head.
 
-    REST: how many keys there are at most beyond BLOCK_N, which are then all given. x_b, x_h, x_n:
-    strides of pictures, heads and tokens; a head's numbers lie side by side.
+    REST: how many keys there are at most beyond BLOCK_N, which are then all given. x_b, X_H, x_n:
+    strides of pictures, heads and tokens; a head's numbers lie side by side. Heads of 40 are no
+    multiple of the 16 that Triton looks for: of a stride that it does not know while compiling it
+    reads two bytes at a time, not sixteen.
     """
     factor = factor_of(multiplier, FP8)
     b = tl.program_id(1) // heads
@@ -53,9 +55,9 @@ def attend(
     n = tl.arange(0, BLOCK_N)
     w = tl.arange(0, BLOCK_W)
     own = (i < queries)[:, None] & (w < WIDTH)[None, :]
-    q += b.to(tl.int64) * q_b + h * q_h
-    k += b.to(tl.int64) * k_b + h * k_h
-    v += b.to(tl.int64) * v_b + h * v_h
+    q += b.to(tl.int64) * q_b + h * Q_H
+    k += b.to(tl.int64) * k_b + h * K_H
+    v += b.to(tl.int64) * v_b + h * V_H
     given = (n < keys)[:, None] & (w < WIDTH)[None, :]
     query = tl.load(q + i[:, None] * q_n + w[None, :], mask=own, other=0.0)
     key = tl.load(k + n[:, None] * k_n + w[None, :], mask=given, other=0.0)
@@ -97,13 +99,16 @@ def launch(q: Tensor, k: Tensor, v: Tensor, multiplier: Tensor | None, out: Tens
         v,
         q if multiplier is None else multiplier,
         out,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *q.stride()[:3:2],
+        *k.stride()[:3:2],
+        *v.stride()[:3:2],
         heads,
         queries,
         keys,
         width**-0.5 / log(2),
+        Q_H=q.stride(1),
+        K_H=k.stride(1),
+        V_H=v.stride(1),
         WIDTH=width,
         FP8=multiplier is not None,
         BLOCK_Q=BLOCK_Q,

@@ -17,7 +17,7 @@ def factor_of(multiplier, FP8: tl.constexpr):
 
 @triton.jit
 def rounded(y, factor, dtype: tl.constexpr, FP8: tl.constexpr):
-    """y in dtype; in fp8 first times `factor`, and cut to what fp8 holds."""
+    """y in dtype; in fp8 first times `factor`, and cut to what fp8 holds. NaN stays NaN."""
     if FP8:
-        y = tl.minimum(tl.maximum(y * factor, -448.0), 448.0)
+        y = tl.clamp(y * factor, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return y.to(dtype)
