@@ -233,6 +233,8 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def _without_empty_columns(table: Table) -> Table:
+    if len(table) == 1:  # a head and no rows
+        return []
     kept = [i for i, column in enumerate(zip(*table, strict=True)) if any(column[1:])]
     return [[row[i] for i in kept] for row in table]
 

@@ -657,6 +657,8 @@ def _offline(seat: Seat) -> dict[str, Any]:
         tried[size] = size / min(seconds)
         if tried[size] < 1.02 * max([0.0, *list(tried.values())[:-1]]):
             break
+    if not tried:
+        raise ContenderFailed(f"it draws none of the batches {', '.join(map(str, BATCHES))}")
     best = max(tried, key=lambda size: tried[size])
     named = {str(size): speed for size, speed in tried.items()}  # as JSON has it
     return {"pictures_per_s": tried[best], "batch": best, "tried": named}

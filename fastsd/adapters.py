@@ -9,9 +9,11 @@ sum is the checkpoint's. Knows no file and no foreign layout's names.
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,21 +28,36 @@ class SharedLock:
     """Many may use the weights at once, or one may change them.
 
     Who waits to change goes before new users; a thread that uses them already may use them again.
+    Only in the process that made it: after a fork, torch's threads and the locks that others held
+    are gone, and who waited for them would wait for ever.
     """
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._condition = threading.Condition()
         self._users: Counter[int] = Counter()  # by thread
         self._changers = 0
         self._changing = False
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Use the weights: they stay as they are until the end of the block."""
+    def shared(
+        self, fit: Callable[[], bool] = lambda: True, change: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Use the weights: they stay as they are until the end of the block.
+
+        change: called before, as by `exclusive`, where they do not `fit`.
+        """
+        self._check_process()
         thread = threading.get_ident()
         with self._condition:
             self._condition.wait_for(lambda: self._users[thread] or not self._changers)
-            self._users[thread] += 1
+            used = fit()
+            self._users[thread] += used
+        if not used:
+            with self.exclusive():
+                change()
+                with self._condition:  # before the next who waits to change
+                    self._users[thread] += 1
         try:
             yield
         finally:
@@ -51,6 +68,7 @@ class SharedLock:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Change the weights, once all who use them are done. UsageError for who uses them."""
+        self._check_process()
         with self._condition:
             if self._users[threading.get_ident()]:
                 raise UsageError(
@@ -73,48 +91,81 @@ class SharedLock:
                 self._changing = False
                 self._condition.notify_all()
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError(
+                "a Pipeline does not survive a fork; load it in each process with from_pretrained, "
+                "or start processes with multiprocessing's 'spawn'"
+            )
+
 
 class Adapters:
     """The LoRAs of one pipeline, by name: which are loaded, which are on and how strongly.
 
-    on_host: keep the weights as they were in the host's memory, not on their device.
+    active: name -> weight of those that are on, for calls that ask for no others.
+    backend: whose weights they change; replaced in `rebound` only. on_host: keep the weights as
+    they were in the host's memory, not on their device.
     """
 
-    def __init__(self, *, on_host: bool = False) -> None:
-        self.lock = SharedLock()
+    def __init__(self, backend: Backend, *, on_host: bool = False) -> None:
+        self._lock = SharedLock()
+        self.backend = backend
         self.loaded: dict[str, LoRA] = {}
         self.active: dict[str, float] = {}
+        self._merged: dict[str, float] = {}  # what is in the weights, of the last call or change
         self._originals: dict[Target, Tensor] = {}
         self._unrounded: dict[Target, Tensor] = {}  # of originals that are kept coarser than W0
         self._on_host = on_host
 
     @contextmanager
-    def in_use(self) -> Iterator[dict[str, float]]:
-        """Hold the weights as they are; yields title -> weight of the adapters that are on."""
-        with self.lock.shared():
-            yield {self.loaded[name].title: weight for name, weight in self.active.items()}
+    def in_use(self, asked: Mapping[str, float] | None) -> Iterator[list[tuple[str, float]]]:
+        """Hold the weights as they are with the adapters that are `asked` for, None: with `active`.
 
-    def load(self, name: str, lora: LoRA, backend: Backend) -> None:
-        """Add an adapter and turn it alone on, at weight 1, as diffusers does."""
-        with self.lock.exclusive():
+        Yields the title and the weight of each. Raises UsageError for a name that is not loaded.
+        """
+
+        def wanted() -> dict[str, float]:
+            self._known({} if asked is None else asked)
+            return self.active if asked is None else dict(asked)
+
+        with self._lock.shared(
+            lambda: [*self._merged.items()] == [*wanted().items()],  # their order rounds the sum
+            lambda: self._merge(wanted(), self.loaded),
+        ):
+            yield [(self.loaded[name].title, weight) for name, weight in self._merged.items()]
+
+    def load(self, name: str | None, lora: LoRA) -> None:
+        """Add an adapter and turn it alone on, at weight 1, as diffusers does.
+
+        name: None takes the first free of diffusers' default_0, default_1, …
+        """
+        with self._lock.exclusive():
             if name in self.loaded:
                 raise UsageError(f"an adapter {name!r} is loaded already; choose another name")
-            self._apply({name: 1.0}, self.loaded | {name: lora}, backend)
+            name = name or next(
+                free for i in itertools.count() if (free := f"default_{i}") not in self.loaded
+            )
+            self._turn_on({name: 1.0}, self.loaded | {name: lora})
 
-    def set(self, active: Mapping[str, float], backend: Backend) -> None:
+    def set(self, active: Mapping[str, float]) -> None:
         """Turn exactly these on. Raises UsageError for a name that is not loaded."""
-        with self.lock.exclusive():
+        with self._lock.exclusive():
             self._known(active)
-            self._apply(dict(active), self.loaded, backend)
+            self._turn_on(dict(active), self.loaded)
 
-    def drop(self, names: list[str] | None, backend: Backend) -> None:
+    def set_all(self, weight: float) -> None:
+        """Turn every loaded adapter on."""
+        with self._lock.exclusive():
+            self._turn_on(dict.fromkeys(self.loaded, weight), self.loaded)
+
+    def drop(self, names: list[str] | None) -> None:
         """Forget adapters, None for all; the others keep their weights."""
-        with self.lock.exclusive():
+        with self._lock.exclusive():
             names = list(self.loaded) if names is None else names
             self._known(names)
             kept = {name: lora for name, lora in self.loaded.items() if name not in names}
             active = {name: weight for name, weight in self.active.items() if name in kept}
-            self._apply(active, kept, backend)
+            self._turn_on(active, kept)
             if not kept:
                 self._forget()
 
@@ -127,15 +178,15 @@ class Adapters:
         return parts
 
     @contextmanager
-    def rebound(self) -> Iterator[list[Backend]]:
-        """Let the caller replace the backend: it puts the new one in the list, all else waits."""
-        with self.lock.exclusive():
-            new: list[Backend] = []
-            yield new
-            if new:
+    def rebound(self) -> Iterator[None]:
+        """Let the caller replace the backend, while all else waits."""
+        with self._lock.exclusive():
+            before = self.backend
+            yield
+            if self.backend is not before:
                 self._forget()
-                active, self.active = self.active, {}  # none is on there before all are
-                self._apply(active, self.loaded, new[0])
+                self._merged, active, self.active = {}, self.active, {}  # until they are on there
+                self._turn_on(active, self.loaded)
 
     def _known(self, names: Mapping[str, float] | list[str]) -> None:
         for name in names:
@@ -148,10 +199,15 @@ class Adapters:
         self._originals.clear()
         self._unrounded.clear()
 
-    def _apply(self, active: dict[str, float], loaded: dict[str, LoRA], backend: Backend) -> None:
+    def _turn_on(self, active: dict[str, float], loaded: dict[str, LoRA]) -> None:
+        self._merge(active, loaded)
+        self.active = active
+
+    def _merge(self, merged: dict[str, float], loaded: dict[str, LoRA]) -> None:
         """Give every touched weight its new value; if that fails, all get their old ones back."""
-        before = [self.loaded[name] for name in self.active]
-        after = [loaded[name] for name in active]
+        backend = self.backend
+        before = [self.loaded[name] for name in self._merged]
+        after = [loaded[name] for name in merged]
         targets = dict.fromkeys(t for lora in (*before, *after) for t in lora.deltas)
         live = {part: backend.weights(part) for part in {part for part, _ in targets}}
         new = [target for target in targets if target not in self._originals]
@@ -164,24 +220,24 @@ class Adapters:
         done = False
         try:
             for target in targets:
-                self._write(target, live[target[0]][target[1]], active, loaded)
+                self._write(target, live[target[0]][target[1]], merged, loaded)
             done = True
         finally:
             if not done:
                 for target in targets:
-                    self._write(target, live[target[0]][target[1]], self.active, self.loaded)
+                    self._write(target, live[target[0]][target[1]], self._merged, self.loaded)
             for part in live:
                 backend.changed(part)
-        self.active, self.loaded = active, loaded
+        self._merged, self.loaded = merged, loaded
 
     @torch.no_grad()
     def _write(
-        self, target: Target, weight: Tensor, active: dict[str, float], loaded: dict[str, LoRA]
+        self, target: Target, weight: Tensor, merged: dict[str, float], loaded: dict[str, LoRA]
     ) -> None:
         original = self._originals[target]
         deltas = [
             (loaded[name].deltas[target], strength)
-            for name, strength in active.items()
+            for name, strength in merged.items()
             if strength and target in loaded[name].deltas
         ]
         if deltas:

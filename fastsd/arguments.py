@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.errors import UsageError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LARGEST_BATCH = 4096  # pictures; more are a mistake, and would take long to find out
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
 # Parts of diffusers' pipelines, which ours has not as attributes.
@@ -195,6 +196,41 @@ def check_choice(what: str, given: str, known: Sequence[str]) -> None:
     """Raise unless `given` is one of `known`."""
     if given not in known:
         raise UsageError(f"{what} {given!r} is unknown; it is one of {', '.join(known)}")
+
+
+def check_pair(what: str, given: Any) -> tuple[int, int] | None:
+    """Return two whole numbers of pixels, the vertical one first; None: nothing was given."""
+    pair = _plain(given)
+    if pair is None:
+        return None
+    plain = [_plain(number) for number in pair] if isinstance(pair, (list, tuple)) else []
+    whole = [isinstance(n, Real) and not isinstance(n, bool) and n == n // 1 for n in plain]
+    if len(plain) != 2 or not all(whole):
+        raise UsageError(
+            f"{what} must be two whole numbers of pixels, the vertical one first, not {given!r}"
+        )
+    first, second = plain
+    return int(first), int(second)
+
+
+def check_callable(what: str, given: Any) -> None:
+    """Raise unless it can be called, or is None."""
+    if given is not None and not callable(given):
+        raise UsageError(f"{what} must be a function, not {given!r}")
+    if inspect.iscoroutinefunction(given):
+        raise UsageError(f"{what} must be a plain function, not an async one, which nobody awaits")
+
+
+def check_adapters(given: Any) -> dict[str, float] | None:
+    """Return name -> weight; None: nothing was given."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f"adapters must map the names of loaded LoRAs to weights, not {given!r}; "
+            "e.g. adapters={'style': 0.8}"
+        )
+    return dict(zip(given, listed_numbers(list(given.values()), len(given)), strict=True))
 
 
 def check_latents(given: Any, shape: Sequence[int]) -> Tensor:

@@ -6,7 +6,9 @@ the checks of arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastsd import tasks
-from fastsd.arguments import check_latents, described
+from fastsd.arguments import check_latents, check_number, described
 from fastsd.backends import Backend
 from fastsd.conditioning import Conditioning
 from fastsd.config import ModelConfig
@@ -26,7 +28,7 @@ from fastsd.samplers import StepTable
 from fastsd.sources import Source
 from fastsd.tasks import Decode, Noise, Start
 
-Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -66,6 +68,8 @@ class Call:
         self.config: ModelConfig = self.pipeline.config
         self._interrupt = False
         self._guidance_scale = guidance
+        self.altered = False  # whether the callback has changed anything
+        self.interrupted_after: int | None = None  # rows, where the callback ended the run
 
     @property
     def guidance_scale(self) -> float:
@@ -76,6 +80,11 @@ class Call:
     def do_classifier_free_guidance(self) -> bool:
         """Whether the model answers twice a step; distilled models are told the weight instead."""
         return self.config.guided(self._guidance_scale)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run ends after this row; to end it, set _interrupt."""
+        return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
@@ -100,6 +109,7 @@ class Call:
             one_at_a_time=self.one_at_a_time,
             tile=self.tile,
         )
+        self._bound = self._denoiser(from_row=0)
         watched = self.callback is not None or self.preview is not None
         whole = self.loops.graph == "loop" and not watched and output_type != "latent"
         kept = self.source if self.source and self.source.feather is not None else None
@@ -107,7 +117,7 @@ class Call:
         run = Run(
             table=self.table,
             latents=self._start.latents,
-            denoiser=self._denoiser(),
+            denoiser=self._bound,
             guidance=self._guidance,
             rescale=self.rescale,
             known=self._start.known,
@@ -116,7 +126,7 @@ class Call:
         )
         with (
             self.loops.take(run) as self._loop,
-            tqdm(total=self.table.rows, **self.progress) as bar,
+            _progress_bar(self.table.rows, self.progress) as bar,
         ):
             results = self._loop.run(noise, lambda row: self._end_row(row, bar))
             *finished, latents = (each.clone() for each in (*results, self._loop.latents))
@@ -147,7 +157,7 @@ class Call:
         height, width = (side // factor for side in self.size)
         return self.batch, self.config.vae.latent_channels, height, width
 
-    def _denoiser(self) -> Denoiser:
+    def _denoiser(self, from_row: int) -> Denoiser:
         return tasks.bind_denoiser(
             self.backend,
             self.config,
@@ -158,6 +168,7 @@ class Call:
             extra=self._start.extra,
             one_at_a_time=self.one_at_a_time,
             cache_interval=self.cache_interval,
+            from_row=from_row,
         )
 
     def _prepare(self, noise: Noise, latents: Tensor | None) -> Start:
@@ -178,18 +189,22 @@ class Call:
 
     def _end_row(self, row: int, bar: Any) -> bool:
         """Advance the bar, ask the callback, take over what it changed; False ends the run."""
-        bar.update(row + 1 - bar.n)
+        if bar is not None:
+            bar.update(row + 1 - bar.n)
         if self.preview is not None:
             self.preview(row, self._loop.clean, self._decoder)
         if self.callback is None:
             return True
+        # A copy, as the buffer is the next row's too: a callback may keep it, or write to it.
+        latents = self._loop.latents.clone()
         tensors = {
-            "latents": self._loop.latents,
+            "latents": latents,
             "prompt_embeds": self.conditioning.context,
             "negative_prompt_embeds": self.conditioning.context[: -self.batch],
         }
         given = {name: tensors[name] for name in self.callback_tensors}
         before = self._guidance_scale
+        version = None if latents.is_inference() else latents._version
         timestep = torch.tensor(self.table.timesteps[row], dtype=torch.float32)
         changed = self.callback(self, row, timestep, given) or {}
         if not isinstance(changed, dict):
@@ -197,16 +212,25 @@ class Call:
                 "callback_on_step_end must return a dict of what it changed, or None, not "
                 f"{described(changed)}"
             )
-        latents = changed.get("latents", self._loop.latents)
-        if latents is not self._loop.latents:
-            self._loop.latents.copy_(check_latents(latents, self._loop.latents.shape))
+        check_number("_guidance_scale", self._guidance_scale)
+        answer = changed.get("latents", latents)
+        if (
+            answer is not latents
+            or (version is not None and latents._version != version)
+            or (version is None and not torch.equal(latents, self._loop.latents))
+        ):
+            self._loop.latents.copy_(check_latents(answer, latents.shape))
+            self.altered = True
         context = changed.get("prompt_embeds", self.conditioning.context)
         if context is not self.conditioning.context or before != self._guidance_scale:
-            self._rebind(context)
+            self._rebind(context, row + 1)
+            self.altered = True
+        if self._interrupt:
+            self.interrupted_after, self.altered = row + 1, True
         return not self._interrupt
 
-    def _rebind(self, context: Tensor) -> None:
-        """Go on with another context or guidance weight, as diffusers' loop does."""
+    def _rebind(self, context: Tensor, row: int) -> None:
+        """Go on from `row` with another context or guidance weight, as diffusers' loop does."""
         width, batch = self.config.unet.context_width, self.batch
         if not isinstance(context, Tensor) or context.ndim != 3 or context.shape[-1] != width:
             raise UsageError(
@@ -220,10 +244,31 @@ class Call:
                 f"the callback left {len(context)}; begin the call with guidance, and turn it off "
                 "for good or not at all"
             )
-        self.conditioning = replace(
-            self.conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
-        )
-        self._loop.rebind(self._denoiser(), self._guidance)
+        same = context is self.conditioning.context and len(context) == kept
+        if not same or self.config.unet.guidance_width:  # else the weight alone is another
+            self.conditioning = replace(
+                self.conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
+            )
+            self._bound = self._denoiser(from_row=row)
+        self._loop.rebind(self._bound, self._guidance)
+
+
+@contextmanager
+def _progress_bar(rows: int, config: Mapping[str, Any]) -> Iterator[Any]:
+    """Show a bar of tqdm's, on a terminal alone unless `config` says more; yields None for none.
+
+    tqdm itself writes to whatever stands for stderr, even where there is nothing.
+    """
+    config = dict(config)
+    if config.get("disable") is None:
+        stream = config.get("file") or sys.stderr
+        terminal = stream is not None and not getattr(stream, "closed", False)
+        config["disable"] = not (terminal and hasattr(stream, "isatty") and stream.isatty())
+    if config["disable"]:
+        yield None
+        return
+    with tqdm(total=rows, **config) as bar:
+        yield bar
 
 
 def _to_host(pictures: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -116,8 +117,14 @@ class Prompts:
         for texts in (self.prompt, self.prompt_2, self.negative_prompt, self.negative_prompt_2):
             _check_texts(_listed(texts))
 
-    def check_embeds(self, config: ModelConfig) -> None:
-        """Raise UsageError for embeddings that the model does not read."""
+    def check(self, config: ModelConfig) -> None:
+        """Raise UsageError for texts or embeddings that the model does not read."""
+        for name in ("prompt_2", "negative_prompt_2"):
+            if getattr(self, name) is not None and len(config.text_encoders) == 1:
+                raise UsageError(
+                    f"{name} is for a second text encoder, and this model has one; drop it, or "
+                    f"give it as {name.removesuffix('_2')}"
+                )
         context, pooled = ("N", config.unet.context_width), (config.unet.pooled_width,)
         for name, form in {
             "prompt_embeds": context,
@@ -178,7 +185,7 @@ class Prompts:
             return embeds.to(encoder.backend.device)
 
         encoders = len(encoder.tokenizers)
-        texts = [self.texts, _listed(self.prompt_2) or self.texts][:encoders]
+        texts = [self.texts, self._second()][:encoders]
         negatives = self._negatives()[:encoders]
         zeros = self.negative_prompt is None and zero_empty
         chunks = encoder.held(self.prompt_embeds, self.negative_prompt_embeds)
@@ -208,6 +215,11 @@ class Prompts:
                 f"one {tuple(positive.context.shape)}; they must be alike"
             )
         return negative.join(positive)
+
+    def _second(self) -> list[str]:
+        """What a second encoder reads of the prompts, one a row."""
+        texts = _listed(self.prompt_2) or self.texts
+        return _spread(texts, self.batch, "prompt_2") if texts else []
 
     def _negatives(self) -> list[list[str]]:
         """The negative texts of each encoder, one a row."""
@@ -335,7 +347,7 @@ class TextEncoder:
     def __post_init__(self) -> None:
         layers = min(encoder.layers for encoder in self.config.text_encoders)
         most = layers + 1 + self.config.text_layer
-        whole = isinstance(self.clip_skip, int) and not isinstance(self.clip_skip, bool)
+        whole = isinstance(self.clip_skip, Integral) and not isinstance(self.clip_skip, bool)
         if not (whole and 0 <= self.clip_skip <= most):
             raise UsageError(
                 f"clip_skip must be a whole number from 0 to {most} for this model's text encoder, "
@@ -420,7 +432,7 @@ class TextEncoder:
             for overflow in tokens.overflow:
                 if overflow:
                     log.warning(
-                        "the prompt is longer than %d tokens; this was cut off: %s "
+                        "the prompt is longer than %d tokens; this was cut off: %.80r "
                         "(prompt_syntax='weighted' reads all of it)",
                         length - 2,
                         overflow,

@@ -143,7 +143,7 @@ class SamplingLoop:
         self._known = run.known and Known(*map(torch.zeros_like, run.known.tensors))
         self._finish, self._kernel = run.finish, run.kernel
         self._finished: tuple[Tensor, ...] = ()
-        self._replay: Step | None = None  # not the method: that would be a cycle
+        self._replay: Step | None = None
         self._replay_all: Step | None = None
         self._noises: Tensor | None = None  # of every row, where the whole loop is one graph
 
@@ -201,7 +201,9 @@ class SamplingLoop:
         Capturing may run the step several times: load a run before it and after it.
         """
         if not whole:
-            self._replay = capture(self._step)
+            replay = capture(self._step)
+            # Where nothing is captured it is the method itself, and to keep that would be a cycle.
+            self._replay = None if replay == self._step else replay
             return
         self._noises = self._sources.new_zeros((self._table.rows, *self.latents.shape))
         self._replay_all = capture(self._walk)
@@ -310,6 +312,7 @@ class Loops:
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._functions: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._lock = threading.Lock()
+        self._building = threading.Lock()  # one at a time, or each counts the others' memory
         self._failures: dict[str, str] = {}  # what is uncaptured -> why
 
     def once(self, name: Hashable, function: Function) -> Function:
@@ -361,7 +364,8 @@ class Loops:
                 kept.loop, kept.size_bytes = None, 0  # its memory goes before the next one's comes
                 if self._limit_bytes == 0:
                     self._evict(kept, 0)
-                kept.loop, kept.size_bytes = self._build(run, kept)
+                with self._building:
+                    kept.loop, kept.size_bytes = self._build(run, kept)
                 self._evict(kept, self._limit_bytes)
             kept.loop.load(run)
             yield kept.loop
@@ -369,8 +373,10 @@ class Loops:
     def explain(self) -> list[str]:
         """Say what is captured, how large it is, and why what is not is not."""
         if not self._keeps:
-            asked = self.backend.captures
-            return [f"steps run uncaptured: {'as asked' if asked else 'there is no GPU'}"]
+            why = (
+                "as asked" if self.backend.captures else f"{self.backend.device.type} has no graphs"
+            )
+            return [f"steps run uncaptured: {why}"]
         with self._lock:
             lines = [
                 f"{kept.what}: {kept.size_bytes / 2**20:.0f} MiB" for kept in self._kept.values()

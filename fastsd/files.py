@@ -39,6 +39,15 @@ def read_json(path: Path, error_type: type[FastsdError] = CheckpointError) -> di
     return data
 
 
+@contextmanager
+def explained_denials() -> Iterator[None]:
+    """Raise CheckpointError for a file or folder that this user may not read."""
+    try:
+        yield
+    except PermissionError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
 def write_json(path: Path, data: object) -> None:
     """Write JSON for people: indented, keys as given, UTF-8; as `replaced` does, at once."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"

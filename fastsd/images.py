@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,10 @@ def _pil_to_tensor(
 ) -> Tensor:
     import torch
 
+    try:
+        picture = ImageOps.exif_transpose(picture)  # upright, as people see it
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, of files cut off too
+        raise UsageError(f"{what} cannot be decoded ({error}); open or save it again") from None
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         alpha = picture.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
@@ -149,7 +154,11 @@ def _pil_to_tensor(
     elif picture.mode not in MODES:
         raise UsageError(
             f"{what} has mode {picture.mode!r}, expected one of {', '.join(MODES)}; "
-            "convert it: image.convert('RGB')"
+            + (
+                "scale its values to 8 bits, or read its file with fastsd.images.read_image"
+                if picture.mode[0] in "IF"  # which convert() cuts at 255
+                else f"convert it: {what}.convert({CHANNELS[channels]!r})"
+            )
         )
     if 0 in picture.size:
         raise UsageError(f"{what} has {picture.width}x{picture.height} pixels; it is empty")
@@ -177,14 +186,14 @@ def widen(pictures: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:
     import torch
     from torch.nn.functional import pad
 
-    sides = list(borders)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    sides = list(borders) if isinstance(borders, Iterable) else []
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
     if not (len(sides) == 4 and whole and min(sides) >= 0 and 0 < max(sides) < LONGEST_SIDE):
         raise UsageError(
             f"outpaint takes the pixels to add on the left, top, right and bottom, whole numbers "
             f"of 0 or more, below {LONGEST_SIDE} and not all 0, not {borders!r}"
         )
-    left, top, right, bottom = sides
+    left, top, right, bottom = map(int, sides)
     frame = (left, right, top, bottom)
     canvas = pad(pictures, frame, mode="replicate")
     mask = pad(torch.zeros(1, 1, *pictures.shape[-2:]), frame, value=1.0)
@@ -230,7 +239,10 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
                 f"{path} has {width}x{height} pixels, the limit is {max_pixels}; make it smaller"
             )
         try:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode[0] == "I":  # 16 bits, of which convert() would cut all above 255
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            return upright.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
             raise UsageError(f"{path} is damaged ({error}); save it again") from None
 

@@ -7,9 +7,9 @@ once.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,11 +25,15 @@ from fastsd.adapters import Adapters
 from fastsd.arguments import (
     CALLBACK_TENSORS,
     INSTEAD,
+    LARGEST_BATCH,
     OUTPUT_TYPES,
+    check_adapters,
+    check_callable,
     check_choice,
     check_count,
     check_fraction,
     check_number,
+    check_pair,
     chosen_device,
     chosen_precision,
     count_steps,
@@ -47,6 +51,7 @@ from fastsd.backends.auto import choose
 from fastsd.backends.fastest import fastest_step
 from fastsd.call import Call, Callback
 from fastsd.checkpoints import (
+    GIVEN_TENSORS,
     Checkpoint,
     open_checkpoint,
     open_description,
@@ -62,7 +67,7 @@ from fastsd.models.layers import LAYERS
 from fastsd.models.tiny_vae import TinyVAE
 from fastsd.models.vae import VAE
 from fastsd.prompts import SYNTAXES
-from fastsd.quant.draws import PROMPTS, draw_settings
+from fastsd.quant.draws import GUIDANCE, PROMPTS, draw_settings
 from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
 from fastsd.sources import Source
 from fastsd.tasks import Decode
@@ -118,7 +123,12 @@ class Pipeline:
         graph: str = "step",
         low_memory: bool = False,
         weights: str | None = None,
+        changes: Mapping[str, str] | None = None,
     ) -> None:
+        """Open the parts; from_pretrained says what the arguments are.
+
+        changes: what else its pictures are to record of how it was loaded, name -> value.
+        """
         check_choice("graph", graph, GRAPHS)
         if low_memory and graph == "loop":
             raise UsageError(
@@ -135,10 +145,12 @@ class Pipeline:
         self._graph = graph
         self._low_memory = low_memory
         self._weights = weights
+        self._changes = dict(changes or {})
         self._kernels: dict[str, str] = {}  # op -> what `use` asked for
         self._backend = self._open_backend(backend, precision, chosen_device(device))
         self._loops = self._new_loops(self._backend)
-        self._adapters = Adapters(on_host=low_memory)
+        self._adapters = Adapters(self._backend, on_host=low_memory)
+        self._vocabulary_lock = threading.Lock()
         self._preview_vae: VAE | TinyVAE | None = None
         if weights == "fp8":
             self._put_in_fp8()
@@ -214,6 +226,7 @@ class Pipeline:
         artifact = None
         if backend is not None:
             check_choice("backend", backend, ("auto", *BACKENDS))
+        changes = {"prediction": prediction, "preset": preset, "vae": vae, "tokenizer": tokenizer}
         if floor is not None and backend != "auto":
             raise UsageError("floor chooses among what was tuned; pass backend='auto' with it")
         if weights is not None and backend == "auto":
@@ -222,15 +235,13 @@ class Pipeline:
                 "pass backend='eager', or leave weights out"
             )
         if is_artifact(model):
-            changes = {
-                "prediction": prediction,
-                "preset": preset,
-                "vae": vae,
-                "tokenizer": tokenizer,
-            }
             for name, given in changes.items():
                 if given is not None:
                     raise UsageError(f"an engine has its {name} built in; leave {name} out")
+            if backend == "auto":
+                raise UsageError(
+                    "backend='auto' chooses an engine for a model; leave it out, or give the model"
+                )
             artifact = Artifact.open(model, trust_native=trust_native)
             checkpoint = open_description(artifact.path)
         else:
@@ -248,16 +259,15 @@ class Pipeline:
             )
         if backend == "auto":
             backend = None
-            if artifact is None:
-                choice = choose(
-                    checkpoint,
-                    floor,
-                    precision=chosen_precision(precision, dtype or torch_dtype),
-                    device=chosen_device(device).type,
-                )
-                _tell(choice.reason)
-                if choice.engine is not None:
-                    artifact = Artifact.open(choice.engine)
+            choice = choose(
+                checkpoint,
+                floor,
+                precision=chosen_precision(precision, dtype or torch_dtype),
+                device=chosen_device(device).type,
+            )
+            _tell(choice.reason)
+            if choice.engine is not None:
+                artifact = Artifact.open(choice.engine)
         return cls(
             checkpoint,
             name=Path(model).name if Path(model).exists() else str(model),
@@ -269,6 +279,7 @@ class Pipeline:
             graph=graph,
             low_memory=low_memory,
             weights=weights,
+            changes={name: Path(given).name for name, given in changes.items() if given},
         )
 
     @classmethod
@@ -288,29 +299,29 @@ class Pipeline:
 
     def to(self, *targets: str | torch.device | torch.dtype) -> Pipeline:
         """Move to a device, a dtype or both, and return the pipeline itself. Waits for calls."""
-        name, device = self._backend.name, self._backend.device
-        precision: str | None = self._backend.precision
-        for target in targets:
-            if isinstance(target, torch.dtype):
-                precision = chosen_precision(None, target)
-            else:
-                device = chosen_device(target)
-        if (device, precision) != (self._backend.device, self._backend.precision):
+        with self._adapters.rebound():
+            now = self._backend
+            device, precision = now.device, now.precision
+            for target in targets:
+                if isinstance(target, torch.dtype):
+                    precision = chosen_precision(None, target) or precision
+                else:
+                    device = chosen_device(target)
+            if (device, precision) == (now.device, now.precision):
+                return self
             if self._weights == "fp8":
                 raise UsageError(
                     "a model with weights='fp8' stays where it was loaded; pass device and "
                     "precision to from_pretrained"
                 )
-            with self._adapters.rebound() as new:
-                opened = self._open_backend(name, precision, device)
-                for op, implementation in self._kernels.items():
-                    dispatch.require(op, implementation, device)
-                    if op in LAYERS:  # the sampler's step is the loop's own, see _new_loops
-                        opened.use(op, implementation)
-                self._backend.close()
-                self._backend = opened
-                self._loops = self._new_loops(opened)  # what is captured goes with the old one
-                new.append(opened)
+            opened = self._open_backend(now.name, precision, device)
+            for op, implementation in self._kernels.items():
+                dispatch.require(op, implementation, device)
+                if op in LAYERS:  # the sampler's step is the loop's own, see _new_loops
+                    opened.use(op, implementation)
+            now.close()
+            self._backend = self._adapters.backend = opened
+            self._loops = self._new_loops(opened)  # what is captured goes with the old one
         return self
 
     def _open_backend(
@@ -335,11 +346,12 @@ class Pipeline:
                     f"{what} {given!r} was asked for, and the engine {self.artifact.path} has "
                     f"{fixed!r}; leave {what} out, or export again"
                 )
-        if self._weights is not None:
-            raise UsageError(
-                f"weights={self._weights!r} is for a model's own weights, and the engine "
-                f"{self.artifact.path} was built with its own; leave weights out"
-            )
+        for what, asked in (("weights", self._weights), ("low_memory", self._low_memory)):
+            if asked:
+                raise UsageError(
+                    f"{what}={asked!r} is for a model's own weights, and the engine "
+                    f"{self.artifact.path} was built with its own; leave {what} out"
+                )
         return open_artifact(self.artifact, self.config, device=device)
 
     def _put_in_fp8(self) -> None:
@@ -410,7 +422,6 @@ class Pipeline:
         Raises CheckpointError, with nothing changed, for one that does not fit the model.
         """
         refuse(unknown, self.load_lora_weights)
-        name = adapter_name or _free_name(self._adapters.loaded)
         parts = self.checkpoint.parts or ("unet",)  # an engine's description has no weights
         weights = {part: self._backend.weights(part) for part in parts}
         lora = open_lora(
@@ -424,7 +435,7 @@ class Pipeline:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        self._adapters.load(name, lora, self._backend)
+        self._adapters.load(adapter_name, lora)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
@@ -437,24 +448,24 @@ class Pipeline:
                 f"{len(names)} adapters ({', '.join(names)}) were given {len(strengths)} weights; "
                 "give each once, with one weight, or one weight for all"
             )
-        self._adapters.set(dict(zip(names, strengths, strict=True)), self._backend)
+        self._adapters.set(dict(zip(names, strengths, strict=True)))
 
     def unload_lora_weights(self) -> None:
         """Forget every adapter: the weights are the checkpoint's again, bit for bit."""
-        self._adapters.drop(None, self._backend)
+        self._adapters.drop(None)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget these adapters; others that are on stay so."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._adapters.drop(names, self._backend)
+        self._adapters.drop(names)
 
     def disable_lora(self) -> None:
         """Turn every adapter off; they stay loaded."""
-        self._adapters.set({}, self._backend)
+        self._adapters.set({})
 
     def enable_lora(self) -> None:
         """Turn every loaded adapter on, at weight 1."""
-        self._adapters.set(dict.fromkeys(self._adapters.loaded, 1.0), self._backend)
+        self._adapters.set_all(1.0)
 
     def get_active_adapters(self) -> list[str]:
         """Name the adapters that are on."""
@@ -518,7 +529,7 @@ class Pipeline:
         settings = {
             **draw_settings(self.config, self._size(height, width), num_inference_steps),
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": None if guidance else 1.0,
+            "guidance_scale": GUIDANCE if guidance else 1.0,
             "strength": 1.0 if self.config.inpaints else None,
         }
         for prompts in dict.fromkeys((batch, 1)):
@@ -541,13 +552,14 @@ class Pipeline:
         refuse(unknown, self.load_textual_inversion)
         widths = [encoder.width for encoder in self.config.text_encoders]
         embedding = read_embedding(source, widths, token)
-        taken = [e.token for e in self._vocabulary.embeddings]
-        if embedding.token in taken:
-            raise UsageError(
-                f"a learned word {embedding.token!r} is loaded already; give another token, or "
-                "call unload_textual_inversion first"
-            )
-        self._vocabulary = Vocabulary.of(self.checkpoint, [*self._vocabulary.embeddings, embedding])
+        with self._vocabulary_lock:
+            loaded = self._vocabulary.embeddings
+            if embedding.token in [e.token for e in loaded]:
+                raise UsageError(
+                    f"a learned word {embedding.token!r} is loaded already; give another token, or "
+                    "call unload_textual_inversion first"
+                )
+            self._vocabulary = Vocabulary.of(self.checkpoint, [*loaded, embedding])
 
     @property
     def embeddings(self) -> dict[str, str]:
@@ -556,14 +568,15 @@ class Pipeline:
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         """Forget learned words; None forgets all."""
-        loaded = self._vocabulary.embeddings
-        forget = [e.token for e in loaded] if tokens is None else tokens
-        forget = [forget] if isinstance(forget, str) else list(forget)
-        for token in forget:
-            check_choice("learned word", token, [e.token for e in loaded])
-        self._vocabulary = Vocabulary.of(
-            self.checkpoint, [e for e in loaded if e.token not in forget]
-        )
+        with self._vocabulary_lock:
+            loaded = self._vocabulary.embeddings
+            forget = [e.token for e in loaded] if tokens is None else tokens
+            forget = [forget] if isinstance(forget, str) else list(forget)
+            for token in forget:
+                check_choice("learned word", token, [e.token for e in loaded])
+            self._vocabulary = Vocabulary.of(
+                self.checkpoint, [e for e in loaded if e.token not in forget]
+            )
 
     @torch.no_grad()
     def __call__(
@@ -611,6 +624,7 @@ class Pipeline:
         preview: Preview | None = None,
         batch_invariant: bool = False,
         cache_interval: int = 1,
+        adapters: Mapping[str, float] | None = None,
         **unknown: object,
     ) -> Any:
         """Draw pictures for `prompt`, a string or a list, and return an Output.
@@ -635,6 +649,9 @@ class Pipeline:
         batch_invariant: run one picture at a time inside, for the same bits whatever the batch.
         cache_interval: after the first fifth of the steps, run the UNet's deeper layers at every so
         many only; 2 takes about two thirds of the time and draws a near picture, not the same.
+        adapters: the LoRAs of this call alone, name -> weight, {} for none; None takes those that
+        set_adapters left on. A call that asks for others than the one before changes the weights
+        first, and waits for calls that use them.
         num_inference_steps: None takes 50, or what a distilled model was made for.
         guidance_scale: None takes what the checkpoint records (the built-in model: 2), or what a
         distilled model was made for, else 7.5, or 5.0 for SDXL; 1 or less draws without guidance.
@@ -644,7 +661,8 @@ class Pipeline:
         preview(step, pictures): called after every step with the PIL pictures that the model is on
         its way to, as load_preview_vae decodes them; what it returns is ignored.
         callback_on_step_end(pipe, step, timestep, tensors): may return changed tensors, and may set
-        pipe._interrupt = True (stop here) or pipe._guidance_scale; an exception ends the call.
+        pipe._interrupt = True (decode what there is) or pipe._guidance_scale; an exception ends the
+        call. It must not wait for another thread that draws by, or changes, the same pipeline.
 
         Raises UsageError, NumericsError or OutOfMemory.
         """
@@ -659,7 +677,7 @@ class Pipeline:
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
         )
-        prompts.check_embeds(self.config)
+        prompts.check(self.config)
         count = check_count("num_images_per_prompt", num_images_per_prompt)
         with explained_memory_errors("image at this size"):
             size = self._size(height, width)
@@ -678,6 +696,11 @@ class Pipeline:
                     f"{len(source.pictures)} pictures were given for {prompts.batch} prompts; "
                     "give one, or one each"
                 )
+        if prompts.batch * count > LARGEST_BATCH:
+            raise UsageError(
+                f"{prompts.batch * count} pictures were asked for at once, at most {LARGEST_BATCH} "
+                "are drawn; call several times"
+            )
         guidance = self._default_guidance(source) if guidance_scale is None else guidance_scale
         check_number("guidance_scale", guidance)
         check_fraction("guidance_rescale", guidance_rescale)
@@ -689,7 +712,13 @@ class Pipeline:
         vocabulary = self._vocabulary
         if check_count("cache_interval", cache_interval) > 1:
             self._check_cached(batch_invariant)
-        for name in callback_on_step_end_tensor_inputs:
+        original_size = check_pair("original_size", original_size)
+        crop = check_pair("crops_coords_top_left", crops_coords_top_left) or (0, 0)
+        target_size = check_pair("target_size", target_size)
+        adapters = check_adapters(adapters)
+        check_callable("callback_on_step_end", callback_on_step_end)
+        check_callable("preview", preview)
+        for name in callback_on_step_end_tensor_inputs or ():
             check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
         timesteps = levels("timesteps", timesteps)
         sigmas = levels("sigmas", sigmas)
@@ -712,7 +741,7 @@ class Pipeline:
         seeds, generators = generators_of(seed, generator, prompts.batch * count)
 
         memory = explained_memory_errors(f"pictures of {size[1]}x{size[0]}")
-        with memory, self._adapters.in_use() as loras:
+        with memory, self._adapters.in_use(adapters) as loras:
             encoder = TextEncoder(
                 backend=self._backend,
                 config=self.config,
@@ -725,7 +754,7 @@ class Pipeline:
             )
             sizes = Sizes(
                 original=original_size,
-                crop=crops_coords_top_left,
+                crop=crop,
                 target=target_size,
                 scores=(aesthetic_score, negative_aesthetic_score),
             )
@@ -748,7 +777,7 @@ class Pipeline:
                 from_noise=source is not None and source.mask is not None and strength == 1,
                 noised=denoising_start is not None,
                 callback=callback_on_step_end,
-                callback_tensors=tuple(callback_on_step_end_tensor_inputs),
+                callback_tensors=tuple(callback_on_step_end_tensor_inputs or ()),
                 preview=None if preview is None else partial(self._show, preview),
                 one_at_a_time=batch_invariant,
                 cache_interval=cache_interval,
@@ -762,7 +791,8 @@ class Pipeline:
             "image": image if source is not None and source.latent else None,
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
-            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end": callback_on_step_end if call.altered else None,
+            "lora": loras if (GIVEN_TENSORS in dict(loras)) else None,
         }
         settings = {
             "steps": steps,
@@ -771,25 +801,27 @@ class Pipeline:
             "guidance_scale": float(guidance),
             "guidance_rescale": float(guidance_rescale) or None,
             "prompt_syntax": prompt_syntax,
-            "clip_skip": clip_skip,
+            "clip_skip": None if clip_skip is None else int(clip_skip),
             "strength": strength,
-            "mask_feather": mask_feather,
+            "mask_feather": None if source is None else source.feather,
             "outpaint": plain_numbers(outpaint),
-            "denoising_start": denoising_start,
-            "denoising_end": denoising_end,
+            "denoising_start": None if denoising_start is None else float(denoising_start),
+            "denoising_end": None if denoising_end is None else float(denoising_end),
             "eta": float(eta),
             "height": int(size[0]),
             "width": int(size[1]),
             "timesteps": timesteps,
             "sigmas": sigmas,
             "original_size": plain_numbers(original_size),
-            "crops_coords_top_left": plain_numbers(crops_coords_top_left),
+            "crops_coords_top_left": plain_numbers(crop),
             "target_size": plain_numbers(target_size),
             "aesthetic_score": float(aesthetic_score),
             "negative_aesthetic_score": float(negative_aesthetic_score),
-            "batch_invariant": batch_invariant,
-            "cache_interval": cache_interval if cache_interval > 1 else None,
-            "lora": [f"{title}:{weight:g}" for title, weight in loras.items()] or None,
+            "batch_invariant": bool(batch_invariant),
+            "cache_interval": int(cache_interval) if cache_interval > 1 else None,
+            "lora": [f"{title}:{str(weight).removesuffix('.0')}" for title, weight in loras]
+            or None,
+            "interrupted_after": call.interrupted_after,
             "not_recorded": [name for name, value in own_objects.items() if value is not None],
         }
         return Output(images, self._metadata(prompts, count, seeds, settings, source, vocabulary))
@@ -899,6 +931,7 @@ class Pipeline:
                 "precision": self._backend.precision,
                 "weights": self._weights,
                 "low_memory": self._low_memory or None,
+                **self._changes,
                 "versions": {"fastsd": fastsd.__version__, "torch": torch.__version__},
             }
             for i in range(prompts.batch * count)
@@ -929,8 +962,3 @@ def _tell(line: str) -> None:
         log.info(line)
     else:
         print(line, file=sys.stderr)
-
-
-def _free_name(taken: Mapping[str, object]) -> str:
-    """Name an adapter as diffusers does: default_0, default_1, …"""
-    return next(name for i in itertools.count() if (name := f"default_{i}") not in taken)

@@ -137,7 +137,7 @@ class Source:
                 "mask_feather keeps a picture's own pixels outside a mask; give mask_image or "
                 "outpaint, and image as a picture, not latents"
             )
-        return replace(self, feather=feather)
+        return replace(self, feather=int(feather))
 
     def size(self, config: ModelConfig) -> tuple[int, int]:
         """Height and width in pixels."""

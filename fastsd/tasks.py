@@ -104,12 +104,14 @@ def bind_denoiser(
     extra: Tensor | None = None,
     one_at_a_time: bool = False,
     cache_interval: int = 1,
+    from_row: int = 0,
 ) -> Denoiser:
     """Bind the UNet to a prompt and a schedule: all that does not depend on x is computed here,
     once.
 
     timesteps: (S,), one a row of the table. guidance: what distilled UNets are told; others ignore
-    it. extra, one_at_a_time: as `Predict` has them. cache_interval: as `reused` has it.
+    it. extra, one_at_a_time: as `Predict` has them. cache_interval: as `reused` has it. from_row:
+    the row that it is asked for first.
     """
     batch = len(conditioning) // (2 if guided else 1)
     if one_at_a_time and batch > 1:
@@ -147,7 +149,7 @@ def bind_denoiser(
     kv = backend.part("unet_context")(conditioning.context.to(backend.dtype))
     leaves, form = tree_flatten(kv)
     plain = Predict(backend.part("unet"), backend.dtype, form, extra is not None)
-    reuse = reused(len(timesteps), cache_interval)
+    reuse = reused(len(timesteps), cache_interval)[from_row:]
     fixed = (*leaves, *([] if extra is None else [extra]))
     return Denoiser(Cached(plain, backend, reuse) if any(reuse) else plain, rows, fixed)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -419,6 +421,120 @@ def test_a_call_sees_one_set_of_weights(pipe: Pipeline, theirs: Any, tmp_path: P
     for thread in threads:
         thread.join()
     assert all(min(float(np.abs(p - q).max()) for q in (on, off)) < 1e-5 for p in drawn)
+
+
+def test_each_call_may_have_loras_of_its_own(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
+    """Four threads ask for two LoRAs in turns: each gets its own, and what is on stays on."""
+    sets: list[dict[str, float] | None] = [{"a": 1.0}, {"b": 0.123456789}, {}, None]
+    for seed, name in enumerate("ab"):
+        file = write_lora(tmp_path / f"{name}.safetensors", theirs, kohya, seed=seed)
+        pipe.load_lora_weights(file, adapter_name=name)
+    pipe.set_adapters(["a", "b"], [0.5, 0.5])
+
+    def ask(i: int) -> Any:
+        return pipe(PROMPT, seed=0, output_type="np", adapters=sets[i % 4], **CALL)
+
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(ask, range(16)))
+    for given in (0, 1, 2):
+        pipe.set_adapters(list(sets[given] or {}), list((sets[given] or {}).values()))
+        alone = pipe(PROMPT, seed=0, output_type="np", **CALL).images
+        for output in drawn[given::4]:
+            np.testing.assert_allclose(output.images, alone, atol=1e-5)
+    pipe.set_adapters(["a", "b"], [0.5, 0.5])
+    for output in drawn[3::4]:
+        np.testing.assert_allclose(output.images, ask(3).images, atol=1e-5)
+    recorded = [output.metadata[0]["lora"] for output in drawn[:4]]
+    assert recorded == [
+        ["a.safetensors:1"],
+        ["b.safetensors:0.123456789"],
+        None,
+        ["a.safetensors:0.5", "b.safetensors:0.5"],
+    ]
+    assert pipe.get_active_adapters() == ["a", "b"]
+    ask(1)  # leaves its own in the weights
+    pipe.delete_adapters("b")
+    assert pipe.get_active_adapters() == ["a"] and ask(3).metadata[0]["lora"] == recorded[3][:1]
+    wrong: Any
+    for wrong, message in (
+        ({"c": 1.0}, "no adapter 'c' is loaded; there are a"),
+        ("a", "adapters must map the names"),
+        ({"a": float("nan")}, "an adapter's weight must be a finite number"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            pipe(PROMPT, adapters=wrong, **CALL)
+    pipe.unload_lora_weights()
+
+
+def test_loras_of_one_name_are_recorded_each(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        file = write_lora(tmp_path / name / "pytorch_lora_weights.safetensors", theirs, kohya)
+        pipe.load_lora_weights(file, adapter_name=name)
+    pipe.load_lora_weights(load_file(file))
+    assert pipe.get_active_adapters() == ["default_0"]
+    given = pipe(PROMPT, **CALL).metadata[0]
+    assert given["not_recorded"] == ["lora"], "what no file holds cannot be loaded again"
+    both = pipe(PROMPT, adapters={"a": 0.5, "b": 0.25}, **CALL).metadata[0]
+    stem = "pytorch_lora_weights.safetensors"
+    assert both["lora"] == [f"{stem}:0.5", f"{stem}:0.25"] and both["not_recorded"] == []
+
+
+def test_a_lora_that_waited_for_another_precision_is_on_there(
+    pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    """It was put in the weights that .to() let go of, and said to be on."""
+    file = write_lora(tmp_path / "a.safetensors", theirs, kohya)
+    drawing, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> dict[str, Tensor]:
+        drawing.set()
+        go_on.wait()
+        return {}
+
+    with ThreadPoolExecutor(3) as pool:
+        call = pool.submit(lambda: pipe(PROMPT, callback_on_step_end=wait, **CALL))
+        drawing.wait()
+        changes: list[Future[Any]] = [
+            pool.submit(lambda: pipe.to(torch.bfloat16)),
+            pool.submit(lambda: pipe.load_lora_weights(file)),
+        ]
+        while pipe._adapters._lock._changers < 2:
+            time.sleep(0.001)
+        go_on.set()
+        for each in (call, *changes):
+            each.result()
+    on = draw(pipe)
+    pipe.disable_lora()
+    assert pipe.dtype == torch.bfloat16 and not np.array_equal(on, draw(pipe))
+
+
+def test_unnamed_loras_loaded_at_once_have_names(
+    pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    file = write_lora(tmp_path / "a.safetensors", theirs, kohya, parts=["unet"])
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: pipe.load_lora_weights(file), range(4)))
+    loaded = pipe.get_list_adapters()["unet"]
+    assert sorted(loaded) == [f"default_{i}" for i in range(4)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_pipeline_does_not_survive_a_fork(pipe: Pipeline) -> None:
+    """In the child it would wait for torch's threads, which are not there, for ever."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            pipe(PROMPT, **CALL)
+        except UsageError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert b"load it in each process with from_pretrained" in os.read(reader, 1000)
+    draw(pipe)
 
 
 def test_not_from_inside_a_call(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -410,6 +411,26 @@ def test_again_with_the_built_in_lora(run: Run) -> None:
     options = ("--lora", "builtin-lcm", "--preset", "lcm", "--steps", 1, "--seed", 3)
     assert run("generate", "a red apple", "-o", "a.png", *options).code == 0
     assert run("generate", "--again", "a.png", "-o", "b.png").code == 0
+    assert pixels("a.png") == pixels("b.png")
+
+
+def test_again_knows_how_the_model_was_loaded(run: Run, sd1_folder: Path) -> None:
+    options = ("--model", sd1_folder, "--seed", 3, *QUICK)
+    assert run("generate", "a cat", "-o", "plain.png", *options).code == 0
+    assert run("generate", "a cat", "-o", "a.png", "--prediction", "v", *options).code == 0
+    assert read_metadata("a.png")["prediction"] == "v"
+    again = ("generate", "--model", sd1_folder, "-o", "b.png", "--again")
+    assert run(*again, "a.png").code == 0
+    assert pixels("a.png") == pixels("b.png") != pixels("plain.png")
+    vae = Path("other") / "vae"
+    vae.parent.mkdir()
+    shutil.copytree(sd1_folder / "vae", vae)
+    assert run("generate", "a cat", "-o", "a.png", "--vae", vae, *options).code == 0
+    result = run(*again, "a.png")
+    assert (
+        result.code == 2 and "drawn with the vae 'vae'; say where that is with --vae" in result.err
+    )
+    assert run(*again, "a.png", "--vae", vae).code == 0
     assert pixels("a.png") == pixels("b.png")
 
 

@@ -197,6 +197,39 @@ def test_turns_upright(tmp_path: Path) -> None:
     assert read_image(tmp_path / "a.jpg").size == (24, 40)
 
 
+def test_a_pil_picture_is_turned_upright_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise_picture(40, 24).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as photo:
+        torch.testing.assert_close(to_tensor(photo), to_tensor(read_image(tmp_path / "a.png")))
+
+
+def test_sixteen_bits_are_scaled_not_cut(tmp_path: Path) -> None:
+    deep = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    read = np.asarray(read_image(tmp_path / "a.png"))
+    np.testing.assert_array_equal(read[..., 0], (deep / 257).round())
+    with (
+        Image.open(tmp_path / "a.png") as scan,
+        pytest.raises(UsageError, match=r"scale its values to 8 bits, or read its file with"),
+    ):
+        to_tensor(scan)
+    with pytest.raises(UsageError, match=r"mask_image.convert\('L'\)"):
+        to_tensor(Image.new("CMYK", (8, 8)), what="mask_image", channels=1)
+
+
+def test_a_file_cut_off_is_an_error_of_ours(tmp_path: Path) -> None:
+    noise_picture(400, 240).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    with (
+        Image.open(tmp_path / "half.png") as half,
+        pytest.raises(UsageError, match="image cannot be decoded"),
+    ):
+        to_tensor(half)
+
+
 def test_reads_the_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import io
+import itertools
+import json
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,14 @@ from fastsd import Pipeline
 from fastsd.arguments import chosen_device
 from fastsd.backends.eager import EagerBackend
 from fastsd.benchmarks.baselines import diffusers_pipeline
-from fastsd.errors import FastsdError, NumericsError, OutOfMemory, UnknownName, UsageError
+from fastsd.errors import (
+    CheckpointError,
+    FastsdError,
+    NumericsError,
+    OutOfMemory,
+    UnknownName,
+    UsageError,
+)
 from fastsd.quality import builtin_atlas, psnr, tasks
 from fastsd.tasks import reused
 from tests.pictures import assert_same_pictures, generator, quiet
@@ -169,6 +180,14 @@ def start_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any])
     return tensors
 
 
+async def unawaited(step: int, pictures: Any) -> None:
+    """Stand in for a preview that nobody waits for."""
+
+
+def lose_guidance(pipe: Any, *_: Any) -> None:
+    pipe._guidance_scale = float("nan")
+
+
 def test_a_callback_cannot_begin_guidance(sd1: Pipeline) -> None:
     for prompts in ("a cat", ["a cat", "a dog"]):
         with pytest.raises(UsageError, match="begin the call with guidance"):
@@ -260,6 +279,81 @@ def test_callback_sees_each_step_and_may_raise(sd1: Pipeline, sd1_folder: Path) 
 
     with pytest.raises(Cancelled):
         sd1(PROMPT, num_inference_steps=5, callback_on_step_end=cancel)
+
+
+def test_what_a_callback_keeps_stays_as_it_was(sd1: Pipeline) -> None:
+    """Each step's latents are the callback's own, as in diffusers; what it writes is taken over."""
+    kept: list[torch.Tensor] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        kept.append(tensors["latents"])
+
+    settings: dict[str, Any] = dict(seed=1, num_inference_steps=4, sampler="euler")
+    plain = sd1(PROMPT, **settings)
+    watched = sd1(PROMPT, callback_on_step_end=keep, **settings)
+    assert digest(watched.images[0]) == digest(plain.images[0])
+    assert len(kept) == 4 and not any(torch.equal(a, b) for a, b in itertools.pairwise(kept))
+    last = sd1(PROMPT, output_type="latent", **settings).images
+    assert torch.equal(kept[-1], last)
+
+    def write(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        tensors["latents"].mul_(0.9)
+
+    def answer(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * 0.9}
+
+    written, answered = (sd1(PROMPT, callback_on_step_end=c, **settings) for c in (write, answer))
+    assert digest(written.images[0]) == digest(answered.images[0]) != digest(plain.images[0])
+    with torch.inference_mode():  # whose tensors count no writes
+        inferred = [sd1(PROMPT, callback_on_step_end=c, **settings) for c in (keep, write)]
+    assert [digest(out.images[0]) for out in inferred] == [
+        digest(out.images[0]) for out in (plain, written)
+    ]
+
+
+def test_only_a_callback_that_changes_something_keeps_a_picture_from_being_drawn_again(
+    sd1: Pipeline,
+) -> None:
+    def watch(*_: Any) -> None:
+        return None
+
+    def stop(pipe: Any, step: int, *_: Any) -> None:
+        assert pipe.interrupt is False
+        pipe._interrupt = step == 1
+
+    def guide(pipe: Any, *_: Any) -> None:
+        pipe._guidance_scale = 3.0
+
+    def write(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        tensors["latents"].add_(1)
+
+    def misspell(pipe: Any, *_: Any) -> None:
+        pipe.interrupt = True
+
+    settings: dict[str, Any] = dict(seed=1, num_inference_steps=4)
+    for callback, recorded, after in (
+        (watch, [], None),
+        (stop, ["callback_on_step_end"], 2),
+        (guide, ["callback_on_step_end"], None),
+        (write, ["callback_on_step_end"], None),
+    ):
+        metadata = sd1(PROMPT, callback_on_step_end=callback, **settings).metadata[0]
+        assert (metadata["not_recorded"], metadata["interrupted_after"]) == (recorded, after)
+    with pytest.raises(AttributeError, match="interrupt"):
+        sd1(PROMPT, callback_on_step_end=misspell, **settings)
+
+
+@pytest.mark.parametrize("stream", [None, "closed", object()])
+def test_without_a_terminal_nothing_is_written(
+    sd1_folder: Path, stream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service may have no stderr, a closed one or something else in its place."""
+    if stream == "closed":
+        stream = io.StringIO()
+        stream.close()
+    pipe = Pipeline.from_pretrained(sd1_folder)  # of which no bar was turned off
+    monkeypatch.setattr(sys, "stderr", stream)
+    pipe(PROMPT, num_inference_steps=1)
 
 
 # --- one seed, one picture
@@ -499,6 +593,18 @@ def test_parts_are_not_modules(sd1: Pipeline, sd1_folder: Path) -> None:
         (dict(callback_on_step_end=lambda *_: 3), "return a dict"),
         (dict(negative_prompt=["a", "b"]), "negative_prompt has 2 texts"),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "noise"),
+        (dict(callback_on_step_end=5), "callback_on_step_end must be a function, not 5"),
+        (dict(preview=5), "preview must be a function, not 5"),
+        (dict(preview=unawaited), "preview must be a plain function"),
+        (dict(callback_on_step_end=lose_guidance), "_guidance_scale must be a finite number"),
+        (dict(prompt_2="a"), "prompt_2 is for a second text encoder.*give it as prompt$"),
+        (dict(negative_prompt_2="a"), "negative_prompt_2 is for a second text encoder"),
+        (dict(num_images_per_prompt=10**8), "100000000 pictures were asked for at once, at most"),
+        *[
+            (dict([(name, given)]), f"{name} must be two whole numbers")
+            for name in ("original_size", "crops_coords_top_left", "target_size")
+            for given in ("xy", 8, (1, 2, 3), (1.5, 2), (float("nan"), 2), ("1", "2"), (True, 1))
+        ],
         (dict(prompt_embeds=torch.zeros(1, 77, 32)), "not both"),
     ],
 )
@@ -521,6 +627,35 @@ def test_bad_arguments(sd1: Pipeline, arguments: dict[str, Any], message: str) -
 def test_bad_embeddings(sd1: Pipeline, embeds: Any) -> None:
     with pytest.raises(UsageError, match=r"prompt_embeds must be a torch tensor .*\(B, N, 32\)"):
         sd1(prompt_embeds=embeds)
+
+
+def test_a_second_prompt_is_for_all_rows_as_a_second_negative_is(sdxl_folder: Path) -> None:
+    xl = quiet(sdxl_folder)
+    settings: dict[str, Any] = dict(seed=[1, 1], num_inference_steps=2, output_type="np")
+    one = xl(["a cat", "a dog"], "ink", **settings).images
+    each = xl(["a cat", "a dog"], ["ink", "ink"], **settings).images
+    np.testing.assert_array_equal(one, each)
+    with pytest.raises(UsageError, match="prompt_2 has 3 texts for 2 prompts"):
+        xl(["a cat", "a dog"], ["ink"] * 3, **settings)
+
+
+def test_numpys_numbers_are_recorded_as_json(sd1: Pipeline) -> None:
+    grey = Image.new("RGB", (64, 64), "grey")
+    given: dict[str, Any] = dict(
+        outpaint=np.array([16, 0, 0, 0]),
+        mask_feather=np.int64(8),
+        clip_skip=np.int64(1),
+        cache_interval=np.int64(2),
+        denoising_end=np.float32(0.5),
+        original_size=np.array([512, 512]),
+        num_inference_steps=np.int64(4),
+        seed=np.int64(3),
+    )
+    metadata = sd1(PROMPT, image=grey, **given).metadata[0]
+    given = dict(mask_feather=8, outpaint=(16, 0, 0, 0), batch_invariant=np.True_)
+    exact = sd1(PROMPT, image=grey, **given)
+    for recorded in (metadata, exact.metadata[0]):
+        assert json.loads(json.dumps(recorded)) == recorded
 
 
 def test_pooled_embeddings_go_with_the_others(sd1: Pipeline, sdxl_folder: Path) -> None:
@@ -571,6 +706,48 @@ def test_bad_loading_arguments(sd1_folder: Path) -> None:
             Pipeline.from_pretrained(sd1_folder, **arguments)
     with pytest.raises(FastsdError):
         Pipeline.from_pretrained(sd1_folder / "nothing here")
+
+
+def test_an_engine_has_its_own_of_what_belongs_to_a_model(
+    sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsd.pipeline.is_artifact", lambda path: True)
+    with pytest.raises(UsageError, match="chooses an engine for a model; leave it out"):
+        Pipeline.from_pretrained(sd1_folder, backend="auto", floor=60)
+
+
+def test_what_may_not_be_read_says_so(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is ours wherever it is met; root reads everything, so it is made here."""
+    pipe = quiet(sd1_folder)
+
+    def denied(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    for load, looks in (
+        (Pipeline.from_pretrained, "is_file"),
+        (pipe.load_lora_weights, "is_dir"),
+        (pipe.load_textual_inversion, "is_dir"),
+        (pipe.load_preview_vae, "is_file"),
+    ):
+        with monkeypatch.context() as locked:
+            locked.setattr(Path, looks, denied)
+            with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+                load(sd1_folder)
+
+
+def test_learned_words_loaded_at_once_are_all_there(sd1_folder: Path) -> None:
+    pipe = quiet(sd1_folder)
+    words = [f"word{i}" for i in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(5):
+                list(pool.map(lambda w: pipe.load_textual_inversion({w: torch.ones(1, 32)}), words))
+                assert sorted(pipe.embeddings) == words
+                pipe.unload_textual_inversion()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_nan_weights_are_an_error_not_a_black_picture(sd1_folder: Path) -> None:
@@ -645,6 +822,13 @@ def test_cached_steps_run_the_deeper_layers_less_often(
     assert 15 < psnr(output.images[0], whole) < 100
     again = pipe(PROMPT, cache_interval=2, **settings).images[0]
     assert digest(again) == digest(output.images[0]), "nothing is left of the run before"
+
+    def guide(pipe: Any, step: int, *_: Any) -> None:
+        pipe._guidance_scale = 7.0 - 0.1 * step
+
+    seen.update(mid_block=0, conv_out=0)
+    pipe(PROMPT, cache_interval=2, callback_on_step_end=guide, **settings)
+    assert (seen["mid_block"], seen["conv_out"]) == (4, 6), "another weight is no other start"
     with pytest.raises(UsageError, match="do not go together"):
         pipe(PROMPT, cache_interval=2, batch_invariant=True, **settings)
     with pytest.raises(UsageError, match="cache_interval must be"):

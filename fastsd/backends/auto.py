@@ -74,13 +74,13 @@ def remember(checkpoint: Checkpoint, rows: list[Measured]) -> Path:
 def recall(checkpoint: Checkpoint) -> list[Measured]:
     """Return what was measured of a model on this machine, with this torch; [] if nothing was."""
     file = _file(checkpoint)
-    if not file.is_file():
-        return []
     try:
+        if not file.is_file():
+            return []
         data: dict[str, Any] = read_json(file)
         rows = [Measured(**row) for row in data["rows"]]
-    except (CheckpointError, KeyError, TypeError):
-        return []  # cut or of another version: as if it were not there, until it is tuned again
+    except (CheckpointError, KeyError, PermissionError, TypeError):
+        return []  # cut, of another version, not ours to read: as if nothing had been tuned
     return rows if data.get("measured_with") == _here() else []
 
 

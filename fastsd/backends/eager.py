@@ -33,7 +33,7 @@ from fastsd.backends.heap import keep_freed_memory
 from fastsd.errors import UsageError
 from fastsd.kernels import conv3x3, dispatch, linear
 from fastsd.models.clip import CLIPText
-from fastsd.models.layers import LAYERS, Attention, Upsample, use_kernel
+from fastsd.models.layers import GEGLU, LAYERS, Attention, Linear, Upsample, use_kernel
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE, PixelAttention, fit_fp16_
 from fastsd.quant.linear import Fp8Conv3x3
@@ -212,6 +212,9 @@ class EagerBackend(Graphed):
             for layer in module.modules() if op == "attention" else ():
                 if isinstance(layer, PixelAttention):  # its heads are too wide for most
                     layer.implementation = "products" if implementation == "products" else "sdpa"
+            for layer in module.modules() if op == "geglu" else ():
+                if isinstance(layer, GEGLU) and isinstance(layer.proj, Linear):
+                    layer.proj.implementation = "library"  # ours would gate in that kernel's place
         self._choices[op] = [str(choice)]
 
     def _require_fits(self, op: str, implementation: str) -> None:

@@ -74,6 +74,12 @@ def put_in_fp8_(
         here = args[0].detach().abs().amax().float()
         largest[layer] = torch.maximum(largest[layer], here) if layer in largest else here
 
+    named = {
+        layer: name
+        for module in (unet, decoder)
+        if module is not None
+        for name, layer in module.named_modules()
+    }
     layers = [owner.get_submodule(name) for _, owner, name in found]
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
@@ -85,7 +91,9 @@ def put_in_fp8_(
         high = float(largest[layer])
         if not high < float("inf"):
             raise UsageError(
-                f"the model's activations are not finite before {name}; load it as bf16"
+                "the model's activations are not finite before "
+                f"{type(layer).__name__} {named.get(layer, name)}; load it as bf16, or where it "
+                "was, check its weights"
             )
         rounding = Rounding.of(-high, high)
         rounded: Fp8Linear | Fp8Conv3x3

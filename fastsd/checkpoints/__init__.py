@@ -10,10 +10,11 @@ from fastsd.checkpoints.checkpoint import (
 )
 from fastsd.checkpoints.convert import convert
 from fastsd.checkpoints.embeddings import Embedding, read_embedding
-from fastsd.checkpoints.lora import open_lora
+from fastsd.checkpoints.lora import GIVEN_TENSORS, open_lora
 from fastsd.checkpoints.save import save_description, save_folder
 
 __all__ = [
+    "GIVEN_TENSORS",
     "Checkpoint",
     "Embedding",
     "PartFiles",

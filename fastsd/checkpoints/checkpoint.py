@@ -32,6 +32,7 @@ from fastsd.checkpoints.single import read_single, read_vae_file
 from fastsd.checkpoints.weights import Use, empty_module, load_module, read_header
 from fastsd.config import FEW_STEPS, CLIPConfig, ModelConfig, sampled_as
 from fastsd.errors import CheckpointError, UsageError
+from fastsd.files import explained_denials
 from fastsd.models.clip import CLIPText
 from fastsd.models.tiny_vae import TinyVAE
 from fastsd.models.unet import UNet
@@ -90,6 +91,7 @@ class Checkpoint:
             )
         return tokenizer
 
+    @explained_denials()
     def with_vae(self, path: str | Path, *, variant: str | None = None) -> Checkpoint:
         """Return this checkpoint with another VAE, or a tiny autoencoder, of a folder or a file.
 
@@ -178,6 +180,7 @@ class Checkpoint:
         }
 
 
+@explained_denials()
 def open_checkpoint(
     model: str | Path,
     *,

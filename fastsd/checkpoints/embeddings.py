@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastsd.checkpoints.weights import WEIGHT_DTYPES, read_header
 from fastsd.errors import CheckpointError, UsageError
+from fastsd.files import explained_denials
 
 NAMELESS = "emb_params"
 XL = ("clip_l", "clip_g")  # in the order of SDXL's text encoders
@@ -43,6 +44,7 @@ class Embedding:
         return hashlib.sha256(data).hexdigest()
 
 
+@explained_denials()
 def read_embedding(
     source: str | Path | Mapping[str, Tensor], widths: Sequence[int], token: str | None = None
 ) -> Embedding:

@@ -27,7 +27,7 @@ from fastsd.checkpoints.ldm import unet_map
 from fastsd.checkpoints.weights import WEIGHT_DTYPES, TensorInfo, read_header, read_metadata
 from fastsd.config import PRESETS, ModelConfig
 from fastsd.errors import CheckpointError, UsageError
-from fastsd.files import read_json
+from fastsd.files import explained_denials, read_json
 
 Target = tuple[str, str]  # a part and the name of one of its weights
 Weights = Mapping[str, Mapping[str, Tensor]]  # part -> name -> weight
@@ -66,6 +66,7 @@ _OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 _TEXT_READER = re.compile(r"attn2[._](processor\.)?to_[kv](_lora|\.lora)?[._](lora_)?(down|A)\b")
 _USUAL_NAME = "pytorch_lora_weights.safetensors"
 _SHOWN = 5
+GIVEN_TENSORS = "the given tensors"  # the title of what no file holds
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,7 @@ def _made_for(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
     return f"by its keys it is {kind}{advice}"
 
 
+@explained_denials()
 def open_lora(
     source: str | Path | Mapping[str, Tensor],
     config: ModelConfig,
@@ -318,7 +320,7 @@ def open_lora(
     them.
     """
     if isinstance(source, Mapping):
-        return read_lora(source, config, weights, title="the given tensors")
+        return read_lora(source, config, weights, title=GIVEN_TENSORS)
     if source == "builtin-lcm":
         file = _only_file(BUILTIN / "lcm_lora", None)
         return read_lora(file, config, weights, title=source)

@@ -94,6 +94,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises CheckpointError, saying what the file is instead, or how many bytes it lacks.
     """
     try:
+        if path.is_fifo():  # to open one waits for a writer
+            raise CheckpointError(f"{path} is a pipe, not a file")
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(64)

@@ -30,6 +30,7 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     "precision": (str, None),
     "weights": (str, None),
     "low_memory": (bool, None),
+    **{name: (str, None) for name in ("prediction", "preset", "vae", "tokenizer")},
     "steps": (int, "num_inference_steps"),
     "guidance_scale": (_NUMBER, "guidance_scale"),
     "eta": (_NUMBER, "eta"),
@@ -58,7 +59,7 @@ LOADING = (
     *("prediction", "preset", "vae", "tokenizer"),
 )
 # What it says besides, for people and other tools.
-REMARKS = {"versions", "sampler_title", "schedule_type", "not_recorded"}
+REMARKS = {"versions", "sampler_title", "schedule_type", "not_recorded", "interrupted_after"}
 
 Settings = Mapping[str, Any]
 
@@ -330,6 +331,12 @@ def generate(
             f"{again} was drawn with the LoRAs {', '.join(settings['lora'])}; give each with "
             "--lora FILE:WEIGHT"
         )
+    for name, option in (("vae", vae), ("tokenizer", tokenizer)):
+        if name in settings and option is None and not Path(settings[name]).exists():
+            raise UsageError(
+                f"{again} was drawn with the {name} {settings[name]!r}; say where that is with "
+                f"--{name}"
+            )
     if preview is not None and preview.suffix.lower() != ".png":
         raise UsageError(f"--preview {preview} must end in .png")
     if preview_vae is not None and preview is None:

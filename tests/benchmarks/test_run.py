@@ -409,6 +409,19 @@ def test_a_batch_too_large_for_the_memory_is_the_last() -> None:
         _offline(Fragile())  # type: ignore[arg-type]
 
 
+def test_an_engine_of_one_batch_may_have_no_batch_to_try() -> None:
+    class Fixed:
+        def ask(self, do: str, *, size: int, repeats: int) -> dict[str, Any]:
+            return {"seconds": [1.0] if size == 3 else []}
+
+    with pytest.raises(ContenderFailed, match="draws none of the batches 1, 2, 4, 8, 16"):
+        _offline(Fixed())  # type: ignore[arg-type]
+
+
+def test_a_table_of_a_head_alone_is_none() -> None:
+    assert report._without_empty_columns([["batch", "pictures a second"]]) == []
+
+
 def test_a_row_without_quality_is_no_speed(
     whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
 ) -> None:
