@@ -119,8 +119,10 @@ class Prompts:
 
     def check(self, config: ModelConfig) -> None:
         """Raise UsageError for texts or embeddings that the model does not read."""
+        # A refiner is given what its base was, and passes over what it has no encoder for.
+        sdxl = config.family.startswith("sdxl")
         for name in ("prompt_2", "negative_prompt_2"):
-            if getattr(self, name) is not None and len(config.text_encoders) == 1:
+            if getattr(self, name) is not None and not sdxl:
                 raise UsageError(
                     f"{name} is for a second text encoder, and this model has one; drop it, or "
                     f"give it as {name.removesuffix('_2')}"

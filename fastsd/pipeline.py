@@ -206,9 +206,10 @@ class Pipeline:
         trust_native: load an exported engine that holds native code although you did not export it.
         graph: what is one CUDA graph: "step"; "loop", all steps and the decoding, captured for each
         step count anew; or "none".
-        low_memory: on a GPU, keep in the host's memory the text encoders and the VAE while they do
-        not run, and the weights that LoRAs replace; keep one captured step at a time; decode in
-        tiles of 512 pixels, which is near the same picture only.
+        low_memory: decode in tiles of 512 pixels, which is near the same picture only. On a GPU,
+        keep in the host's memory the text encoders and the VAE while they do not run, and the
+        weights that LoRAs replace; keep one captured step at a time. On a CPU, leave glibc's heap
+        as it is, which else keeps freed memory, all of the process's, for the next step.
         weights: "int8" keeps the UNet's weights in int8, but the first and last layer's, and widens
         a layer's whenever it runs: half of fp16's memory, a quarter of fp32's, for the time that
         takes and a near picture. "fp8", on GPUs since Ada, has most of the UNet's linear layers in

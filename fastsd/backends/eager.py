@@ -88,14 +88,7 @@ class EagerBackend(Graphed):
         self._checkpoint = checkpoint
         self._on_host = tuple(on_host)
         if device.type == "cpu":
-            keep_freed_memory()
-            if precision != "fp32" and (gain := dispatch.cpu_gain(self.dtype)) < SLOWER:
-                log.warning(
-                    "this CPU multiplies %s at %.2f times the speed of fp32; precision='fp32' is "
-                    "faster, and exact",
-                    precision,
-                    gain,
-                )
+            self._meet_cpu()
         host = torch.device("cpu")
         waiting = ("unet", *on_host) if device.type == "cuda" else on_host
         modules = {
@@ -120,19 +113,8 @@ class EagerBackend(Graphed):
         run: UNet | JoinedUNet = unet
         if device.type == "cuda":
             run = JoinedUNet(unet, device)
-            for name, text in texts.items():
-                if name not in on_host:  # what visits the GPU would take its weights twice
-                    join_text_(text, device)
-            for model in (unet, vae):  # the CPU's own convolutions measured slower channels-last
-                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            # A compiler does that itself; in fp32, convolutions may be in TF32 and products not.
-            if not to_compile and precision != "fp32":
-                spare_passes_(unet, norms_add="triton" in dispatch.able("layer_norm", device))
-                spare_passes_(vae.encoder, norms_add=False)  # its norms are the library's
-                spare_passes_(
-                    vae.decoder, norms_add="triton" in dispatch.able("group_norm", device)
-                )
-        self._parts = parts = {
+            self._fit_gpu_(unet, vae, texts, to_compile=to_compile)
+        self._parts = {
             **texts,
             **{f"{name}_norm": text.final_layer_norm for name, text in texts.items()},
             "unet": run,
@@ -144,13 +126,8 @@ class EagerBackend(Graphed):
             "vae_encoder": lambda picture: vae.encode(picture.to(vae.dtype)),
         }
         for name in on_host if device.type != "cpu" else ():
-            if name not in modules:
-                continue
-            lock = threading.Lock()  # of the module: its parts move the same weights
-            for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
-                parts[part] = visiting(modules[name], parts[part], device, lock)
-            where = "locked memory" if locked_(modules[name]) else "memory"
-            self._choices[name] = [f"{name}: in the host's {where}, on the GPU while it runs"]
+            if name in modules:
+                self._keep_on_host(name)
         if device.type == "cuda" and precision == "fp32" and convolves_in_tf32():
             self._choices["convolutions"] = [
                 "convolutions: in TF32, as torch does by default; exact with "
@@ -163,6 +140,41 @@ class EagerBackend(Graphed):
             self._choices[op] = [str(dispatch.choose(op, device))]
         if device.type == "cuda":
             self._use_fastest(to_compile=to_compile, fp8=weights == "fp8")
+
+    def _meet_cpu(self) -> None:
+        if not self._on_host:  # who saves memory wants it back
+            keep_freed_memory()
+        if self.precision != "fp32" and (gain := dispatch.cpu_gain(self.dtype)) < SLOWER:
+            log.warning(
+                "this CPU multiplies %s at %.2f times the speed of fp32; precision='fp32' is "
+                "faster, and exact",
+                self.precision,
+                gain,
+            )
+
+    def _fit_gpu_(
+        self, unet: UNet, vae: VAE, texts: Mapping[str, CLIPText], *, to_compile: bool
+    ) -> None:
+        """Lay weights out as the GPU's kernels take them, and spare passes between them."""
+        device = self.device
+        for name, text in texts.items():
+            if name not in self._on_host:  # what visits the GPU would take its weights twice
+                join_text_(text, device)
+        for model in (unet, vae):  # the CPU's own convolutions measured slower channels-last
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # A compiler does that itself; in fp32, convolutions may be in TF32 and products not.
+        if not to_compile and self.precision != "fp32":
+            spare_passes_(unet, norms_add="triton" in dispatch.able("layer_norm", device))
+            spare_passes_(vae.encoder, norms_add=False)  # its norms are the library's
+            spare_passes_(vae.decoder, norms_add="triton" in dispatch.able("group_norm", device))
+
+    def _keep_on_host(self, name: str) -> None:
+        """Have a module's parts visit the GPU for as long as they run."""
+        module, lock = self.modules[name], threading.Lock()  # its parts move the same weights
+        for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
+            self._parts[part] = visiting(module, self._parts[part], self.device, lock)
+        where = "locked memory" if locked_(module) else "memory"
+        self._choices[name] = [f"{name}: in the host's {where}, on the GPU while it runs"]
 
     def _use_fastest(self, *, to_compile: bool, fp8: bool) -> None:
         """Let every layer use the kernels that are fastest on this GPU.
