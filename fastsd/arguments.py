@@ -33,7 +33,7 @@ _NO_MODULES = (
 INSTEAD = {
     "callback": "use callback_on_step_end",
     "callback_steps": "use callback_on_step_end, which is called after every step",
-    "cross_attention_kwargs": "pass adapters={name: weight} for how strongly loaded LoRAs act in this call",
+    "cross_attention_kwargs": "pass adapters={name: weight}, how strongly loaded LoRAs act",
     "custom_pipeline": "code from a checkpoint is never run; drop it",
     "device_map": "choose the device with device=",
     "enable_attention_slicing": _MEMORY_EFFICIENT,
