@@ -31,7 +31,7 @@ from fastsd.kernels.group_norm import group_norm
 from fastsd.kernels.layer_norm import layer_norm
 from fastsd.kernels.linear import linear
 from fastsd.kernels.residual import residual
-from fastsd.kernels.sampler_step import sampler_step_
+from fastsd.kernels.sampler_step import columns, sampler_step_
 
 TURNS = 20
 TURN_S = 0.005  # calls are repeated until a turn takes this long
@@ -235,7 +235,7 @@ def sampler_step_case(
     numbers = _Numbers(torch.float32, device)
     sources = numbers(slots + 3, batch, 4, side, side)
     prediction = numbers.map(2 * batch, 4, side, side).to(dtype)
-    coefficients = 0.1 * numbers(1, 3 + (1 + slots) * (3 + slots) + 2)
+    coefficients = 0.1 * numbers(1, columns(slots))
     row = torch.zeros(1, dtype=torch.int64, device=device)
     guidance = torch.tensor(7.5, device=device)
     states: dict[Callable[..., None], Tensor] = {}

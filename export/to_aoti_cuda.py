@@ -129,11 +129,11 @@ class AotiCudaExporter(Exporter):
             for layer in module.modules():
                 if isinstance(layer, Attention):
                     layer.upcast = False  # every kernel on a GPU has its scores in fp32 already
-            shapes = attentions(module, torchs=True)
+            shapes = attentions(module, torch_only=True)
             use_fastest_("attention", shapes, self._dtype, self._device)
             joined = JoinedUNet(module, self._device)
             if part == "unet" and self.spec is not None:
-                put_in_fp8_(module, self.spec.only("unet"))
+                round_joined_(module, self.spec.only("unet"))
             module = joined
         module = module.to(self._device)
         if part.startswith(("unet", "vae")):
@@ -141,7 +141,7 @@ class AotiCudaExporter(Exporter):
         return module
 
 
-def put_in_fp8_(unet: UNet, roundings: Mapping[str, Rounding]) -> None:
+def round_joined_(unet: UNet, roundings: Mapping[str, Rounding]) -> None:
     """Put the linear layers named in `roundings` in fp8, those that are joined as one."""
     for name, rounding in roundings.items():
         read = shares_input(name)

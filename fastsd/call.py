@@ -130,7 +130,7 @@ class Call:
         ):
             results = self._loop.run(noise, lambda row: self._end_row(row, bar))
             *finished, latents = (each.clone() for each in (*results, self._loop.latents))
-        # To look at them waits for the device: where steps are launched ahead, decoding is too.
+        # check_finite waits for the device. Where steps are graphs, decoding is queued before that.
         if output_type == "latent" or not self.backend.captures:
             check_finite(latents, "the latents")
         if output_type == "latent":

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastsd.backends import Backend
 from fastsd.errors import ArtifactError, NumericsError, OutOfMemory
-from fastsd.kernels.sampler_step import sampler_step_
+from fastsd.kernels import sampler_step
 from fastsd.samplers import StepTable
 
 log = logging.getLogger("fastsd")
@@ -256,7 +256,7 @@ class SamplingLoop:
             prediction = unconditional + guidance * (conditional - unconditional)
             prediction = _rescaled(prediction, conditional, self._rescale)
             guidance = None
-        sampler_step_(
+        sampler_step.sampler_step_(
             self._sources,
             prediction,
             self._coefficients,
@@ -553,8 +553,8 @@ def _copy(ours: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> None:
 
 
 def _columns(slots: int) -> int:
-    """How many numbers a row has: c_in, clean (2), A | b | c, known (2)."""
-    return 3 + (1 + slots) * (1 + slots + 2) + 2
+    """How many numbers a row has: the sampler's step's, and known (2)."""
+    return sampler_step.columns(slots) + 2
 
 
 def _pack(table: StepTable, slots: int) -> np.ndarray:

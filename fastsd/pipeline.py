@@ -260,15 +260,15 @@ class Pipeline:
             )
         if backend == "auto":
             backend = None
-            choice = choose(
+            way = choose(
                 checkpoint,
                 floor,
                 precision=chosen_precision(precision, dtype or torch_dtype),
                 device=chosen_device(device).type,
             )
-            _tell(choice.reason)
-            if choice.engine is not None:
-                artifact = Artifact.open(choice.engine)
+            _tell(way.reason)
+            if way.engine is not None:
+                artifact = Artifact.open(way.engine)
         return cls(
             checkpoint,
             name=Path(model).name if Path(model).exists() else str(model),

@@ -26,7 +26,7 @@ from fastsd.sources import Source, to_latent_size
 
 
 @dataclass(frozen=True)
-class Predict:
+class UNetPredict:
     """The UNet as the loop calls it. fixed: the tensors of what `unet_context` made, then `extra`.
 
     form: how they make up kv.
@@ -42,7 +42,7 @@ class Predict:
     one_at_a_time: bool = False
 
     def __call__(self, x: Tensor, row: Tensor, fixed: Sequence[Tensor]) -> Tensor:
-        """x: (B, C, h, w), row: (B, 2 B or 1, E). Returns (B, C, h, w), or kv's 2 B."""
+        """x: (B, C, h, w), row: (R, E), R of 1, B or 2 B. Returns (B, C, h, w), or kv's 2 B."""
         if self.one_at_a_time and len(x) > 1:
             single, batch = replace(self, one_at_a_time=False), len(x)
             return _regroup(
@@ -76,14 +76,14 @@ class Cached:
     Made for one run of a loop: it counts its calls.
     """
 
-    def __init__(self, plain: Predict, backend: Backend, reuse: Sequence[bool]) -> None:
+    def __init__(self, plain: UNetPredict, backend: Backend, reuse: Sequence[bool]) -> None:
         self._plain = plain
         self._whole, self._shallow = backend.part("unet_deep"), backend.part("unet_shallow")
         self._reuse = iter(reuse)
         self._deep: Tensor | None = None
 
     def __call__(self, x: Tensor, row: Tensor, fixed: Sequence[Tensor]) -> Tensor:
-        """Do what `Predict` does."""
+        """Do what `UNetPredict` does."""
         x, kv = self._plain.inputs(x, fixed)
         prediction: Tensor
         if next(self._reuse, False) and self._deep is not None:
@@ -110,8 +110,8 @@ def bind_denoiser(
     once.
 
     timesteps: (S,), one a row of the table. guidance: what distilled UNets are told; others ignore
-    it. extra, one_at_a_time: as `Predict` has them. cache_interval: as `reused` has it. from_row:
-    the row that it is asked for first.
+    it. extra, one_at_a_time: as `UNetPredict` has them. cache_interval: as `reused` has it.
+    from_row: the row that it is asked for first.
     """
     batch = len(conditioning) // (2 if guided else 1)
     if one_at_a_time and batch > 1:
@@ -132,7 +132,7 @@ def bind_denoiser(
             for tensors in zip(*(single.fixed for single in singles), strict=True)
         )
         first = singles[0].predict
-        assert isinstance(first, Predict)
+        assert isinstance(first, UNetPredict)
         predict = replace(first, extra=extra is not None, one_at_a_time=True)
         return Denoiser(predict, rows, fixed if extra is None else (*fixed, extra))
 
@@ -148,7 +148,7 @@ def bind_denoiser(
     )
     kv = backend.part("unet_context")(conditioning.context.to(backend.dtype))
     leaves, form = tree_flatten(kv)
-    plain = Predict(backend.part("unet"), backend.dtype, form, extra is not None)
+    plain = UNetPredict(backend.part("unet"), backend.dtype, form, extra is not None)
     reuse = reused(len(timesteps), cache_interval)[from_row:]
     fixed = (*leaves, *([] if extra is None else [extra]))
     return Denoiser(Cached(plain, backend, reuse) if any(reuse) else plain, rows, fixed)

@@ -8,6 +8,7 @@ are our own kernels for CPUs, see native.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +66,8 @@ def candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor
         # Fused kernels hold narrower heads in a multiprocessor, and are faster then.
         "products": q.dtype == torch.float32 or q.shape[3] <= 256,
     }
-    return {
-        name: lambda name=name: attention(q, k, v, implementation=name)  # type: ignore[misc]
-        for name in dispatch.able("attention", q.device)
-        if not refused.get(name)
-    }
+    without = [name for name, holds in refused.items() if holds]
+    return dispatch.candidates("attention", q.device, partial(attention, q, k, v), without=without)
 
 
 # torch.nn.attention.sdpa_kernel chooses too, but by flags of the whole process: two threads in it

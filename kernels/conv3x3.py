@@ -9,6 +9,7 @@ time embedding and a skip's concatenation have no place here: a norm stands betw
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def conv3x3(
             y = y if bias is None else y + bias.float()[:, None, None]
         return (y if residual is None else y + residual).to(dtype)
     dispatch.require("conv3x3", implementation, x.device)
-    if not fits(x, x.dtype):
+    if not fits(weight, x.dtype):
         raise UsageError(
             "conv3x3 by triton computes fp16, bf16 and fp8 of channels that are whole 16 bytes, on "
             f"GPUs since Hopper, not {x.dtype} of {x.shape[1]} channels here; use 'library'"
@@ -81,27 +82,20 @@ def candidates(
 ) -> dict[str, Callable[[], Tensor]]:
     """Return what can compute this on its device, by name, ready to be tried."""
     phases = summed_taps(weight) if upsample else None
-    return {
-        name: lambda name=name: conv3x3(  # type: ignore[misc]
-            x,
-            weight,
-            bias,
-            residual=residual,
-            phases=phases,
-            upsample=upsample,
-            implementation=name,
-        )
-        for name in dispatch.able("conv3x3", x.device)
-        if name == "library" or fits(x, x.dtype)
-    }
+    return dispatch.candidates(
+        "conv3x3",
+        x.device,
+        partial(conv3x3, x, weight, bias, residual=residual, phases=phases, upsample=upsample),
+        without=() if fits(weight, x.dtype) else ("triton",),
+    )
 
 
-def fits(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes maps (B, C, H, W) of x's channels in `dtype` where x is."""
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < SINCE:
+def fits(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel convolves maps in `dtype` by a weight (O, C, 3, 3) where that is."""
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < SINCE:
         return False
     kinds = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
-    return dtype in kinds and x.shape[1] * dtype.itemsize % 16 == 0
+    return dtype in kinds and weight.shape[1] * dtype.itemsize % 16 == 0
 
 
 def summed_taps(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from statistics import median
@@ -82,7 +82,7 @@ def choose(op: str, device: torch.device, asked: str | None = None) -> Choice:
     """
     known = _known(op)
     if asked is None:
-        where = "" if device.type == "cuda" else ", as there is no GPU"
+        where = "" if device.type == "cuda" else f", on {device.type}"
         return Choice(op, known[0], f"the library's{where}")
     require(op, asked, device)
     return Choice(op, asked, "asked for")
@@ -97,7 +97,7 @@ def require(op: str, implementation: str, device: torch.device | None = None) ->
         )
     if device is None:
         return
-    if not _fits(implementation, device):
+    if not _runs_on(implementation, device):
         where = "GPUs" if implementation in ON_GPUS else "CPUs"
         raise UsageError(
             f"{op} implementation {implementation!r} runs on {where}, not on {device.type}; "
@@ -118,10 +118,24 @@ def missing(op: str, implementation: str) -> MissingDependency:
 
 def able(op: str, device: torch.device) -> list[str]:
     """Name the implementations of `op` that `require` lets run on `device`, the library's first."""
-    return [name for name in _known(op) if _fits(name, device) and _installed(name)]
+    return [name for name in _known(op) if _runs_on(name, device) and _installed(name)]
 
 
-def _fits(implementation: str, device: torch.device) -> bool:
+def candidates(
+    op: str, device: torch.device, compute: Callable[..., Tensor], *, without: Container[str] = ()
+) -> dict[str, Callable[[], Tensor]]:
+    """Return what can compute `op` on `device`, by name, ready to be tried, the library's first.
+
+    compute: takes implementation=. without: those that do not fit its inputs.
+    """
+    return {
+        name: partial(compute, implementation=name)
+        for name in able(op, device)
+        if name not in without
+    }
+
+
+def _runs_on(implementation: str, device: torch.device) -> bool:
     if implementation in ("avx512", "vnni"):
         return device.type == "cpu"
     triton_on_cpu = implementation.startswith("triton") and interprets()

@@ -1,4 +1,4 @@
-"""Rounding to fp8 (e4m3: Micikevicius et al. 2022, arXiv:2209.05433) with one scale for all."""
+"""Rounding to fp8 (e4m3: Micikevicius et al. 2022, arXiv:2209.05433), by one scale or one a channel."""
 
 from __future__ import annotations
 

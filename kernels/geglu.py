@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,7 @@ def geglu(
 
 def candidates(x: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Return what can compute this on its device, by name, ready to be tried."""
-    return {
-        name: lambda name=name: geglu(x, implementation=name)  # type: ignore[misc]
-        for name in dispatch.able("geglu", x.device)
-    }
+    return dispatch.candidates("geglu", x.device, partial(geglu, x))
 
 
 dispatch.launched("geglu", "(Tensor x, Tensor? multiplier, Tensor(a!) out) -> ()")

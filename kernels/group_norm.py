@@ -74,13 +74,17 @@ def candidates(
 
     All give the result channels-last, as the convolution after it reads it.
     """
-    return {
-        name: lambda name=name: group_norm(  # type: ignore[misc]
-            x, weight, bias, groups, eps, added=added, silu=silu, implementation=name
-        ).contiguous(memory_format=torch.channels_last)
-        for name in dispatch.able("group_norm", x.device)
-        if name != "triton-group" or _fits(x, groups)
-    }
+
+    def compute(*, implementation: str) -> Tensor:
+        out = group_norm(
+            x, weight, bias, groups, eps, added=added, silu=silu, implementation=implementation
+        )
+        return out.contiguous(memory_format=torch.channels_last)
+
+    found = dispatch.candidates("group_norm", x.device, compute)
+    if "triton-group" in found and not _fits(x, groups):
+        del found["triton-group"]
+    return found
 
 
 def _fits(x: Tensor, groups: int) -> bool:

@@ -8,6 +8,7 @@ the result once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,13 +66,12 @@ def candidates(
     gated: bool = False,
 ) -> dict[str, Callable[[], Tensor]]:
     """Return what can compute this on its device, by name, ready to be tried."""
-    return {
-        name: lambda name=name: linear(  # type: ignore[misc]
-            x, weight, bias, residual=residual, gated=gated, implementation=name
-        )
-        for name in dispatch.able("linear", x.device)
-        if name == "library" or fits(weight, x.dtype)
-    }
+    return dispatch.candidates(
+        "linear",
+        x.device,
+        partial(linear, x, weight, bias, residual=residual, gated=gated),
+        without=() if fits(weight, x.dtype) else ("triton",),
+    )
 
 
 def fits(weight: Tensor, dtype: torch.dtype) -> bool:

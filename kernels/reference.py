@@ -87,13 +87,13 @@ def layer_norm(
     eps: float,
     *,
     added: Tensor | None = None,
-    lead: Tensor | None = None,
+    added_bias: Tensor | None = None,
     multiplier: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalise as `kernels.layer_norm.layer_norm` does, in fp64, from the formula."""
     total = x
     if added is not None:
-        more = added.double() if lead is None else added.double() + lead.double()
+        more = added.double() if added_bias is None else added.double() + added_bias.double()
         total = (x.double() + more).to(x.dtype)
     t = total.double()
     apart = t - t.mean(dim=-1, keepdim=True)

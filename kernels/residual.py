@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,10 +28,7 @@ def residual(x: Tensor, h: Tensor, bias: Tensor, *, implementation: str = "libra
 
 def candidates(x: Tensor, h: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Return what can compute this on its device, by name, ready to be tried."""
-    return {
-        name: lambda name=name: residual(x, h, bias, implementation=name)  # type: ignore[misc]
-        for name in dispatch.able("residual", x.device)
-    }
+    return dispatch.candidates("residual", x.device, partial(residual, x, h, bias))
 
 
 dispatch.launched("residual", "(Tensor x, Tensor h, Tensor bias, Tensor(a!) out) -> ()")

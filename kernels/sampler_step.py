@@ -13,6 +13,11 @@ from torch import Tensor
 from fastsd.kernels import dispatch, reference
 
 
+def columns(slots: int) -> int:
+    """Return how many numbers of a row are read: c_in, p, q, A | b | c."""
+    return 3 + (1 + slots) * (1 + slots + 2)
+
+
 def sampler_step_(
     sources: Tensor,
     prediction: Tensor,
@@ -56,15 +61,12 @@ def candidates(
     Each begins with a copy of `sources` and returns the state that follows, and D.
     """
 
-    def step(name: str) -> Tensor:
+    def compute(*, implementation: str) -> Tensor:
         given = sources.clone()
-        sampler_step_(given, prediction, coefficients, row, guidance, implementation=name)
+        sampler_step_(given, prediction, coefficients, row, guidance, implementation=implementation)
         return given[:-1]
 
-    return {
-        name: lambda name=name: step(name)  # type: ignore[misc]
-        for name in dispatch.able("sampler_step", sources.device)
-    }
+    return dispatch.candidates("sampler_step", sources.device, compute)
 
 
 dispatch.launched(

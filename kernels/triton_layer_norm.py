@@ -16,7 +16,7 @@ TILE = 4096  # elements that a program holds at once
 def add_layer_norm(
     x,
     added,
-    lead,
+    added_bias,
     weight,
     bias,
     multiplier,
@@ -26,12 +26,12 @@ def add_layer_norm(
     rows,
     eps,
     ADDED: tl.constexpr,
-    LED: tl.constexpr,
+    BIASED: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """total = x + added + lead; out = its LayerNorm, over BLOCK_R rows of C numbers each."""
+    """total = x + added + added_bias; out = its LayerNorm, over BLOCK_R rows of C numbers each."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     mask = (r < rows)[:, None] & (c < C)[None, :]
@@ -42,8 +42,8 @@ def add_layer_norm(
     v = tl.load(x + at, mask=mask, other=0.0)
     if ADDED:
         more = tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
-        if LED:
-            more += tl.load(lead + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        if BIASED:
+            more += tl.load(added_bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         v = (v.to(tl.float32) + more).to(total.dtype.element_ty)  # as it is read again
         tl.store(total + at, v, mask=mask)
     v = v.to(tl.float32)
@@ -56,7 +56,7 @@ def add_layer_norm(
 def launch(
     x: Tensor,
     added: Tensor | None,
-    lead: Tensor | None,
+    added_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -64,9 +64,9 @@ def launch(
     total: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write x + added + lead to total, if that is asked for, and its LayerNorm to out.
+    """Write x + added + added_bias to total, if that is asked for, and its LayerNorm to out.
 
-    lead, weight, bias: (C,). All others (…, C).
+    added_bias, weight, bias: (C,). All others (…, C).
     """
     C = x.shape[-1]
     rows = x.numel() // C
@@ -75,7 +75,7 @@ def launch(
     add_layer_norm[(cdiv(rows, block_r),)](
         x,
         x if added is None else added,
-        weight if lead is None else lead,
+        weight if added_bias is None else added_bias,
         weight,
         bias,
         weight if multiplier is None else multiplier,
@@ -85,7 +85,7 @@ def launch(
         rows,
         eps,
         ADDED=added is not None,
-        LED=lead is not None,
+        BIASED=added_bias is not None,
         FP8=multiplier is not None,
         BLOCK_R=block_r,
         BLOCK_C=block_c,

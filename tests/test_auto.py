@@ -45,8 +45,8 @@ def rows(tmp_path: Path) -> list[Measured]:
 
 
 def test_nothing_tuned_is_the_exact_path_and_says_how_to_tune(checkpoint: Checkpoint) -> None:
-    choice = choose(checkpoint)
-    assert choice.engine is None and "fastsd tune" in choice.reason
+    way = choose(checkpoint)
+    assert way.engine is None and "fastsd tune" in way.reason
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_the_fastest_that_holds_the_floor(
     floor: float | None, engine: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     remember(checkpoint, rows(tmp_path))
-    choice = choose(checkpoint, floor)
-    assert choice.engine == tmp_path / engine
-    assert "the fastest of 4 measured" in choice.reason
+    way = choose(checkpoint, floor)
+    assert way.engine == tmp_path / engine
+    assert "the fastest of 4 measured" in way.reason
     (tmp_path / engine / MANIFEST).unlink()  # the engine was removed since
     assert choose(checkpoint, floor).engine != tmp_path / engine
 

@@ -50,7 +50,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Way:
     """What runs, and the reason in one line."""
 
     measured: Measured | None
@@ -90,16 +90,16 @@ def choose(
     *,
     precision: str | None = None,
     device: str = "cpu",
-) -> Choice:
+) -> Way:
     """Return the fastest way that holds `floor` (dB, worst picture) and whose engine is there.
 
     precision: take only ways of this one. device: its type; what is tuned runs on the CPU.
     """
     if device != "cpu":
-        return Choice(None, f"auto: eager {precision or 'fp32'} on {device}; tuned are CPUs only")
+        return Way(None, f"auto: eager {precision or 'fp32'} on {device}; tuned are CPUs only")
     rows = recall(checkpoint)
     if not rows:
-        return Choice(
+        return Way(
             None,
             f"auto: eager {precision or 'fp32'}; no faster way was measured here with "
             f"{torch.get_num_threads()} threads, see `fastsd tune`",
@@ -116,7 +116,7 @@ def choose(
     best = min(fit, key=lambda row: row.seconds)
     others = len(there) - 1
     asked = "" if floor is None else f" of those that hold {floor:g} dB"
-    return Choice(best, f"auto: {best} (the fastest of {others + 1} measured{asked})")
+    return Way(best, f"auto: {best} (the fastest of {others + 1} measured{asked})")
 
 
 def _here() -> dict[str, str]:

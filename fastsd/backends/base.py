@@ -70,7 +70,7 @@ class Backend(ABC):
 
     @property
     def captures(self) -> bool:
-        """Whether `capture` makes what outlives a call and is worth keeping."""
+        """Whether `capture` returns a recording, a CUDA graph, that later calls can replay."""
         return False
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:

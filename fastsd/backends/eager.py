@@ -183,7 +183,7 @@ class EagerBackend(Graphed):
         use = partial(use_fastest_, dtype=self.dtype, device=self.device)
         unet, vae = cast(UNet, self.modules["unet"]), cast(VAE, self.modules["vae"])
         if to_compile:
-            self._choices["attention"] = use("attention", attentions(unet, torchs=True))
+            self._choices["attention"] = use("attention", attentions(unet, torch_only=True))
             return
         decoder = vae.decoder
         self._choices["attention"] = use("attention", attentions(unet, decoder))

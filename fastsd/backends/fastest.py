@@ -3,8 +3,8 @@
 What runs, agrees with the library and takes least is used, and remembered for the next time. Trying
 takes up to a minute, most of it Triton's compiling, when a model of new shapes is loaded for the
 first time, and nothing in a request. What was found so for SD1.5 and SDXL comes with fastsd for the
-GPUs and the torch that it was found on: there only the fastest is tried, whether it runs;
-linear layers, which came later, are tried there too.
+GPUs and the torch that it was found on: there only the fastest is tried, whether it runs. Ops that
+table does not have yet are tried there too.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def fastest_step(device: torch.device) -> dispatch.Choice:
         slots, side = 4, 64
         sources = torch.randn(slots + 3, 1, 4, side, side, device=device)
         prediction = torch.randn(2, 4, side, side, dtype=torch.float16, device=device)
-        coefficients = torch.randn(2, 5 + (slots + 1) * (slots + 3), device=device)
+        coefficients = torch.randn(2, sampler_step.columns(slots), device=device)
         return sampler_step.candidates(
             sources,
             prediction.contiguous(memory_format=torch.channels_last),
@@ -170,17 +170,17 @@ def _runs(name: str, what: str, candidates: Candidates) -> bool:
 
 
 class AttentionShape(NamedTuple):
-    """Of a guidance pair. torchs: torch's own kernels only, which its compiler takes."""
+    """Of a guidance pair. torch_only: no kernels but torch's own, which its compiler traces."""
 
     tokens: int
     keys: int
     heads: int
     width: int
-    torchs: bool = False
+    torch_only: bool = False
 
     def __str__(self) -> str:
         sizes = f"{self.tokens}x{self.keys}x{self.width}x{self.heads}"
-        return f"{sizes}{' torch only' if self.torchs else ''}"
+        return f"{sizes}{' torch only' if self.torch_only else ''}"
 
     def candidates(self, numbers: Numbers) -> Candidates:
         """Attend to as many keys as tokens, or to a text's."""
@@ -189,7 +189,9 @@ class AttentionShape(NamedTuple):
             for n in (self.tokens, self.keys, self.keys)
         )
         found = attention.candidates(q, k, v)
-        return {n: call for n, call in found.items() if not (self.torchs and n in dispatch.NEEDS)}
+        return {
+            n: call for n, call in found.items() if not (self.torch_only and n in dispatch.NEEDS)
+        }
 
 
 class PixelsShape(NamedTuple):
@@ -236,11 +238,11 @@ class NormShape(NamedTuple):
 
 
 class LayerNormShape(NamedTuple):
-    """What a layer normalisation reads. lead: norms add the bias of the product before it."""
+    """What a layer normalisation reads. biased: norms add the bias of the product before it."""
 
     tokens: int
     width: int
-    lead: bool
+    biased: bool
 
     def __str__(self) -> str:
         return f"2x{self.tokens}x{self.width}"
@@ -248,9 +250,9 @@ class LayerNormShape(NamedTuple):
     def candidates(self, numbers: Numbers) -> Candidates:
         """Normalise a sum."""
         x, added = (numbers((2, self.tokens, self.width)) for _ in range(2))
-        weight, bias, lead = (numbers((self.width,)) for _ in range(3))
-        first = lead if self.lead else None
-        return layer_norm.candidates(x, weight, bias, 1e-5, added=added, lead=first)
+        weight, bias, biased = (numbers((self.width,)) for _ in range(3))
+        first = biased if self.biased else None
+        return layer_norm.candidates(x, weight, bias, 1e-5, added=added, added_bias=first)
 
 
 class GateShape(NamedTuple):
@@ -355,11 +357,11 @@ def _map(numbers: Numbers, rows: int, channels: int, side: int) -> Tensor:
 
 
 def attentions(
-    unet: UNet, decoder: nn.Module | None = None, *, torchs: bool = False
+    unet: UNet, decoder: nn.Module | None = None, *, torch_only: bool = False
 ) -> dict[AttentionShape | PixelsShape, list[Layer]]:
     """Group the UNet's attentions, and a decoder's for one picture of the UNet's size.
 
-    torchs: of torch's own kernels only. A tiny decoder has none.
+    torch_only: as `AttentionShape` has it. A tiny decoder has none.
     """
     found: dict[AttentionShape | PixelsShape, list[Layer]] = {}
     for layer in decoder.modules() if decoder is not None else ():
@@ -369,7 +371,7 @@ def attentions(
     for tokens, block in _blocks(unet):
         for attention_, keys in ((block.attn1, tokens), (block.attn2, 77)):
             width = attention_.to_q.out_features // attention_.heads
-            of_tokens = AttentionShape(tokens, keys, attention_.heads, width, torchs)
+            of_tokens = AttentionShape(tokens, keys, attention_.heads, width, torch_only)
             found.setdefault(of_tokens, []).append(attention_)
     return found
 
@@ -392,8 +394,8 @@ def group_norms(unet: UNet, decoder: nn.Module) -> dict[NormShape, list[Layer]]:
     for rows, side, level in _all_levels(unet, decoder):
         for module in level.modules():
             if isinstance(module, Resnet):
-                add(module.norm1, rows, side, added=module.lead is not None)
-                row = module.time_emb_proj is not None or module.shift is not None
+                add(module.norm1, rows, side, added=module.norm1_added is not None)
+                row = module.time_emb_proj is not None or module.norm2_added is not None
                 add(module.norm2, rows, side, added=row)
             elif isinstance(module, Transformer):
                 add(module.norm, rows, side)
@@ -406,9 +408,9 @@ def layer_norms(unet: UNet) -> dict[LayerNormShape, list[Layer]]:
     """Group the norms of transformers."""
     found: dict[LayerNormShape, list[Layer]] = {}
     # But for a transformer's first all do, or none.
-    lead = any(isinstance(m, LayerNorm) and m.lead is not None for m in unet.modules())
+    biased = any(isinstance(m, LayerNorm) and m.added_bias is not None for m in unet.modules())
     for tokens, block in _blocks(unet):
-        shape = LayerNormShape(tokens, block.norm1.normalized_shape[0], lead)
+        shape = LayerNormShape(tokens, block.norm1.normalized_shape[0], biased)
         found.setdefault(shape, []).extend((block.norm1, block.norm2, block.norm3))
     return found
 

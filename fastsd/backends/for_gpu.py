@@ -132,14 +132,19 @@ def join_text_(text: CLIPText, device: torch.device) -> None:
 def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
     """Rewrite a channels-last UNet, or a half of a VAE, so that fewer kernels pass over its maps.
 
+    torch adds a convolution's bias in a kernel of its own, which reads and writes the whole map,
+    and NVIDIA's library some products'. Convolutions of single pixels become products, and what
+    else can add a bias on its way does:
+
+        bias of                         is added by                             where
+        a resnet's conv1                its time_emb_proj's bias                UNet
+                                        its norm2 (norm2_added)                 VAE, norms_add
+        a resnet's conv2                its conv_shortcut's bias, or the sum    everywhere
+        an up-sampler                   all in the next resnet that read it     decoder, norms_add
+        an attention or feed-forward    the next layer norm (added_bias)        norms_add
+        of a transformer, but the last
+
     norms_add: its norms add a row for nothing; the library's do not.
-    torch adds a convolution's bias in a kernel of its own, which reads and writes the whole map.
-    The second one's of a resnet goes to the shortcut's, which as a product, like every convolution
-    of single pixels, adds it for nothing, or else to the sum that ends the resnet; the first one's
-    to what the norm after it adds: a UNet's row of time, and in a VAE the bias alone (norms_add).
-    An upsampler's in such a VAE goes to all in the next resnet that read it. Of a transformer's
-    products those whose bias costs a launch of its own, as NVIDIA's library has it, leave theirs to
-    the norm after them (norms_add).
     """
     for module in model.modules():
         if isinstance(module, Conv1x1):
@@ -149,7 +154,7 @@ def spare_passes_(model: nn.Module, *, norms_add: bool) -> None:
         elif isinstance(module, Resnet):
             _spare_biases_(module, norms_add=norms_add)
         elif isinstance(module, Transformer) and norms_add:
-            _lead_norms_(module)
+            _give_biases_to_norms_(module)
     for decoder in [m for m in model.modules() if isinstance(m, Decoder) and norms_add]:
         for level, after in pairwise(decoder.up_blocks):
             assert isinstance(level, Level) and isinstance(after, Level)
@@ -165,7 +170,7 @@ def _spare_biases_(resnet: Resnet, *, norms_add: bool) -> None:
         time.bias.add_(conv1.bias)
         conv1.bias = None
     elif norms_add:
-        resnet.shift = _fixed(conv1.bias[None])
+        resnet.norm2_added = _fixed(conv1.bias[None])
         conv1.bias = None
     if shortcut is not None:
         assert shortcut.bias is not None
@@ -175,7 +180,7 @@ def _spare_biases_(resnet: Resnet, *, norms_add: bool) -> None:
     conv2.bias = None
 
 
-def _lead_norms_(transformer: Transformer) -> None:
+def _give_biases_to_norms_(transformer: Transformer) -> None:
     """Move biases from attentions and feed-forward layers to the norms that read their sums."""
     before: nn.Linear | None = None
     for block in transformer.transformer_blocks:
@@ -184,7 +189,7 @@ def _lead_norms_(transformer: Transformer) -> None:
         norms = (block.norm1, block.norm2, block.norm3)
         for layer, norm in zip(products, norms, strict=True):
             if layer is not None:
-                norm.lead = cast(nn.Parameter, layer.bias)
+                norm.added_bias = cast(nn.Parameter, layer.bias)
                 layer.bias = None  # type: ignore[assignment]
         before = cast(nn.Linear, block.ff.net[2])
 
@@ -194,7 +199,7 @@ def _give_on_bias_(conv: nn.Conv2d, resnet: Resnet) -> None:
     bias = conv.bias
     assert bias is not None
     conv.bias = None
-    resnet.lead = _fixed(bias[None])
+    resnet.norm1_added = _fixed(bias[None])
     if resnet.conv_shortcut is None:
         assert resnet.bias is not None
         resnet.bias = _fixed(resnet.bias + bias)

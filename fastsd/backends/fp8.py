@@ -35,7 +35,7 @@ from fastsd.quant.linear import Fp8Conv3x3, Fp8Linear, has_fp8
 from fastsd.quant.spec import Rounding
 
 SINCE = (8, 9)  # compute capability
-Source = Attention | GEGLU | GroupNorm | LayerNorm
+Rounder = Attention | GEGLU | GroupNorm | LayerNorm
 _OPS = {Attention: "attention", GEGLU: "geglu", GroupNorm: "group_norm", LayerNorm: "layer_norm"}
 
 
@@ -119,7 +119,7 @@ def _blocks(unet: UNet) -> Iterator[TransformerBlock]:
     return (module for module in unet.modules() if isinstance(module, TransformerBlock))
 
 
-def _spots(unet: UNet) -> Iterator[tuple[Source, nn.Module, str]]:
+def _spots(unet: UNet) -> Iterator[tuple[Rounder, nn.Module, str]]:
     """Yield what rounds an input, and the layer that reads it, by its owner and name there."""
     for block in _blocks(unet):
         gate = block.ff.net[0]
@@ -145,7 +145,7 @@ def _spots(unet: UNet) -> Iterator[tuple[Source, nn.Module, str]]:
 
 def _convolutions(
     model: nn.Module, *, but: nn.Module | None = None
-) -> Iterator[tuple[Source, nn.Module, str]]:
+) -> Iterator[tuple[Rounder, nn.Module, str]]:
     """Yield the norms and convolutions of resnets, but for those within `but`."""
     kept = set() if but is None else set(but.modules())
     for resnet in model.modules():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastsd.checkpoints.options import Choice, Options
+from fastsd.checkpoints.options import Fixed, Options
 from fastsd.config import CLIPConfig, UNetConfig, VAEConfig
 from fastsd.errors import CheckpointError
 
@@ -53,31 +53,31 @@ _UNET = Options(
         "time_cond_proj_dim": None,
     },
     {
-        "center_input_sample": Choice(False),
-        "only_cross_attention": Choice(False),
-        "downsample_padding": Choice(1),
-        "mid_block_scale_factor": Choice(1),
-        "act_fn": Choice("silu", allowed=("silu", "swish")),
-        "reverse_transformer_layers_per_block": Choice(None),
-        "encoder_hid_dim": Choice(None),
-        "encoder_hid_dim_type": Choice(None),
-        "num_attention_heads": Choice(None),
-        "dual_cross_attention": Choice(False),
-        "class_embed_type": Choice(None),
-        "num_class_embeds": Choice(None),
-        "resnet_time_scale_shift": Choice("default"),
-        "resnet_skip_time_act": Choice(False),
-        "resnet_out_scale_factor": Choice(1.0),
-        "time_embedding_type": Choice("positional"),
-        "time_embedding_dim": Choice(None),
-        "time_embedding_act_fn": Choice(None),
-        "timestep_post_act": Choice(None),
-        "conv_in_kernel": Choice(3),
-        "conv_out_kernel": Choice(3),
-        "attention_type": Choice("default"),
-        "class_embeddings_concat": Choice(False),
-        "mid_block_only_cross_attention": Choice(None, allowed=(None, False)),
-        "cross_attention_norm": Choice(None),
+        "center_input_sample": Fixed(False),
+        "only_cross_attention": Fixed(False),
+        "downsample_padding": Fixed(1),
+        "mid_block_scale_factor": Fixed(1),
+        "act_fn": Fixed("silu", allowed=("silu", "swish")),
+        "reverse_transformer_layers_per_block": Fixed(None),
+        "encoder_hid_dim": Fixed(None),
+        "encoder_hid_dim_type": Fixed(None),
+        "num_attention_heads": Fixed(None),
+        "dual_cross_attention": Fixed(False),
+        "class_embed_type": Fixed(None),
+        "num_class_embeds": Fixed(None),
+        "resnet_time_scale_shift": Fixed("default"),
+        "resnet_skip_time_act": Fixed(False),
+        "resnet_out_scale_factor": Fixed(1.0),
+        "time_embedding_type": Fixed("positional"),
+        "time_embedding_dim": Fixed(None),
+        "time_embedding_act_fn": Fixed(None),
+        "timestep_post_act": Fixed(None),
+        "conv_in_kernel": Fixed(3),
+        "conv_out_kernel": Fixed(3),
+        "attention_type": Fixed("default"),
+        "class_embeddings_concat": Fixed(False),
+        "mid_block_only_cross_attention": Fixed(None, allowed=(None, False)),
+        "cross_attention_norm": Fixed(None),
     },
 )
 _MIDDLES = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False}  # name -> has attention
@@ -99,11 +99,11 @@ _VAE = Options(
         "mid_block_add_attention": True,
     },
     {
-        "down_block_types": Choice("DownEncoderBlock2D"),
-        "up_block_types": Choice("UpDecoderBlock2D"),
-        "act_fn": Choice("silu", allowed=("silu", "swish")),
-        "latents_mean": Choice(None),
-        "latents_std": Choice(None),
+        "down_block_types": Fixed("DownEncoderBlock2D"),
+        "up_block_types": Fixed("UpDecoderBlock2D"),
+        "act_fn": Fixed("silu", allowed=("silu", "swish")),
+        "latents_mean": Fixed(None),
+        "latents_std": Fixed(None),
     },
 )
 
@@ -122,9 +122,9 @@ _TINY_VAE = Options(
         "shift_factor": 0.0,
     },
     {
-        "act_fn": Choice("relu"),
-        "upsample_fn": Choice("nearest"),
-        "upsampling_scaling_factor": Choice(2),
+        "act_fn": Fixed("relu"),
+        "upsample_fn": Fixed("nearest"),
+        "upsampling_scaling_factor": Fixed(2),
     },
 )
 

@@ -10,7 +10,7 @@ from fastsd.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Choice:
+class Fixed:
     """An option that fastsd implements for some values only.
 
     default: what the class takes where a config is silent. allowed: the values that are
@@ -40,7 +40,7 @@ class Options:
     """
 
     reads: Mapping[str, Any]
-    fixed: Mapping[str, Choice]
+    fixed: Mapping[str, Fixed]
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the value of every option in `reads`; refuse a config that asks for the rest."""

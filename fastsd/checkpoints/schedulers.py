@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastsd.checkpoints.options import Choice, Options
+from fastsd.checkpoints.options import Fixed, Options
 from fastsd.config import ScheduleConfig
 from fastsd.errors import CheckpointError
 
@@ -31,7 +31,7 @@ class Scheduler:
 
     sampler: str | None
     reads: dict[str, Any] = field(default_factory=dict)
-    fixed: dict[str, Choice] = field(default_factory=dict)
+    fixed: dict[str, Fixed] = field(default_factory=dict)
     betas: tuple[float, float] = (0.0001, 0.02)
     beta_schedule: str = "linear"
     spacing: str | None = None
@@ -52,11 +52,11 @@ class Scheduler:
         return Options(common | self.reads, self.fixed)
 
 
-def _off(advice: str = "") -> Choice:
-    return Choice(False, advice=advice)
+def _off(advice: str = "") -> Fixed:
+    return Fixed(False, advice=advice)
 
 
-_UNCLIPPED = Choice(
+_UNCLIPPED = Fixed(
     True, allowed=(False,), advice="latents are not clipped; set clip_sample to false"
 )
 _THRESHOLDING = {"thresholding": _off("it is for models of pixels; set thresholding to false")}
@@ -75,12 +75,12 @@ _SOLVER_FIXED = {
     "use_dynamic_shifting": _off("it is for flow-matching models"),
 }
 # Names of other solvers' types, which diffusers reads as the default.
-_MIDPOINT = Choice("midpoint", allowed=("midpoint", "logrho", "bh1", "bh2"))
+_MIDPOINT = Fixed("midpoint", allowed=("midpoint", "logrho", "bh1", "bh2"))
 _DPM_FIXED = {
     **_SOLVER_FIXED,
     "solver_type": _MIDPOINT,
-    "lambda_min_clipped": Choice(-float("inf")),
-    "variance_type": Choice(None),
+    "lambda_min_clipped": Fixed(-float("inf")),
+    "variance_type": Fixed(None),
 }
 _ZERO_SNR = {"rescale_betas_zero_snr": False}
 
@@ -91,7 +91,7 @@ def _multistep(sampler: str, *algorithms: str) -> Scheduler:
         _SOLVER | _ZERO_SNR,
         {
             **_DPM_FIXED,
-            "algorithm_type": Choice("dpmsolver++", allowed=algorithms),
+            "algorithm_type": Fixed("dpmsolver++", allowed=algorithms),
             "euler_at_final": _off(),
             "use_lu_lambdas": _off(),
         },
@@ -104,7 +104,7 @@ SCHEDULERS: dict[str, Scheduler] = {
         "pndm",
         {"set_alpha_to_one": False},
         {
-            "skip_prk_steps": Choice(
+            "skip_prk_steps": Fixed(
                 False, allowed=(True,), advice="set it to true, as Stable Diffusion does"
             )
         },
@@ -120,7 +120,7 @@ SCHEDULERS: dict[str, Scheduler] = {
         {
             "clip_sample": _UNCLIPPED,
             **_THRESHOLDING,
-            "variance_type": Choice("fixed_small"),
+            "variance_type": Fixed("fixed_small"),
         },
     ),
     "EulerDiscreteScheduler": Scheduler(
@@ -128,10 +128,10 @@ SCHEDULERS: dict[str, Scheduler] = {
         {**_SIGMAS, **_ZERO_SNR, "final_sigmas_type": "zero"},
         {
             **_SIGMAS_FIXED,
-            "interpolation_type": Choice("linear"),
-            "timestep_type": Choice("discrete"),
-            "sigma_min": Choice(None),
-            "sigma_max": Choice(None),
+            "interpolation_type": Fixed("linear"),
+            "timestep_type": Fixed("discrete"),
+            "sigma_min": Fixed(None),
+            "sigma_max": Fixed(None),
         },
     ),
     "EulerAncestralDiscreteScheduler": Scheduler("euler_a", _ZERO_SNR),
@@ -151,7 +151,7 @@ SCHEDULERS: dict[str, Scheduler] = {
         _SOLVER | {"lower_order_final": False},
         {
             **_DPM_FIXED,
-            "algorithm_type": Choice("dpmsolver++", allowed=("dpmsolver++", "deis")),
+            "algorithm_type": Fixed("dpmsolver++", allowed=("dpmsolver++", "deis")),
         },
         spacing="linspace",
     ),
@@ -160,13 +160,13 @@ SCHEDULERS: dict[str, Scheduler] = {
         _SOLVER | _ZERO_SNR,
         {
             **_SOLVER_FIXED,
-            "predict_x0": Choice(True),
-            "solver_type": Choice("bh2", allowed=("bh2", "midpoint", "heun", "logrho")),
-            "disable_corrector": Choice([]),
-            "solver_p": Choice(None),
-            "sigma_min": Choice(None),
-            "sigma_max": Choice(None),
-            "shift_terminal": Choice(None),
+            "predict_x0": Fixed(True),
+            "solver_type": Fixed("bh2", allowed=("bh2", "midpoint", "heun", "logrho")),
+            "disable_corrector": Fixed([]),
+            "solver_p": Fixed(None),
+            "sigma_min": Fixed(None),
+            "sigma_max": Fixed(None),
+            "shift_terminal": Fixed(None),
         },
     ),
     "LCMScheduler": Scheduler(
@@ -175,7 +175,7 @@ SCHEDULERS: dict[str, Scheduler] = {
         {
             "clip_sample": _off("latents are not clipped; set clip_sample to false"),
             **_THRESHOLDING,
-            "timestep_scaling": Choice(10.0),
+            "timestep_scaling": Fixed(10.0),
         },
         betas=(0.00085, 0.012),
         beta_schedule="scaled_linear",

@@ -116,9 +116,9 @@ class Attention(nn.Module):
 
 
 def adds(layer: nn.Module) -> bool:
-    """Whether a sum or a gate after `layer`, which it is told of then, costs no pass of its own.
+    """Whether `layer` takes a sum or a gate after it as an argument, at no pass of its own.
 
-    Engines have layers of their own, and fp8 has linear ones, for which it does.
+    The layers that export and fp8 put in ours' place do not.
     """
     return bool(getattr(layer, "adds", False))
 
@@ -250,9 +250,9 @@ class GroupNorm(nn.GroupNorm):
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation, and the residual sum before it.
 
-    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them. lead: (C,),
-    what is to be added to what is added, or None. multiplier: of the layer that reads what is
-    normalised, if that one multiplies in fp8; else None.
+    implementation: which kernel computes both, as `fastsd.kernels.dispatch` has them. added_bias:
+    (C,), the bias of what is added, where its own layer was spared it; else None. multiplier: of
+    the layer that reads what is normalised, if that one multiplies in fp8; else None.
     """
 
     multiplier: Tensor | None
@@ -260,8 +260,8 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.implementation = "library"
-        self.lead: nn.Parameter | None
-        self.register_parameter("lead", None)
+        self.added_bias: nn.Parameter | None
+        self.register_parameter("added_bias", None)
         self.register_buffer("multiplier", None)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -272,7 +272,7 @@ class LayerNorm(nn.LayerNorm):
             self.bias,
             self.eps,
             added=added,
-            lead=self.lead,
+            added_bias=self.added_bias,
             multiplier=self.multiplier,
             implementation=self.implementation,
         )
@@ -394,9 +394,9 @@ class Resnet(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + t))).
 
     Where the widths differ, the first x goes through a 1x1 convolution. time_width: width of the
-    time embedding that `time_emb_proj` projects to t; None where there is none, and t is `shift`,
-    (1, C), if anything. lead: (1, C_in), what the first norm is to add to x, or None. bias: (C,),
-    what is to be added to the sum, or None; implementation: which kernel does, as
+    time embedding that `time_emb_proj` projects to t; None where there is none. norm1_added: (1,
+    C_in), what the first norm adds to x; norm2_added: (1, C), what the second adds in t's place;
+    bias: (C,), what is added to the sum; each or None. implementation: which kernel adds that, as
     `fastsd.kernels.dispatch` has them.
     """
 
@@ -410,17 +410,17 @@ class Resnet(nn.Module):
         self.norm2 = GroupNorm(groups, width, eps=eps, silu=True)
         self.conv2 = Conv3x3(width, width)
         self.conv_shortcut = None if in_width == width else Conv1x1(in_width, width)
-        self.lead: nn.Parameter | None
-        self.shift: nn.Parameter | None
+        self.norm1_added: nn.Parameter | None
+        self.norm2_added: nn.Parameter | None
         self.bias: nn.Parameter | None
-        for name in ("lead", "shift", "bias"):
+        for name in ("norm1_added", "norm2_added", "bias"):
             self.register_parameter(name, None)
         self.implementation = "library"
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W) and t (B or 1, C), already projected -> (B, C, H, W)."""
-        h = self.conv1(self.norm1(x, self.lead))
-        h = self.norm2(h, self.shift if t is None else t)
+        h = self.conv1(self.norm1(x, self.norm1_added))
+        h = self.norm2(h, self.norm2_added if t is None else t)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         out: Tensor
         if adds(self.conv2):

@@ -144,7 +144,7 @@ def test_a_unet_of_fewer_passes_computes_the_same(family: str) -> None:
     transformers = sum(
         isinstance(m, Transformer) and bool(len(m.transformer_blocks)) for m in changed.modules()
     )
-    assert sum(norm.lead is not None for norm in norms) == 3 * len(blocks) - transformers
+    assert sum(norm.added_bias is not None for norm in norms) == 3 * len(blocks) - transformers
     resnets = [module for module in changed.modules() if isinstance(module, Resnet)]
     assert all(resnet.conv1.bias is None for resnet in resnets)
     assert all(resnet.conv2.bias is None for resnet in resnets)
@@ -162,9 +162,11 @@ def test_a_vae_of_fewer_passes_computes_the_same(norms_add: bool) -> None:
     assert relative_l2(changed.decode(z), vae.decode(z)) < ALIKE
     assert relative_l2(changed.encode(picture), vae.encode(picture)) < ALIKE
     resnets = [module for module in changed.modules() if isinstance(module, Resnet)]
-    assert all((r.shift is not None, r.conv1.bias is None) == (norms_add,) * 2 for r in resnets)
-    assert sum(resnet.lead is not None for resnet in resnets) == (2 if norms_add else 0)
-    kinds = {r.conv_shortcut is None for r in resnets if r.lead is not None}
+    assert all(
+        (r.norm2_added is not None, r.conv1.bias is None) == (norms_add,) * 2 for r in resnets
+    )
+    assert sum(resnet.norm1_added is not None for resnet in resnets) == (2 if norms_add else 0)
+    kinds = {r.conv_shortcut is None for r in resnets if r.norm1_added is not None}
     assert kinds == ({True, False} if norms_add else set())
 
 

@@ -24,7 +24,7 @@ from fastsd.export.build import open_exporter
 from fastsd.export.calibration import calibrate_checkpoint, default_prompts
 from fastsd.export.parts import Request, load_part, part_names
 from fastsd.export.to_aoti import trace
-from fastsd.export.to_aoti_cuda import FORM, HEADERS, cuda_home, put_in_fp8_
+from fastsd.export.to_aoti_cuda import FORM, HEADERS, cuda_home, round_joined_
 from fastsd.models.unet import UNet
 from fastsd.quality import psnr
 from fastsd.quant.apply import layers
@@ -55,7 +55,7 @@ class Uncompiled(CompiledBackend):
                 return module
             assert isinstance(module, UNet)
             joined = JoinedUNet(module, CPU)
-            put_in_fp8_(module, spec.only("unet"))
+            round_joined_(module, spec.only("unet"))
             return joined
 
         for part in part_names(checkpoint, given):

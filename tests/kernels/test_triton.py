@@ -78,8 +78,8 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     ),
     "add_layer_norm": (
         "triton_layer_norm",
-        {**_NORM, **_ROWS, "total": "*fp16", "lead": "*fp16"},
-        dict(ADDED=True, LED=True, FP8=False, BLOCK_R=8, BLOCK_C=512),
+        {**_NORM, **_ROWS, "total": "*fp16", "added_bias": "*fp16"},
+        dict(ADDED=True, BIASED=True, FP8=False, BLOCK_R=8, BLOCK_C=512),
     ),
     "gated": (
         "triton_geglu",

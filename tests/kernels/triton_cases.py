@@ -101,19 +101,19 @@ def layer_norm(
     dtype: torch.dtype,
     *,
     added: bool = True,
-    lead: bool = False,
+    added_bias: bool = False,
     offset: float = 0.0,
     fp8: bool = False,
 ) -> Case:
-    """lead: add a row too. offset: x = normal + offset. fp8: return fp8, some of it cut."""
+    """added_bias: add a row too. offset: x = normal + offset. fp8: return fp8, some of it cut."""
 
     def run(device: str) -> float:
         C = shape[-1]
         x, more = ((draw(*shape, seed=i) + offset).to(device, dtype) for i in (0, 1))
         weight, bias = (draw(C, seed=i).to(device, dtype) for i in (2, 3))
         options: dict[str, Any] = dict(added=more if added else None)
-        if lead:
-            options["lead"] = draw(C, seed=4).to(device, dtype)
+        if added_bias:
+            options["added_bias"] = draw(C, seed=4).to(device, dtype)
         if fp8:
             options["multiplier"] = torch.tensor(200.0, device=device)
         total, out = our_layer_norm(x, weight, bias, 1e-5, **options, implementation="triton")
@@ -344,7 +344,7 @@ CASES: dict[str, tuple[Case, float]] = {
         for name in ("triton", "triton-group")
     },
     **{f"layer norm {C} fp16": (layer_norm((2, 9, C), HALF), 5e-4) for C in (320, 640, 1280)},
-    "layer norm of three": (layer_norm((3, 5, 320), HALF, lead=True), 5e-4),
+    "layer norm of three": (layer_norm((3, 5, 320), HALF, added_bias=True), 5e-4),
     "layer norm of one row": (layer_norm((1, 40), FULL, added=False), 1e-6),
     "layer norm bf16": (layer_norm((3, 96), BRAIN), 4e-3),
     "layer norm far from zero": (layer_norm((5, 320), FULL, offset=1000.0), 2e-4),
