@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -148,6 +149,7 @@ class Pipeline:
         self._changes = dict(changes or {})
         self._kernels: dict[str, str] = {}  # op -> what `use` asked for
         self._backend = self._open_backend(backend, precision, chosen_device(device))
+        self._step = self._chosen_step(self._backend.device)
         self._loops = self._new_loops(self._backend)
         self._adapters = Adapters(self._backend, on_host=low_memory)
         self._vocabulary_lock = threading.Lock()
@@ -318,10 +320,11 @@ class Pipeline:
             opened = self._open_backend(now.name, precision, device)
             for op, implementation in self._kernels.items():
                 dispatch.require(op, implementation, device)
-                if op in LAYERS:  # the sampler's step is the loop's own, see _new_loops
+                if op in LAYERS:  # the sampler's step is no layer
                     opened.use(op, implementation)
             now.close()
             self._backend = self._adapters.backend = opened
+            self._step = self._chosen_step(device)
             self._loops = self._new_loops(opened)  # what is captured goes with the old one
         return self
 
@@ -357,10 +360,6 @@ class Pipeline:
 
     def _put_in_fp8(self) -> None:
         """Draw a little in full precision, uncaptured, and let the backend round its layers."""
-        from fastsd.backends.eager import EagerBackend
-
-        backend = self._backend
-        assert isinstance(backend, EagerBackend)
         side = self.config.default_size
         settings = {
             **draw_settings(self.config, (side, side), WATCHED_STEPS),
@@ -371,12 +370,25 @@ class Pipeline:
             for seed, prompt in enumerate(PROMPTS[:WATCHED]):
                 self(prompt, seed=seed, **settings)
 
-        bars, loops = self._progress, self._loops
-        self._progress, self._loops = {"disable": True}, Loops(backend, graph="none")
+        bars, self._progress = self._progress, {"disable": True}
         try:
-            backend.put_in_fp8(draw)
+            with self.running_on(self._backend, graph="none"):
+                self._backend.put_in_fp8(draw)
         finally:
-            self._progress, self._loops = bars, loops
+            self._progress = bars
+
+    @contextmanager
+    def running_on(self, backend: Backend, *, graph: str | None = None) -> Iterator[None]:
+        """Draw by `backend` inside the block, e.g. by one that watches this pipeline's own parts.
+
+        graph: as from_pretrained has it; None leaves it. Not while another thread draws.
+        """
+        before = self._backend, self._loops
+        self._backend, self._loops = backend, self._new_loops(backend, graph)
+        try:
+            yield
+        finally:
+            self._backend, self._loops = before
 
     def load_preview_vae(self, path: str | Path) -> None:
         """Load what decodes previews, a folder or a file; best a tiny autoencoder (TAESD).
@@ -480,14 +492,16 @@ class Pipeline:
         """Pass `config` on to tqdm, e.g. disable=True."""
         self._progress = {**self._progress, **config}
 
-    def _new_loops(self, backend: Backend) -> Loops:
-        asked, device = self._kernels.get("sampler_step"), backend.device
-        if asked is None and device.type == "cuda":
-            self._step = fastest_step(device)
-        else:
-            self._step = dispatch.choose("sampler_step", device, asked)
+    def _new_loops(self, backend: Backend, graph: str | None = None) -> Loops:
         limit = {"limit_bytes": 0} if self._low_memory else {}
-        return Loops(backend, graph=self._graph, **limit)
+        return Loops(backend, graph=graph or self._graph, **limit)
+
+    def _chosen_step(self, device: torch.device) -> dispatch.Choice:
+        """Choose what computes the sampler's step, the loop's own part, whatever the backend."""
+        asked = self._kernels.get("sampler_step")
+        if asked is None and device.type == "cuda":
+            return fastest_step(device)  # measured once, and not in a request
+        return dispatch.choose("sampler_step", device, asked)
 
     def use(self, **implementations: str) -> Pipeline:
         """Compute ops by other kernels: pipe.use(attention="cudnn", group_norm="triton").
@@ -503,6 +517,7 @@ class Pipeline:
                     self._backend.use(op, implementation)
                 self._kernels[op] = implementation
         finally:  # what is captured are the old kernels
+            self._step = self._chosen_step(self.device)
             self._loops = self._new_loops(self._backend)
         return self
 

@@ -8,6 +8,7 @@ Knows the parts' contract (backends/base.py); knows no text, file, vendor or sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -303,6 +304,10 @@ class Decode:
     def __call__(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> pictures (B, 3, H, W), fp32, about [-1, 1]."""
         z = latents / self.scale + self.shift
+        with getattr(self.part, "staying", nullcontext)():  # weights that visit, until all is done
+            return self._decoded(z)
+
+    def _decoded(self, z: Tensor) -> Tensor:
         if self.tile is not None and max(z.shape[-2:]) > self.tile:
             return torch.cat([self._tiled(single, self.tile) for single in torch.split(z, 1)])
         if self.one_at_a_time:

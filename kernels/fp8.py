@@ -1,4 +1,4 @@
-"""Rounding to fp8 (e4m3: Micikevicius et al. 2022, arXiv:2209.05433), by one scale or one a channel."""
+"""Rounding to fp8 (e4m3: Micikevicius et al. 2022, arXiv:2209.05433), by one scale or many."""
 
 from __future__ import annotations
 

@@ -113,6 +113,10 @@ class Backend(ABC):
             f"{op}={implementation!r}"
         )
 
+    def put_in_fp8(self, draw: Callable[[], None]) -> None:
+        """Round the layers that are worth it to fp8, by their inputs' ranges while `draw` runs."""
+        raise UsageError(f"the {self.name} backend has no weights='fp8'; use backend='eager'")
+
     def explain(self) -> list[str]:
         """Say what runs, a line a fact."""
         return [f"backend: {self.name}, {self.precision}, on {self.device}"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -170,9 +171,9 @@ class EagerBackend(Graphed):
 
     def _keep_on_host(self, name: str) -> None:
         """Have a module's parts visit the GPU for as long as they run."""
-        module, lock = self.modules[name], threading.Lock()  # its parts move the same weights
+        module, lock = self.modules[name], threading.RLock()  # its parts move the same weights
         for part in _PARTS_OF.get(name, (name, f"{name}_norm")):
-            self._parts[part] = visiting(module, self._parts[part], self.device, lock)
+            self._parts[part] = Visiting(module, self._parts[part], self.device, lock)
         where = "locked memory" if locked_(module) else "memory"
         self._choices[name] = [f"{name}: in the host's {where}, on the GPU while it runs"]
 
@@ -307,22 +308,40 @@ def locked_(module: nn.Module) -> bool:
     return True
 
 
-def visiting(module: nn.Module, part: Part, device: torch.device, lock: threading.Lock) -> Part:
-    """Return `part` with the module's weights on `device` while it runs.
+@final
+class Visiting:
+    """A part whose module's weights are on `device` while it runs, and inside `staying`.
 
-    lock: one for all parts of the module, which run one at a time.
+    lock: one for all parts of the module, which run one at a time; a thread may take it again.
     """
-    holder = _Holder(module, part)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with lock:
-            weights = {
-                name: parameter.to(device, non_blocking=True)
-                for name, parameter in holder.named_parameters()
+    def __init__(
+        self, module: nn.Module, part: Part, device: torch.device, lock: threading.RLock
+    ) -> None:
+        self._holder = _Holder(module, part)
+        self._device = device
+        self._lock = lock
+        self._weights: dict[str, torch.Tensor] | None = None  # there, while they stay
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.staying() as weights:
+            return torch.func.functional_call(self._holder, weights, args, kwargs)
+
+    @contextmanager
+    def staying(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Keep the weights there from call to call; other threads wait."""
+        with self._lock:
+            if self._weights is not None:
+                yield self._weights
+                return
+            self._weights = {
+                name: parameter.to(self._device, non_blocking=True)
+                for name, parameter in self._holder.named_parameters()
             }
-            return torch.func.functional_call(holder, weights, args, kwargs)
-
-    return call
+            try:
+                yield self._weights
+            finally:
+                self._weights = None
 
 
 @final

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastsd import Pipeline
-from fastsd.backends.eager import EagerBackend, locked_, visiting
+from fastsd.backends.eager import EagerBackend, Visiting, locked_
 from fastsd.errors import UsageError
 from fastsd.kernels import dispatch, reference
 from fastsd.kernels.attention import attention
 from fastsd.models.layers import Attention, Conv3x3, Upsample, split_heads, use_kernel
 from fastsd.models.vae import PixelAttention
+from fastsd.tasks import Decode
 
 
 def test_weights_visit_the_device_and_come_back() -> None:
@@ -29,13 +30,31 @@ def test_weights_visit_the_device_and_come_back() -> None:
         seen.append(layer.weight.device)
         return layer(x)  # type: ignore[no-any-return]
 
-    call = visiting(layer, part, torch.device("meta"), threading.Lock())
+    call = Visiting(layer, part, torch.device("meta"), threading.RLock())
     assert call(torch.empty(2, 4, device="meta")).shape == (2, 3)
     assert seen == [torch.device("meta")]
     with pytest.raises(RuntimeError):
         call(torch.empty(2, 5, device="meta"))
     for parameter, data in zip(layer.parameters(), host, strict=True):
         assert parameter.data_ptr() == data.data_ptr(), "the host's weights are back, uncopied"
+
+
+def test_weights_stay_for_all_tiles_of_a_picture() -> None:
+    """They came anew for each, nine times for 1024 pixels."""
+    layer, addresses = torch.nn.Conv2d(4, 3, 1), []
+
+    def part(z: torch.Tensor) -> torch.Tensor:
+        addresses.append(layer.weight)
+        return layer(z).repeat_interleave(8, -1).repeat_interleave(8, -2)  # type: ignore[no-any-return]
+
+    visiting = Visiting(layer, part, torch.device("meta"), threading.RLock())
+    decode = Decode(visiting, 1.0, 0.0, tile=8)
+    picture = decode(torch.empty(2, 4, 16, 16, device="meta"))
+    assert picture.shape == (2, 3, 128, 128) and len(addresses) == 2 * 9
+    assert len({id(weight) for weight in addresses}) == 1
+    decode(torch.empty(1, 4, 16, 16, device="meta"))
+    assert len({id(weight) for weight in addresses}) == 2, "and are brought anew for the next"
+    assert layer.weight.device == torch.device("cpu")
 
 
 def test_parts_of_one_module_visit_one_after_the_other() -> None:
@@ -48,8 +67,8 @@ def test_parts_of_one_module_visit_one_after_the_other() -> None:
         ended.wait(0.5)
         return layer(x)  # type: ignore[no-any-return]
 
-    lock, meta = threading.Lock(), torch.device("meta")
-    slow, quick = (visiting(layer, part, meta, lock) for part in (waits, layer))
+    lock, meta = threading.RLock(), torch.device("meta")
+    slow, quick = (Visiting(layer, part, meta, lock) for part in (waits, layer))
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(slow, torch.empty(2, 4, device="meta"))
         assert inside.wait(30)
@@ -128,7 +147,6 @@ def test_scores_beyond_half_precision_are_no_reason_to_attend_in_fp32(
 
 def test_tiles_of_a_local_decoder_are_its_picture_without_seams() -> None:
     """Where a decoder looks no farther than the overlap, blending must be exact."""
-    from fastsd.tasks import Decode
 
     def local(z: torch.Tensor) -> torch.Tensor:
         picture = torch.nn.functional.interpolate(z[:, :3], scale_factor=8, mode="nearest")
