@@ -255,6 +255,7 @@ def own_contenders() -> list[Contender]:
 GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "graph-none": {"graph": "none"},
     "graph-loop": {"graph": "loop"},
+    "cached": {"cache_interval": 2},
     "low-memory": {"low_memory": True},
     "int8-weights": {"weights": "int8"},
     "fp8": {"weights": "fp8"},

@@ -184,11 +184,13 @@ def open_fastsd(
     backend: str,
     precision: str,
     use: Mapping[str, str] = MappingProxyType({}),
+    cache_interval: int = 1,
     **options: Any,
 ) -> Drawer:
     """Open the scene's model with one of fastsd's backends.
 
-    use: op -> kernel, as Pipeline.use has them. options: what else from_pretrained takes.
+    use: op -> kernel, as Pipeline.use has them. cache_interval: of its calls. options: what else
+    from_pretrained takes.
     """
     pipeline = Pipeline.from_pretrained(
         scene.model,
@@ -198,7 +200,7 @@ def open_fastsd(
         device=scene.device,
         **options,
     )
-    return PipelineDrawer(pipeline.use(**use), scene, _watch_fastsd)
+    return PipelineDrawer(pipeline.use(**use), scene, _watch_fastsd, **_cached(cache_interval))
 
 
 def prepare_engine(
@@ -221,8 +223,12 @@ def prepare_engine(
 def open_engine(scene: Scene, folder: str, *, cache_interval: int = 1, **_: str) -> Drawer:
     """Open an engine; a native one only if it was exported by this user on this machine."""
     pipeline = Pipeline.from_pretrained(folder, sampler=scene.sampler, device=scene.device)
-    settings: dict[str, Any] = {"cache_interval": cache_interval} if cache_interval > 1 else {}
+    settings = _cached(cache_interval)
     return PipelineDrawer(pipeline, scene, _watch_fastsd, fixed_batch=True, **settings)
+
+
+def _cached(cache_interval: int) -> dict[str, Any]:
+    return {"cache_interval": cache_interval} if cache_interval > 1 else {}
 
 
 @contextmanager

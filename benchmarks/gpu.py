@@ -167,7 +167,7 @@ STAGES = (
         for model, steps in (("sdxl", "10"), ("sd15", "20"))
         for name, what, seconds, *names in (
             ("kernels", "our kernels and the library's", 280, "*-library/fp16", "*-triton/fp16"),
-            ("graphs", "graphs, captured less or more", 180, "graph-*/fp16"),
+            ("graphs", "graphs, captured less or more", 220, "graph-*/fp16", "cached/fp16"),
             ("attention", "one attention against the measured ones", 280, "attention-*/fp16"),
         )
     ),

@@ -109,7 +109,6 @@ class Call:
             one_at_a_time=self.one_at_a_time,
             tile=self.tile,
         )
-        self._bound = self._denoiser(from_row=0)
         watched = self.callback is not None or self.preview is not None
         whole = self.loops.graph == "loop" and not watched and output_type != "latent"
         kept = self.source if self.source and self.source.feather is not None else None
@@ -117,7 +116,7 @@ class Call:
         run = Run(
             table=self.table,
             latents=self._start.latents,
-            denoiser=self._bound,
+            denoiser=self._denoiser(),
             guidance=self._guidance,
             rescale=self.rescale,
             known=self._start.known,
@@ -157,7 +156,7 @@ class Call:
         height, width = (side // factor for side in self.size)
         return self.batch, self.config.vae.latent_channels, height, width
 
-    def _denoiser(self, from_row: int) -> Denoiser:
+    def _denoiser(self) -> Denoiser:
         return tasks.bind_denoiser(
             self.backend,
             self.config,
@@ -168,7 +167,6 @@ class Call:
             extra=self._start.extra,
             one_at_a_time=self.one_at_a_time,
             cache_interval=self.cache_interval,
-            from_row=from_row,
         )
 
     def _prepare(self, noise: Noise, latents: Tensor | None) -> Start:
@@ -223,14 +221,14 @@ class Call:
             self.altered = True
         context = changed.get("prompt_embeds", self.conditioning.context)
         if context is not self.conditioning.context or before != self._guidance_scale:
-            self._rebind(context, row + 1)
+            self._rebind(context)
             self.altered = True
         if self._interrupt:
             self.interrupted_after, self.altered = row + 1, True
         return not self._interrupt
 
-    def _rebind(self, context: Tensor, row: int) -> None:
-        """Go on from `row` with another context or guidance weight, as diffusers' loop does."""
+    def _rebind(self, context: Tensor) -> None:
+        """Go on with another context or guidance weight, as diffusers' loop does."""
         width, batch = self.config.unet.context_width, self.batch
         if not isinstance(context, Tensor) or context.ndim != 3 or context.shape[-1] != width:
             raise UsageError(
@@ -245,12 +243,13 @@ class Call:
                 "for good or not at all"
             )
         same = context is self.conditioning.context and len(context) == kept
-        if not same or self.config.unet.guidance_width:  # else the weight alone is another
-            self.conditioning = replace(
-                self.conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
-            )
-            self._bound = self._denoiser(from_row=row)
-        self._loop.rebind(self._bound, self._guidance)
+        if same and not self.config.unet.guidance_width:  # the weight alone is another
+            self._loop.rebind(None, self._guidance)
+            return
+        self.conditioning = replace(
+            self.conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
+        )
+        self._loop.rebind(self._denoiser(), self._guidance)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -50,11 +50,15 @@ class Denoiser:
 
     predict: must read nothing that changes but its arguments. rows: (R, …), what it is told at each
     row; x is given to it in their dtype. fixed: what it is told at every row: keys, values, ….
+    shallow: predicts, at the rows where `reuse` says so, with less work from what `predict` left at
+    the last row that it was asked at; None: `predict` is asked at all.
     """
 
     predict: Predict
     rows: Tensor
     fixed: tuple[Tensor, ...] = ()
+    shallow: Predict | None = None
+    reuse: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Run:
         """All that a captured step cannot change: runs that agree in it may share one."""
         return (
             self.denoiser.predict,
+            self.denoiser.shallow,
             self.finish,
             self.kernel,
             self.guided,
@@ -135,15 +140,16 @@ class SamplingLoop:
         self._rescale = latents.new_zeros((), dtype=torch.float32)
         self._coefficients = latents.new_zeros((rows, _columns(slots)), dtype=torch.float32)
         # What the model is told in place of a run's own tensors, which come and go.
-        self._denoiser = Denoiser(
-            run.denoiser.predict,
-            entries.new_zeros((rows, *entries.shape[1:])),
-            tuple(map(torch.zeros_like, run.denoiser.fixed)),
+        self._denoiser = replace(
+            run.denoiser,
+            rows=entries.new_zeros((rows, *entries.shape[1:])),
+            fixed=tuple(map(torch.zeros_like, run.denoiser.fixed)),
         )
         self._known = run.known and Known(*map(torch.zeros_like, run.known.tensors))
         self._finish, self._kernel = run.finish, run.kernel
         self._finished: tuple[Tensor, ...] = ()
         self._replay: Step | None = None
+        self._replay_shallow: Step | None = None
         self._replay_all: Step | None = None
         self._noises: Tensor | None = None  # of every row, where the whole loop is one graph
 
@@ -171,6 +177,7 @@ class SamplingLoop:
         self._table = run.table
         self._guided, self._rescaled = run.guided, run.rescale > 0
         self._now, self._as_captured = self._denoiser, True
+        self._reuse, self._left = run.denoiser.reuse, False
         self._sources.zero_()
         self._sources[0] = run.latents
         self._row.zero_()
@@ -182,11 +189,16 @@ class SamplingLoop:
             _copy(self._known.tensors, run.known.tensors)
         self._take(run.denoiser, run.guidance)
 
-    def rebind(self, denoiser: Denoiser, guidance: float | None) -> None:
-        """Go on with another prompt or guidance weight from the next row on.
+    def rebind(self, denoiser: Denoiser | None, guidance: float | None) -> None:
+        """Go on with another prompt, None: the same, and guidance weight from the next row on.
 
         Where they do not fit the buffers, the rest of the run is stepped as it is, uncaptured.
         """
+        if denoiser is None:
+            assert (guidance is not None) == self._guided
+            self._guidance.fill_(1.0 if guidance is None else guidance)
+            return
+        self._reuse, self._left = denoiser.reuse, False  # what was left is another's
         fits = (guidance is not None) == self._guided and _alike(denoiser, self._denoiser)
         if self._as_captured and fits:
             self._take(denoiser, guidance)
@@ -201,9 +213,12 @@ class SamplingLoop:
         Capturing may run the step several times: load a run before it and after it.
         """
         if not whole:
-            replay = capture(self._step)
             # Where nothing is captured it is the method itself, and to keep that would be a cycle.
+            replay = capture(self._step)
             self._replay = None if replay == self._step else replay
+            if self._denoiser.shallow is not None:
+                replay = capture(self._shallow_step)
+                self._replay_shallow = None if replay == self._shallow_step else replay
             return
         self._noises = self._sources.new_zeros((self._table.rows, *self.latents.shape))
         self._replay_all = capture(self._walk)
@@ -225,8 +240,7 @@ class SamplingLoop:
             for row in range(self._table.rows):
                 if self._table.draws[row]:
                     self._sources[-1] = noise()
-                step = self._replay if self._as_captured else None
-                (step or self._step)()
+                self._one(row, replays=self._as_captured)
                 if not on_row(row):
                     break
             self._end()
@@ -236,20 +250,37 @@ class SamplingLoop:
         """Run all rows over noise that is drawn already, and finish."""
         assert self._noises is not None
         self._row.zero_()
-        for noise in self._noises:
+        self._left = False
+        for row, noise in enumerate(self._noises):
             self._sources[-1].copy_(noise)
-            self._step()
+            self._one(row, replays=False)
         self._end()
+
+    def _one(self, row: int, *, replays: bool) -> None:
+        """Step, by what was captured if `replays`."""
+        reuse = self._left and row < len(self._reuse) and self._reuse[row]
+        replay = self._replay_shallow if reuse else self._replay
+        if replay is None or not replays:
+            replay = self._shallow_step if reuse else self._step
+        replay()
+        self._left = True
 
     def _end(self) -> None:
         self._finished = (self.latents,) if self._finish is None else self._finish(self.latents)
 
     def _step(self) -> None:
+        self._evaluate(self._now.predict)
+
+    def _shallow_step(self) -> None:
+        assert self._now.shallow is not None, "reuse is of denoisers that have it"
+        self._evaluate(self._now.shallow)
+
+    def _evaluate(self, predict: Predict) -> None:
         """One model evaluation and one row of the table; then the counter stands on the next."""
         model = self._now
         coefficient = self._coefficients.index_select(0, self._row)[0]
         x = (self._sources[0] * coefficient[0]).to(model.rows.dtype)
-        prediction = model.predict(x, model.rows.index_select(0, self._row)[0], model.fixed)
+        prediction = predict(x, model.rows.index_select(0, self._row)[0], model.fixed)
         guidance = self._guidance if self._guided else None
         if guidance is not None and self._rescaled:
             unconditional, conditional = prediction.to(self._sources.dtype).chunk(2)
@@ -393,12 +424,13 @@ class Loops:
 
     def _find(self, run: Run) -> _Kept:
         whole = self._is_whole(run)
-        key = (run.structure, run.table.rows if whole else None)
+        key = (run.structure, (run.table.rows, run.denoiser.reuse) if whole else None)
         with self._lock:
             if key not in self._kept:
                 shape = "x".join(map(str, run.latents.shape))
                 guided = "guided" if run.guided else "unguided"
-                span = f"{run.table.rows} rows and the finish" if whole else "one step"
+                step = "one step" if run.denoiser.shallow is None else "a step and a shallow one"
+                span = f"{run.table.rows} rows and the finish" if whole else step
                 self._kept[key] = _Kept(f"latents {shape}, {guided}, {span}")
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -541,7 +573,7 @@ def _layout(x: Tensor) -> Hashable:
 
 def _alike(a: Denoiser, b: Denoiser) -> bool:
     return (
-        a.predict == b.predict
+        (a.predict, a.shallow) == (b.predict, b.shallow)
         and _layout(a.rows[0]) == _layout(b.rows[0])
         and [*map(_layout, a.fixed)] == [*map(_layout, b.fixed)]
     )

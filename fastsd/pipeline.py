@@ -529,6 +529,7 @@ class Pipeline:
         width: int | None = None,
         guidance: bool = True,
         num_inference_steps: int = 1,
+        cache_interval: int = 1,
     ) -> Pipeline:
         """Warm up and capture, so that the first picture comes as fast as the rest.
 
@@ -537,9 +538,11 @@ class Pipeline:
         (prompt of one chunk, seed, sampler, steps, the weight of guidance) may change without a new
         capture, but guidance_rescale, a mask for a model that does not inpaint, and more than 128
         evaluations are captured when they are first asked for.
-        Where the whole loop is captured, it is for num_inference_steps and for pictures as PIL's
-        only. Text encoders are captured for a batch of prompts and for one prompt of a batch of
-        pictures, as they are without learned words and clip_skip. Returns the pipeline.
+        cache_interval: steps that reuse deeper layers' work are captured apart too, for whatever
+        interval above 1. Where the whole loop is captured, it is for that interval, for
+        num_inference_steps and for pictures as PIL's only. Text encoders are captured for a batch
+        of prompts and for one prompt of a batch of pictures, as they are without learned words and
+        clip_skip. Returns the pipeline.
         """
         check_count("batch", batch)
         settings = {
@@ -547,6 +550,7 @@ class Pipeline:
             "num_inference_steps": num_inference_steps,
             "guidance_scale": GUIDANCE if guidance else 1.0,
             "strength": 1.0 if self.config.inpaints else None,
+            "cache_interval": cache_interval,
         }
         for prompts in dict.fromkeys((batch, 1)):
             self([""] * prompts, num_images_per_prompt=batch // prompts, seed=0, **settings)
@@ -853,11 +857,6 @@ class Pipeline:
                 f"this {self._backend.name} engine computes whole steps only; drop cache_interval, "
                 "or use the checkpoint itself, or an engine of `fastsd export --to aoti`"
             ) from None
-        if self._backend.captures and self._graph != "none":
-            raise UsageError(
-                "captured steps are all alike, and cache_interval makes them differ; drop it, or "
-                "load the model with graph='none'"
-            )
 
     def _default_guidance(self, source: Source | None) -> float:
         if self.config.schedule.guidance is not None:

@@ -71,26 +71,51 @@ def reused(steps: int, interval: int) -> tuple[bool, ...]:
     return tuple(i > first and (i - first) % interval != 0 for i in range(steps))
 
 
-class Cached:
-    """Predict as `plain` does, but take at the steps of `reuse` what the deeper layers made before.
+class Deep:
+    """What the UNet's deeper layers made at the last step that ran them, for one run or one graph.
 
-    Made for one run of a loop: it counts its calls.
+    in_place: keep it at one address, as what is captured reads it there.
     """
 
-    def __init__(self, plain: UNetPredict, backend: Backend, reuse: Sequence[bool]) -> None:
-        self._plain = plain
-        self._whole, self._shallow = backend.part("unet_deep"), backend.part("unet_shallow")
-        self._reuse = iter(reuse)
-        self._deep: Tensor | None = None
+    def __init__(self, *, in_place: bool) -> None:
+        self._in_place = in_place
+        self.features: Tensor | None = None
+
+    def keep(self, features: Tensor) -> None:
+        """Forget what was kept before."""
+        if self._in_place and self.features is not None:
+            self.features.copy_(features)
+        else:
+            self.features = features.clone() if self._in_place else features
+
+
+@dataclass(frozen=True)
+class KeepingPredict:
+    """Predict as `plain` does, whose UNet is `unet_deep`, and keep what the deeper layers made."""
+
+    plain: UNetPredict
+    deep: Deep = field(compare=False)
 
     def __call__(self, x: Tensor, row: Tensor, fixed: Sequence[Tensor]) -> Tensor:
         """Do what `UNetPredict` does."""
-        x, kv = self._plain.inputs(x, fixed)
+        x, kv = self.plain.inputs(x, fixed)
         prediction: Tensor
-        if next(self._reuse, False) and self._deep is not None:
-            prediction = self._shallow(x, row, kv, self._deep)
-        else:
-            prediction, self._deep = self._whole(x, row, kv)
+        prediction, features = self.plain.unet(x, row, kv)
+        self.deep.keep(features)
+        return prediction
+
+
+@dataclass(frozen=True)
+class ShallowPredict:
+    """Predict by the UNet's outer layers, `unet_shallow`, from what was kept (Ma et al. 2023)."""
+
+    plain: UNetPredict
+    deep: Deep = field(compare=False)
+
+    def __call__(self, x: Tensor, row: Tensor, fixed: Sequence[Tensor]) -> Tensor:
+        """Do nearly what `UNetPredict` does."""
+        x, kv = self.plain.inputs(x, fixed)
+        prediction: Tensor = self.plain.unet(x, row, kv, self.deep.features)
         return prediction
 
 
@@ -105,14 +130,12 @@ def bind_denoiser(
     extra: Tensor | None = None,
     one_at_a_time: bool = False,
     cache_interval: int = 1,
-    from_row: int = 0,
 ) -> Denoiser:
     """Bind the UNet to a prompt and a schedule: all that does not depend on x is computed here,
     once.
 
     timesteps: (S,), one a row of the table. guidance: what distilled UNets are told; others ignore
     it. extra, one_at_a_time: as `UNetPredict` has them. cache_interval: as `reused` has it.
-    from_row: the row that it is asked for first.
     """
     batch = len(conditioning) // (2 if guided else 1)
     if one_at_a_time and batch > 1:
@@ -149,10 +172,18 @@ def bind_denoiser(
     )
     kv = backend.part("unet_context")(conditioning.context.to(backend.dtype))
     leaves, form = tree_flatten(kv)
-    plain = UNetPredict(backend.part("unet"), backend.dtype, form, extra is not None)
-    reuse = reused(len(timesteps), cache_interval)[from_row:]
     fixed = (*leaves, *([] if extra is None else [extra]))
-    return Denoiser(Cached(plain, backend, reuse) if any(reuse) else plain, rows, fixed)
+    plain = UNetPredict(backend.part("unet"), backend.dtype, form, extra is not None)
+    if cache_interval == 1:
+        return Denoiser(plain, rows, fixed)
+    deep = Deep(in_place=backend.captures)
+    return Denoiser(
+        KeepingPredict(replace(plain, unet=backend.part("unet_deep")), deep),
+        rows,
+        fixed,
+        shallow=ShallowPredict(replace(plain, unet=backend.part("unet_shallow")), deep),
+        reuse=reused(len(timesteps), cache_interval),
+    )
 
 
 def _regroup(predictions: Iterable[Tensor]) -> Tensor:

@@ -390,6 +390,66 @@ def test_a_whole_loop_draws_the_same_pictures(
     assert torch.equal(latents, expected) and whole._loops.captures == 4
 
 
+# --- steps that reuse what the deeper layers made ------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", ["step", "loop"])
+@pytest.mark.parametrize("family", ["sd1_folder", "sdxl_folder"])
+def test_cached_steps_are_two_graphs(
+    family: str, graph: str, capturing: None, request: pytest.FixtureRequest
+) -> None:
+    """One capture for whatever interval, steps and prompt; a whole loop is of one pattern."""
+    folder = request.getfixturevalue(family)
+    cached = Pipeline.from_pretrained(folder, graph=graph)
+    plain = quiet(folder)
+    plain._loops = uncaptured(plain)
+    cached.set_progress_bar_config(disable=True)
+    requests: list[dict[str, Any]] = [
+        dict(num_inference_steps=8, cache_interval=2),
+        dict(num_inference_steps=8, cache_interval=2, prompt="a blue house", seed=3),
+        dict(num_inference_steps=8, cache_interval=3, guidance_scale=3.0),
+        dict(num_inference_steps=6, cache_interval=2, sampler="dpmpp_2m"),
+        dict(num_inference_steps=8, cache_interval=2),
+    ]
+    if graph == "step":
+        cached.prepare(cache_interval=2)
+    for settings in requests:
+        np.testing.assert_array_equal(draw(cached, **settings), draw(plain, **settings))
+    assert cached._loops.captures == (1 if graph == "step" else 3)
+    assert not np.array_equal(draw(cached, **requests[0]), draw(cached, num_inference_steps=8))
+    if graph == "step":
+        assert "guided, a step and a shallow one" in "".join(cached.explain())
+        assert cached._loops.captures == 2, "plain steps are captured apart"
+
+
+def test_a_new_prompt_in_a_cached_run_is_not_mixed_with_the_old(
+    captured: Pipeline, plain: Pipeline
+) -> None:
+    """The step after it runs all layers; another weight of guidance leaves the pattern."""
+
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe._guidance_scale = 5.0
+        return {"prompt_embeds": 2 * tensors["prompt_embeds"]} if step == 2 else {}
+
+    settings: dict[str, Any] = dict(
+        num_inference_steps=8,
+        cache_interval=2,
+        sampler="ddim",
+        callback_on_step_end=change,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    ours = draw(captured, **settings)
+    np.testing.assert_array_equal(ours, draw(plain, **settings))
+    unet = plain._backend.modules["unet"]  # type: ignore[attr-defined]
+    whole: list[int] = []
+    hook = unet.mid_block.register_forward_hook(lambda *_: whole.append(1))
+    draw(plain, **settings)
+    hook.remove()
+    assert len(whole) == 6, "0 1 2 4 6 as ever, and 3, the first of the new prompt"
+    assert captured._loops.captures == 1
+
+
 @pytest.mark.parametrize("graph", ["step", "loop"])
 def test_a_picture_of_nothing_is_refused_before_it_is_rounded(
     sd1_folder: Path, capturing: None, graph: str
