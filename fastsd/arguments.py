@@ -76,6 +76,10 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise UsageError(f"device {device!r} is unknown; give 'cpu', 'cuda' or 'cuda:0'") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device {str(chosen)!r} draws nothing; give 'cpu', 'cuda' or 'cuda:0'")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' was asked for, and this torch has none; give 'cpu'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device 'cuda' was asked for, but torch sees no GPU; `fastsd env` says why"

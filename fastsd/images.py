@@ -196,7 +196,7 @@ def widen(pictures: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:
     left, top, right, bottom = map(int, sides)
     frame = (left, right, top, bottom)
     canvas = pad(pictures, frame, mode="replicate")
-    mask = pad(torch.zeros(1, 1, *pictures.shape[-2:]), frame, value=1.0)
+    mask = pad(torch.zeros(1, 1, *pictures.shape[-2:], dtype=torch.float32), frame, value=1.0)
     return canvas, mask
 
 

@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,6 +223,10 @@ class Pipeline:
         cannot be used, UsageError for a wrong argument.
         """
         refuse(unknown, cls.from_pretrained)
+        if not isinstance(model, (str, os.PathLike)):
+            raise UsageError(
+                f"a model is a name, a path or a hub id, such as 'builtin', not {model!r}"
+            )
         if safety_checker or feature_extractor or requires_safety_checker:
             raise UsageError("safety checkers are not supported; pass safety_checker=None")
         if use_safetensors is False:

@@ -692,6 +692,7 @@ def test_bad_loading_arguments(sd1_folder: Path) -> None:
         dict(backend="nope"),
         dict(precision="fp7"),
         dict(device="warp"),
+        dict(device="meta"),
         dict(torch_dtype=torch.int8),
         dict(torch_dtype=torch.float16, precision="fp32"),
         dict(torch_dtype="float16", precision="fp32"),
@@ -706,6 +707,10 @@ def test_bad_loading_arguments(sd1_folder: Path) -> None:
             Pipeline.from_pretrained(sd1_folder, **arguments)
     with pytest.raises(FastsdError):
         Pipeline.from_pretrained(sd1_folder / "nothing here")
+    given: Any
+    for given in (None, 5, b"builtin", ["builtin"]):
+        with pytest.raises(UsageError, match="a model is a name, a path or a hub id"):
+            Pipeline.from_pretrained(given)
 
 
 def test_an_engine_has_its_own_of_what_belongs_to_a_model(
