@@ -32,6 +32,6 @@ def test_every_task_has_its_row(
 def test_changed_pixels_are_noticed(
     sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Source, "keep", lambda self, drawn, feather: drawn)
+    monkeypatch.setattr(Source, "keep", lambda self, drawn: drawn)
     with pytest.raises(SystemExit, match="pixels outside the mask were changed"):
         draw(sd1_folder, tmp_path, monkeypatch)
