@@ -24,6 +24,15 @@ from fastsd.checkpoints.lora import LoRA, Target, merge_
 from fastsd.errors import UsageError
 
 
+class _Held(threading.local):
+    """count: how many locks, of whatever pipelines, this thread has for using weights."""
+
+    count = 0
+
+
+_held = _Held()
+
+
 class SharedLock:
     """Many may use the weights at once, or one may change them.
 
@@ -58,23 +67,34 @@ class SharedLock:
                 change()
                 with self._condition:  # before the next who waits to change
                     self._users[thread] += 1
+        _held.count += 1
         try:
             yield
         finally:
+            _held.count -= 1
             with self._condition:
                 self._users[thread] -= 1
                 self._condition.notify_all()
 
+    @property
+    def used_here(self) -> bool:
+        """Whether this thread uses the weights, as a callback does."""
+        return self._users[threading.get_ident()] > 0
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Change the weights, once all who use them are done. UsageError for who uses them."""
+        """Change the weights, once all who use them are done.
+
+        Raises UsageError in a thread that uses some, of another pipeline too: two such threads
+        could wait for each other.
+        """
         self._check_process()
+        if _held.count:
+            raise UsageError(
+                "adapters cannot be changed from inside a call, e.g. by its callback, neither a "
+                "call's own nor all; change them between calls"
+            )
         with self._condition:
-            if self._users[threading.get_ident()]:
-                raise UsageError(
-                    "adapters cannot be changed from inside a call, e.g. by its callback; change "
-                    "them between calls"
-                )
             self._changers += 1
             try:
                 self._condition.wait_for(lambda: not self._changing and not self._users.total())
@@ -113,25 +133,31 @@ class Adapters:
         self.loaded: dict[str, LoRA] = {}
         self.active: dict[str, float] = {}
         self._merged: dict[str, float] = {}  # what is in the weights, of the last call or change
+        self._merged_at: torch.Event | None = None
         self._originals: dict[Target, Tensor] = {}
         self._unrounded: dict[Target, Tensor] = {}  # of originals that are kept coarser than W0
         self._on_host = on_host
 
     @contextmanager
     def in_use(self, asked: Mapping[str, float] | None) -> Iterator[list[tuple[str, float]]]:
-        """Hold the weights as they are with the adapters that are `asked` for, None: with `active`.
+        """Hold the weights as they are with the adapters that are `asked` for.
 
-        Yields the title and the weight of each. Raises UsageError for a name that is not loaded.
+        None: with `active`, or inside another call with that one's. Yields the title and the weight
+        of each. Raises UsageError for a name that is not loaded.
         """
 
-        def wanted() -> dict[str, float]:
+        def wanted() -> Mapping[str, float]:
             self._known({} if asked is None else asked)
-            return self.active if asked is None else dict(asked)
+            if asked is not None:
+                return asked
+            return self._merged if self._lock.used_here else self.active
 
         with self._lock.shared(
             lambda: [*self._merged.items()] == [*wanted().items()],  # their order rounds the sum
-            lambda: self._merge(wanted(), self.loaded),
+            lambda: self._merge(dict(wanted()), self.loaded),
         ):
+            if self._merged_at is not None:  # on another thread's stream, maybe
+                torch.accelerator.current_stream(self.backend.device).wait_event(self._merged_at)
             yield [(self.loaded[name].title, weight) for name, weight in self._merged.items()]
 
     def load(self, name: str | None, lora: LoRA) -> None:
@@ -212,22 +238,28 @@ class Adapters:
         live = {part: backend.weights(part) for part in {part for part, _ in targets}}
         new = [target for target in targets if target not in self._originals]
         unrounded = {part: backend.unrounded(part) for part in {part for part, _ in new}}
-        for part, name in new:
-            copy = live[part][name].clone()
-            self._originals[part, name] = copy.to("cpu") if self._on_host else copy
-            if name in unrounded[part]:
-                self._unrounded[part, name] = unrounded[part][name]
         done = False
         try:
+            for part, name in new:
+                copy = live[part][name].clone()
+                self._originals[part, name] = copy.to("cpu") if self._on_host else copy
+                if name in unrounded[part]:
+                    self._unrounded[part, name] = unrounded[part][name]
             for target in targets:
                 self._write(target, live[target[0]][target[1]], merged, loaded)
             done = True
         finally:
-            if not done:
-                for target in targets:
+            for target in targets if not done else ():
+                if target in self._originals:
                     self._write(target, live[target[0]][target[1]], self._merged, self.loaded)
+            for target in new if not done else ():
+                self._originals.pop(target, None)
+                self._unrounded.pop(target, None)
             for part in live:
                 backend.changed(part)
+            if backend.device.type != "cpu":
+                stream = torch.accelerator.current_stream(backend.device)
+                self._merged_at = stream.record_event()
         self._merged, self.loaded = merged, loaded
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -20,6 +20,7 @@ from fastsd.checkpoints.weights import PRECISIONS
 from fastsd.errors import UsageError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LARGEST = 1e300  # no argument is near it, NaN is no less, and integers have no end
 LARGEST_BATCH = 4096  # pictures; more are a mistake, and would take long to find out
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 _MEMORY_EFFICIENT = "attention never holds the whole score matrix; drop the call"
@@ -208,13 +209,28 @@ def check_pair(what: str, given: Any) -> tuple[int, int] | None:
     if pair is None:
         return None
     plain = [_plain(number) for number in pair] if isinstance(pair, (list, tuple)) else []
-    whole = [isinstance(n, Real) and not isinstance(n, bool) and n == n // 1 for n in plain]
-    if len(plain) != 2 or not all(whole):
+    for number in plain:
+        check_number(f"an entry of {what}", number)
+    if len(plain) != 2 or any(abs(n) >= 2**31 or n != int(n) for n in plain):
         raise UsageError(
             f"{what} must be two whole numbers of pixels, the vertical one first, not {given!r}"
         )
     first, second = plain
     return int(first), int(second)
+
+
+def check_names(what: str, given: Any) -> list[str]:
+    """Return a list of names from one or several."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{what} must be a name or a list of names, not {given!r}")
+    return list(names)
+
+
+def check_path(what: str, given: Any) -> None:
+    """Raise unless it may name a file, a folder or a hub id."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise UsageError(f"{what} must be a path or a name, such as 'builtin', not {given!r}")
 
 
 def check_callable(what: str, given: Any) -> None:
@@ -286,5 +302,5 @@ def check_fraction(what: str, given: float) -> None:
 
 def check_number(what: str, given: float) -> None:
     """Raise unless it is a finite number, and no truth value."""
-    if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
+    if isinstance(given, bool) or not isinstance(given, Real) or not abs(given) < LARGEST:
         raise UsageError(f"{what} must be a finite number, not {given!r}")

@@ -129,6 +129,7 @@ class Call:
         ):
             results = self._loop.run(noise, lambda row: self._end_row(row, bar))
             *finished, latents = (each.clone() for each in (*results, self._loop.latents))
+        del self._loop, run, results  # and their buffers, before the decoder's come
         # check_finite waits for the device. Where steps are graphs, decoding is queued before that.
         if output_type == "latent" or not self.backend.captures:
             check_finite(latents, "the latents")
@@ -193,34 +194,29 @@ class Call:
             self.preview(row, self._loop.clean, self._decoder)
         if self.callback is None:
             return True
-        # A copy, as the buffer is the next row's too: a callback may keep it, or write to it.
-        latents = self._loop.latents.clone()
+        # Copies, as the loop's are the next row's too: a callback may keep them, or write to them.
         tensors = {
-            "latents": latents,
+            "latents": self._loop.latents,
             "prompt_embeds": self.conditioning.context,
             "negative_prompt_embeds": self.conditioning.context[: -self.batch],
         }
-        given = {name: tensors[name] for name in self.callback_tensors}
+        given = {name: tensors[name].clone() for name in self.callback_tensors}
         before = self._guidance_scale
-        version = None if latents.is_inference() else latents._version
         timestep = torch.tensor(self.table.timesteps[row], dtype=torch.float32)
-        changed = self.callback(self, row, timestep, given) or {}
+        changed = self.callback(self, row, timestep, dict(given)) or {}
         if not isinstance(changed, dict):
             raise UsageError(
                 "callback_on_step_end must return a dict of what it changed, or None, not "
                 f"{described(changed)}"
             )
         check_number("_guidance_scale", self._guidance_scale)
-        answer = changed.get("latents", latents)
-        if (
-            answer is not latents
-            or (version is not None and latents._version != version)
-            or (version is None and not torch.equal(latents, self._loop.latents))
-        ):
-            self._loop.latents.copy_(check_latents(answer, latents.shape))
+        answers = {**tensors, **given, **changed}
+        latents = check_latents(answers["latents"], self._loop.latents.shape)
+        if _differ(latents, self._loop.latents):
+            self._loop.latents.copy_(latents)
             self.altered = True
-        context = changed.get("prompt_embeds", self.conditioning.context)
-        if context is not self.conditioning.context or before != self._guidance_scale:
+        context = answers["prompt_embeds"]
+        if _differ(context, self.conditioning.context) or before != self._guidance_scale:
             self._rebind(context)
             self.altered = True
         if self._interrupt:
@@ -242,7 +238,7 @@ class Call:
                 f"the callback left {len(context)}; begin the call with guidance, and turn it off "
                 "for good or not at all"
             )
-        same = context is self.conditioning.context and len(context) == kept
+        same = not _differ(context, self.conditioning.context) and len(context) == kept
         if same and not self.config.unet.guidance_width:  # the weight alone is another
             self._loop.rebind(None, self._guidance)
             return
@@ -250,6 +246,14 @@ class Call:
             self.conditioning.map(lambda t: t[-kept:]), context=context[-kept:]
         )
         self._loop.rebind(self._denoiser(), self._guidance)
+
+
+def _differ(given: Any, ours: Tensor) -> bool:
+    """Whether a callback gave something else: tensors do not count all that is written to them."""
+    if given is ours:
+        return False
+    alike = isinstance(given, Tensor) and given.shape == ours.shape
+    return not alike or not torch.equal(given.to(ours), ours)
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import re
 import secrets
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral
@@ -19,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from fastsd.errors import FastsdError, NumericsError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger("fastsd")
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # of the forty that Pillow decodes, the ones people draw from
 MAX_PIXELS = 16_000_000
@@ -141,9 +145,15 @@ def _pil_to_tensor(
     import torch
 
     try:
-        picture = ImageOps.exif_transpose(picture)  # upright, as people see it
+        picture.load()
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, of files cut off too
         raise UsageError(f"{what} cannot be decoded ({error}); open or save it again") from None
+    if _turn(picture) is not None:  # as in diffusers; a mask may be of the pixels as they lie
+        log.warning(
+            "%s is drawn on as its pixels lie, not upright as its EXIF says; "
+            "fastsd.images.read_image turns pictures",
+            what,
+        )
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         alpha = picture.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
@@ -239,12 +249,35 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
                 f"{path} has {width}x{height} pixels, the limit is {max_pixels}; make it smaller"
             )
         try:
-            upright = ImageOps.exif_transpose(image)
+            turn = _turn(image)
+            upright = image if turn is None else image.transpose(turn)
             if upright.mode[0] == "I":  # 16 bits, of which convert() would cut all above 255
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
             return upright.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
             raise UsageError(f"{path} is damaged ({error}); save it again") from None
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright; None if it is, or if its EXIF is damaged.
+
+    ImageOps.exif_transpose would write the rest of the EXIF anew, which fails where that is odd.
+    """
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+        return None
 
 
 def _open(path: str | Path, formats: tuple[str, ...]) -> Image.Image:

@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +33,10 @@ from fastsd.arguments import (
     check_choice,
     check_count,
     check_fraction,
+    check_names,
     check_number,
     check_pair,
+    check_path,
     chosen_device,
     chosen_precision,
     count_steps,
@@ -223,10 +224,7 @@ class Pipeline:
         cannot be used, UsageError for a wrong argument.
         """
         refuse(unknown, cls.from_pretrained)
-        if not isinstance(model, (str, os.PathLike)):
-            raise UsageError(
-                f"a model is a name, a path or a hub id, such as 'builtin', not {model!r}"
-            )
+        check_path("model", model)
         if safety_checker or feature_extractor or requires_safety_checker:
             raise UsageError("safety checkers are not supported; pass safety_checker=None")
         if use_safetensors is False:
@@ -287,7 +285,7 @@ class Pipeline:
             graph=graph,
             low_memory=low_memory,
             weights=weights,
-            changes={name: Path(given).name for name, given in changes.items() if given},
+            changes={name: Path(given).resolve().name for name, given in changes.items() if given},
         )
 
     @classmethod
@@ -307,14 +305,18 @@ class Pipeline:
 
     def to(self, *targets: str | torch.device | torch.dtype) -> Pipeline:
         """Move to a device, a dtype or both, and return the pipeline itself. Waits for calls."""
+        devices = [chosen_device(t) for t in targets if not isinstance(t, torch.dtype)]
+        precisions = [chosen_precision(None, t) for t in targets if isinstance(t, torch.dtype)]
+
+        def asked(now: Backend) -> tuple[torch.device, str]:
+            return (devices or [now.device])[-1], (precisions or [None])[-1] or now.precision
+
+        now = self._backend
+        if asked(now) == (now.device, now.precision):
+            return self
         with self._adapters.rebound():
-            now = self._backend
-            device, precision = now.device, now.precision
-            for target in targets:
-                if isinstance(target, torch.dtype):
-                    precision = chosen_precision(None, target) or precision
-                else:
-                    device = chosen_device(target)
+            now = self._backend  # another thread may have moved it meanwhile
+            device, precision = asked(now)
             if (device, precision) == (now.device, now.precision):
                 return self
             if self._weights == "fp8":
@@ -400,6 +402,7 @@ class Pipeline:
 
         Without one they are decoded by the model's own VAE, which may take longer than a step.
         """
+        check_path("path", path)
         module = self.checkpoint.with_vae(path).load("vae", device=self.device)
         assert isinstance(module, (VAE, TinyVAE))
         self._preview_vae = module
@@ -440,6 +443,8 @@ class Pipeline:
         Raises CheckpointError, with nothing changed, for one that does not fit the model.
         """
         refuse(unknown, self.load_lora_weights)
+        if not isinstance(source, Mapping):
+            check_path("source", source)
         parts = self.checkpoint.parts or ("unet",)  # an engine's description has no weights
         weights = {part: self._backend.weights(part) for part in parts}
         lora = open_lora(
@@ -459,7 +464,7 @@ class Pipeline:
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
     ) -> None:
         """Turn these adapters on, at these weights, and all others off."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = check_names("adapter_names", adapter_names)
         strengths = listed_numbers(adapter_weights, len(names))
         if len(strengths) != len(names) or len(set(names)) != len(names):
             raise UsageError(
@@ -474,8 +479,7 @@ class Pipeline:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget these adapters; others that are on stay so."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._adapters.drop(names)
+        self._adapters.drop(check_names("adapter_names", adapter_names))
 
     def disable_lora(self) -> None:
         """Turn every adapter off; they stay loaded."""
@@ -532,14 +536,15 @@ class Pipeline:
         batch: int = 1,
         height: int | None = None,
         width: int | None = None,
-        guidance: bool = True,
+        guidance: bool | None = None,
         num_inference_steps: int = 1,
         cache_interval: int = 1,
     ) -> Pipeline:
         """Warm up and capture, so that the first picture comes as fast as the rest.
 
         batch: pictures at once. height, width: pixels; None takes the model's own size. guidance:
-        with it or without; the two are captured apart, as are sizes and batches. Everything else
+        with it or without, None as the model draws by itself; the two are captured apart, as are
+        sizes and batches. Everything else
         (prompt of one chunk, seed, sampler, steps, the weight of guidance) may change without a new
         capture, but guidance_rescale, a mask for a model that does not inpaint, and more than 128
         evaluations are captured when they are first asked for.
@@ -553,7 +558,7 @@ class Pipeline:
         settings = {
             **draw_settings(self.config, self._size(height, width), num_inference_steps),
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": GUIDANCE if guidance else 1.0,
+            "guidance_scale": None if guidance is None else GUIDANCE if guidance else 1.0,
             "strength": 1.0 if self.config.inpaints else None,
             "cache_interval": cache_interval,
         }
@@ -575,6 +580,8 @@ class Pipeline:
         token that is taken.
         """
         refuse(unknown, self.load_textual_inversion)
+        if not isinstance(source, Mapping):
+            check_path("source", source)
         widths = [encoder.width for encoder in self.config.text_encoders]
         embedding = read_embedding(source, widths, token)
         with self._vocabulary_lock:
@@ -595,10 +602,10 @@ class Pipeline:
         """Forget learned words; None forgets all."""
         with self._vocabulary_lock:
             loaded = self._vocabulary.embeddings
-            forget = [e.token for e in loaded] if tokens is None else tokens
-            forget = [forget] if isinstance(forget, str) else list(forget)
+            every = [e.token for e in loaded]
+            forget = every if tokens is None else check_names("tokens", tokens)
             for token in forget:
-                check_choice("learned word", token, [e.token for e in loaded])
+                check_choice("learned word", token, every)
             self._vocabulary = Vocabulary.of(
                 self.checkpoint, [e for e in loaded if e.token not in forget]
             )
@@ -743,7 +750,10 @@ class Pipeline:
         adapters = check_adapters(adapters)
         check_callable("callback_on_step_end", callback_on_step_end)
         check_callable("preview", preview)
-        for name in callback_on_step_end_tensor_inputs or ():
+        watched = check_names(
+            "callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs or ()
+        )
+        for name in watched:
             check_choice("callback_on_step_end_tensor_inputs entry", name, CALLBACK_TENSORS)
         timesteps = levels("timesteps", timesteps)
         sigmas = levels("sigmas", sigmas)
@@ -802,7 +812,7 @@ class Pipeline:
                 from_noise=source is not None and source.mask is not None and strength == 1,
                 noised=denoising_start is not None,
                 callback=callback_on_step_end,
-                callback_tensors=tuple(callback_on_step_end_tensor_inputs or ()),
+                callback_tensors=tuple(watched),
                 preview=None if preview is None else partial(self._show, preview),
                 one_at_a_time=batch_invariant,
                 cache_interval=cache_interval,

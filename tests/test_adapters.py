@@ -466,6 +466,57 @@ def test_each_call_may_have_loras_of_its_own(pipe: Pipeline, theirs: Any, tmp_pa
     pipe.unload_lora_weights()
 
 
+def test_a_call_inside_another_has_its_loras(
+    pipe: Pipeline, theirs: Any, tmp_path: Path, sd1_folder: Path
+) -> None:
+    """It can ask for no others, nor another pipeline for some: they could wait for each other."""
+    file = write_lora(tmp_path / "a.safetensors", theirs, kohya)
+    pipe.load_lora_weights(file, adapter_name="a")
+    pipe.disable_lora()
+    other = Pipeline.from_pretrained(sd1_folder)
+    other.load_lora_weights(file, adapter_name="a")
+    recorded = []
+
+    def inside(call: Any, step: int, *_: Any) -> None:
+        if step == 0:
+            recorded.append(pipe(PROMPT, **CALL).metadata[0]["lora"])
+            recorded.append(other(PROMPT, **CALL).metadata[0]["lora"])
+            for each in (pipe, other):
+                with pytest.raises(UsageError, match="cannot be changed from inside a call"):
+                    each(PROMPT, adapters={}, **CALL)
+
+    pipe(PROMPT, adapters={"a": 1.0}, callback_on_step_end=inside, **CALL)
+    assert recorded == [["a.safetensors:1"]] * 2
+    pipe.unload_lora_weights()
+
+
+def test_moving_to_where_it_is_waits_for_nobody(pipe: Pipeline) -> None:
+    def move(call: Any, *_: Any) -> None:
+        assert pipe.to("cpu") is pipe and pipe.to(pipe.dtype) is pipe
+
+    pipe(PROMPT, callback_on_step_end=move, **CALL)
+
+
+def test_a_lora_that_does_not_fit_the_memory_leaves_nothing(
+    pipe: Pipeline, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_lora(tmp_path / "lora.safetensors", theirs, kohya)
+    before, written = digest(pipe), 0
+
+    def full(*_: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as short:
+        short.setattr("fastsd.adapters.merge_", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            pipe.load_lora_weights(file)
+    assert not pipe.get_list_adapters() and not pipe._adapters._originals
+    assert digest(pipe) == before
+
+
 def test_loras_of_one_name_are_recorded_each(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()

@@ -188,6 +188,17 @@ def test_prepared_is_captured(captured: Pipeline) -> None:
     assert sum("guided, one step" in line for line in said) == 2
 
 
+def test_a_model_of_few_steps_is_prepared_as_it_draws(capturing: None, sd1_folder: Path) -> None:
+    few = Pipeline.from_pretrained(sd1_folder, preset="lcm")
+    few.set_progress_bar_config(disable=True)
+    few.prepare()
+    few("a cat", seed=0)
+    assert few._loops.captures == 1, "without guidance"
+    few.prepare(guidance=True)
+    few("a cat", seed=0, guidance_scale=3.0)
+    assert few._loops.captures == 2
+
+
 def test_a_model_that_inpaints_can_be_prepared(
     sd1_folder: Path, capturing: None, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from PIL import Image, ImageFont, PngImagePlugin
+from PIL import Image, ImageFont, ImageOps, PngImagePlugin
 
 from fastsd import images
 from fastsd.errors import FastsdError, NumericsError, UsageError
@@ -197,12 +197,45 @@ def test_turns_upright(tmp_path: Path) -> None:
     assert read_image(tmp_path / "a.jpg").size == (24, 40)
 
 
-def test_a_pil_picture_is_turned_upright_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_turned_as_pillow_turns_them(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise_picture(40, 24).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as photo:
+        expected = np.asarray(ImageOps.exif_transpose(photo))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.png")), expected)
+
+
+def test_a_pil_picture_is_drawn_on_as_it_lies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in diffusers: a mask may have been made of its pixels. But that is said."""
     exif = Image.Exif()
     exif[0x0112] = 6
     noise_picture(40, 24).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as photo:
-        torch.testing.assert_close(to_tensor(photo), to_tensor(read_image(tmp_path / "a.png")))
+        torch.testing.assert_close(to_tensor(photo), to_tensor(noise_picture(40, 24)))
+    assert "read_image turns pictures" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF data")  # Pillow's own word
+def test_damaged_exif_leaves_a_picture_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x9286] = b"a comment"
+    noise_picture(40, 24).save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    rng = np.random.default_rng(0)
+    start, end = data.index(b"Exif"), data.index(b"Exif") + 80
+    for _ in range(300):
+        broken = bytearray(data)
+        for at in rng.integers(start + 6, end, 3):
+            broken[at] = rng.integers(256)
+        (tmp_path / "b.jpg").write_bytes(broken)
+        assert sorted(read_image(tmp_path / "b.jpg").size) == [24, 40]
 
 
 def test_sixteen_bits_are_scaled_not_cut(tmp_path: Path) -> None:

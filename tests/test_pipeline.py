@@ -302,8 +302,25 @@ def test_what_a_callback_keeps_stays_as_it_was(sd1: Pipeline) -> None:
     def answer(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return {"latents": tensors["latents"] * 0.9}
 
-    written, answered = (sd1(PROMPT, callback_on_step_end=c, **settings) for c in (write, answer))
+    def write_by_numpy(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        tensors["latents"].numpy()[:] *= 0.9  # which torch does not see
+
+    written, answered, unseen = (
+        sd1(PROMPT, callback_on_step_end=c, **settings) for c in (write, answer, write_by_numpy)
+    )
     assert digest(written.images[0]) == digest(answered.images[0]) != digest(plain.images[0])
+    assert digest(unseen.images[0]) == digest(written.images[0])
+
+    def write_text(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        tensors["prompt_embeds"].mul_(0.5 if step == 0 else 1)
+
+    def answer_text(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"] * (0.5 if step == 0 else 1)}
+
+    told: dict[str, Any] = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"], **settings}
+    pair = [sd1(PROMPT, callback_on_step_end=c, **told) for c in (write_text, answer_text)]
+    assert digest(pair[0].images[0]) == digest(pair[1].images[0]) != digest(plain.images[0])
+    assert pair[0].metadata[0]["not_recorded"] == ["callback_on_step_end"]
     with torch.inference_mode():  # whose tensors count no writes
         inferred = [sd1(PROMPT, callback_on_step_end=c, **settings) for c in (keep, write)]
     assert [digest(out.images[0]) for out in inferred] == [
@@ -597,11 +614,15 @@ def test_parts_are_not_modules(sd1: Pipeline, sd1_folder: Path) -> None:
         (dict(preview=5), "preview must be a function, not 5"),
         (dict(preview=unawaited), "preview must be a plain function"),
         (dict(callback_on_step_end=lose_guidance), "_guidance_scale must be a finite number"),
+        (dict(callback_on_step_end_tensor_inputs=5), "must be a name or a list of names, not 5"),
+        (dict(guidance_scale=10**400), "guidance_scale must be a finite number"),
+        (dict(original_size=(10**400, 1)), "an entry of original_size must be a finite number"),
+        (dict(original_size=(10**10, 1)), "original_size must be two whole numbers"),
         (dict(prompt_2="a"), "prompt_2 is for a second text encoder.*give it as prompt$"),
         (dict(negative_prompt_2="a"), "negative_prompt_2 is for a second text encoder"),
         (dict(num_images_per_prompt=10**8), "100000000 pictures were asked for at once, at most"),
         *[
-            (dict([(name, given)]), f"{name} must be two whole numbers")
+            (dict([(name, given)]), f"{name} must be")
             for name in ("original_size", "crops_coords_top_left", "target_size")
             for given in ("xy", 8, (1, 2, 3), (1.5, 2), (float("nan"), 2), ("1", "2"), (True, 1))
         ],
@@ -709,8 +730,15 @@ def test_bad_loading_arguments(sd1_folder: Path) -> None:
         Pipeline.from_pretrained(sd1_folder / "nothing here")
     given: Any
     for given in (None, 5, b"builtin", ["builtin"]):
-        with pytest.raises(UsageError, match="a model is a name, a path or a hub id"):
+        with pytest.raises(UsageError, match="model must be a path or a name"):
             Pipeline.from_pretrained(given)
+    pipe = quiet(sd1_folder)
+    for name in ("load_lora_weights", "load_textual_inversion", "load_preview_vae"):
+        with pytest.raises(UsageError, match="must be a path or a name"):
+            getattr(pipe, name)(5)
+    for name in ("set_adapters", "delete_adapters", "unload_textual_inversion"):
+        with pytest.raises(UsageError, match="must be a name or a list of names"):
+            getattr(pipe, name)(5)
 
 
 def test_an_engine_has_its_own_of_what_belongs_to_a_model(

@@ -332,7 +332,7 @@ def generate(
             "--lora FILE:WEIGHT"
         )
     for name, option in (("vae", vae), ("tokenizer", tokenizer)):
-        if name in settings and option is None and not Path(settings[name]).exists():
+        if name in settings and option is None:  # its name alone is no proof
             raise UsageError(
                 f"{again} was drawn with the {name} {settings[name]!r}; say where that is with "
                 f"--{name}"
