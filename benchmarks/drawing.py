@@ -200,7 +200,7 @@ def open_fastsd(
         device=scene.device,
         **options,
     )
-    return PipelineDrawer(pipeline.use(**use), scene, _watch_fastsd, **_cached(cache_interval))
+    return PipelineDrawer(pipeline.use(**use), scene, _watch_fastsd, cache_interval=cache_interval)
 
 
 def prepare_engine(
@@ -223,12 +223,9 @@ def prepare_engine(
 def open_engine(scene: Scene, folder: str, *, cache_interval: int = 1, **_: str) -> Drawer:
     """Open an engine; a native one only if it was exported by this user on this machine."""
     pipeline = Pipeline.from_pretrained(folder, sampler=scene.sampler, device=scene.device)
-    settings = _cached(cache_interval)
-    return PipelineDrawer(pipeline, scene, _watch_fastsd, fixed_batch=True, **settings)
-
-
-def _cached(cache_interval: int) -> dict[str, Any]:
-    return {"cache_interval": cache_interval} if cache_interval > 1 else {}
+    return PipelineDrawer(
+        pipeline, scene, _watch_fastsd, fixed_batch=True, cache_interval=cache_interval
+    )
 
 
 @contextmanager

@@ -195,8 +195,9 @@ class Call:
         if self.callback is None:
             return True
         # Copies, as the loop's are the next row's too: a callback may keep them, or write to them.
+        ours = self._loop.latents
         tensors = {
-            "latents": self._loop.latents,
+            "latents": ours,
             "prompt_embeds": self.conditioning.context,
             "negative_prompt_embeds": self.conditioning.context[: -self.batch],
         }
@@ -211,9 +212,9 @@ class Call:
             )
         check_number("_guidance_scale", self._guidance_scale)
         answers = {**tensors, **given, **changed}
-        latents = check_latents(answers["latents"], self._loop.latents.shape)
-        if _differ(latents, self._loop.latents):
-            self._loop.latents.copy_(latents)
+        latents = check_latents(answers["latents"], ours.shape)
+        if _differ(latents, ours):
+            ours.copy_(latents)
             self.altered = True
         context = answers["prompt_embeds"]
         if _differ(context, self.conditioning.context) or before != self._guidance_scale:

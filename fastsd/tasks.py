@@ -90,32 +90,26 @@ class Deep:
 
 
 @dataclass(frozen=True)
-class KeepingPredict:
-    """Predict as `plain` does, whose UNet is `unet_deep`, and keep what the deeper layers made."""
+class CachedPredict:
+    """Predict as `plain` does, whose UNet is `unet_deep`, and keep what the deeper layers made.
+
+    shallow: its UNet is `unet_shallow`, the outer layers, which take what was kept (Ma et al. 2023,
+    arXiv:2312.00858), and the prediction is a near one.
+    """
 
     plain: UNetPredict
     deep: Deep = field(compare=False)
+    shallow: bool = False
 
     def __call__(self, x: Tensor, row: Tensor, fixed: Sequence[Tensor]) -> Tensor:
-        """Do what `UNetPredict` does."""
+        """Take and return what `UNetPredict` does."""
         x, kv = self.plain.inputs(x, fixed)
         prediction: Tensor
-        prediction, features = self.plain.unet(x, row, kv)
-        self.deep.keep(features)
-        return prediction
-
-
-@dataclass(frozen=True)
-class ShallowPredict:
-    """Predict by the UNet's outer layers, `unet_shallow`, from what was kept (Ma et al. 2023)."""
-
-    plain: UNetPredict
-    deep: Deep = field(compare=False)
-
-    def __call__(self, x: Tensor, row: Tensor, fixed: Sequence[Tensor]) -> Tensor:
-        """Do nearly what `UNetPredict` does."""
-        x, kv = self.plain.inputs(x, fixed)
-        prediction: Tensor = self.plain.unet(x, row, kv, self.deep.features)
+        if self.shallow:
+            prediction = self.plain.unet(x, row, kv, self.deep.features)
+        else:
+            prediction, features = self.plain.unet(x, row, kv)
+            self.deep.keep(features)
         return prediction
 
 
@@ -178,10 +172,12 @@ def bind_denoiser(
         return Denoiser(plain, rows, fixed)
     deep = Deep(in_place=backend.captures)
     return Denoiser(
-        KeepingPredict(replace(plain, unet=backend.part("unet_deep")), deep),
+        CachedPredict(replace(plain, unet=backend.part("unet_deep")), deep),
         rows,
         fixed,
-        shallow=ShallowPredict(replace(plain, unet=backend.part("unet_shallow")), deep),
+        shallow=CachedPredict(
+            replace(plain, unet=backend.part("unet_shallow")), deep, shallow=True
+        ),
         reuse=reused(len(timesteps), cache_interval),
     )
 

@@ -39,6 +39,7 @@ from fastsd.errors import DamagedArtifact, UsageError
 from fastsd.models.clip import CLIPOutput
 from fastsd.models.layers import sinusoid, widen
 
+# Where its weights visit the device it has `staying`, a context that keeps them there for calls.
 Part = Callable[..., Any]
 
 

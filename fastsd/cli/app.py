@@ -128,7 +128,8 @@ def _as_options(text: str) -> str:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print would take stdout, which is the program's answer
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
