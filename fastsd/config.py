@@ -364,7 +364,7 @@ SDXL_REFINER = ModelConfig(
 
 def _few(sampler: str, steps: int, spacing: str = "trailing", **rest: Any) -> dict[str, Any]:
     options = {"sampler": sampler, "steps": steps, "spacing": spacing, "guidance": 0.0}
-    return options | {"sigma_spacing": "schedule"} | rest
+    return options | {"sigma_spacing": "schedule", "timesteps": None} | rest
 
 
 # How models distilled to few steps are sampled, as their makers say (the values of ScheduleConfig
@@ -372,7 +372,7 @@ def _few(sampler: str, steps: int, spacing: str = "trailing", **rest: Any) -> di
 # et al. 2024 (Hyper). Folders are told by their configs; single files and LoRAs carry no mark.
 FEW_STEPS: dict[str, dict[str, Any]] = {
     "lcm": _few("lcm", 4, "leading", guidance=1.0),
-    "sd-turbo": _few("euler", 1),
+    "sd-turbo": _few("euler", 1, prediction="eps"),
     "sdxl-turbo": _few("euler_a", 1),
     "lightning-1": _few("euler", 1, prediction="x0"),
     **{f"lightning-{n}": _few("euler", n) for n in (2, 4, 8)},
@@ -382,9 +382,18 @@ FEW_STEPS: dict[str, dict[str, Any]] = {
 
 
 def sampled_as(config: ModelConfig, preset: str) -> ModelConfig:
-    """Return `config` sampled as a row of FEW_STEPS says. Raises UsageError for an unknown one."""
+    """Return `config` sampled as a row of FEW_STEPS says.
+
+    Raises UsageError for an unknown one, or one that a model which predicts x0 is not for.
+    """
     _require_one_of("preset", preset, tuple(FEW_STEPS))
-    return replace(config, schedule=replace(config.schedule, **FEW_STEPS[preset]))
+    row = FEW_STEPS[preset]
+    if config.schedule.prediction == "x0" and "prediction" not in row:
+        raise UsageError(
+            f"the model predicts x0, as lightning-1 does, and is none of preset {preset!r}; give "
+            "the model that it was made from, or prediction='eps' if it says so wrongly"
+        )
+    return replace(config, schedule=replace(config.schedule, **row))
 
 
 PRESETS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sdxl-refiner": SDXL_REFINER}

@@ -17,6 +17,11 @@ from typing import Any
 
 from fastsd.errors import CheckpointError, FastsdError, UsageError
 
+# What code meets where values are not of the kind that it was written for.
+_WRONG_KINDS = (
+    *(AttributeError, LookupError, TypeError, ValueError, ArithmeticError),
+    *(RecursionError, StopIteration),
+)
 _LARGEST_JSON = 64 << 20  # bytes; the largest tokenizer.json in the wild is some 20 MB
 
 
@@ -46,6 +51,18 @@ def explained_denials() -> Iterator[None]:
         yield
     except PermissionError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def explained_values(source: Path | str) -> Iterator[None]:
+    """Turn what goes wrong with the values of a file into a CheckpointError that names `source`."""
+    try:
+        yield
+    except (CheckpointError, UsageError) as error:
+        named = str(source) in str(error)
+        raise CheckpointError(str(error) if named else f"{source}: {error}") from None
+    except _WRONG_KINDS as error:
+        raise CheckpointError(f"{source} holds values of the wrong kind: {error!r}") from None
 
 
 def write_json(path: Path, data: object) -> None:

@@ -205,6 +205,7 @@ class Pipeline:
         vae: another VAE in place of the model's, a folder or a file; a tiny autoencoder (TAESD)
         decodes with a twentieth of the work.
         tokenizer: a folder with one, for the rare single file whose vocabulary is not CLIP's.
+        variant: "fp16" takes those files of a folder that have this in their names.
         dtype (or torch_dtype), use_safetensors, safety_checker=None: as diffusers scripts have
         them.
         trust_native: load an exported engine that holds native code although you did not export it.
@@ -232,7 +233,13 @@ class Pipeline:
         artifact = None
         if backend is not None:
             check_choice("backend", backend, ("auto", *BACKENDS))
-        changes = {"prediction": prediction, "preset": preset, "vae": vae, "tokenizer": tokenizer}
+        changes = {
+            "prediction": prediction,
+            "preset": preset,
+            "vae": vae,
+            "tokenizer": tokenizer,
+            "variant": variant,
+        }
         if floor is not None and backend != "auto":
             raise UsageError("floor chooses among what was tuned; pass backend='auto' with it")
         if weights is not None and backend == "auto":

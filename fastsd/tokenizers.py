@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsd.errors import CheckpointError, UsageError
-from fastsd.files import read_json, write_json
+from fastsd.files import explained_values, read_json, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,6 +84,11 @@ class CLIPTokenizer:
     def from_folder(cls, path: str | Path) -> CLIPTokenizer:
         """Read tokenizer.json, or vocab.json with merges.txt. Raises CheckpointError."""
         folder = Path(path)
+        with explained_values(folder):
+            return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: Path) -> CLIPTokenizer:
         source = folder / "tokenizer.json"
         whole = _read_optional(source)
         if source.exists():

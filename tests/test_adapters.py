@@ -191,6 +191,51 @@ def test_ranks_and_alphas_of_pefts_own_settings(
     assert psnr(draw(pipe), draw(theirs)) > 80
 
 
+def test_a_pattern_of_pefts_is_a_regular_expression(
+    pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    """And what lies beside a file of another name says nothing of it."""
+    settings = {
+        "unet.r": 4,
+        "unet.lora_alpha": 8,
+        "unet.alpha_pattern": {r"down_blocks.*attn1\.to_q": 64.0},
+        "unet.target_modules": ["to_q"],
+    }
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    of_unet = {"parts": ["unet"], "kinds": ["to_q"], "rank": 4}
+    file = write_lora(tmp_path / "lora.safetensors", theirs, peft, metadata=metadata, **of_unet)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4000}')
+    pipe.load_lora_weights(file)
+    theirs.load_lora_weights(file)
+    assert psnr(draw(pipe), draw(theirs)) > 80
+    pipe.unload_lora_weights()
+    theirs.unload_lora_weights()
+    plain = write_lora(tmp_path / "plain.safetensors", theirs, peft, **of_unet)
+    pipe.load_lora_weights(plain)
+    theirs.load_lora_weights(plain)
+    assert psnr(draw(pipe), draw(theirs)) > 80
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("(a+)+$", "none that names modules"), ("(", "is wrong"), (3, "wrong kind")],
+)
+def test_patterns_that_name_nothing(
+    pattern: Any, message: str, pipe: Pipeline, theirs: Any, tmp_path: Path
+) -> None:
+    patterns = {pattern: 2.0} if isinstance(pattern, str) else pattern
+    settings = json.dumps({"unet.lora_alpha": 8, "unet.alpha_pattern": patterns})
+    file = write_lora(
+        tmp_path / "lora.safetensors",
+        theirs,
+        peft,
+        parts=["unet"],
+        metadata={"lora_adapter_metadata": settings},
+    )
+    with pytest.raises(CheckpointError, match=f"lora.safetensors.*{message}"):
+        pipe.load_lora_weights(file)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_several_are_mixed_as_diffusers_mixes_them(
     pipe: Pipeline, theirs: Any, tmp_path: Path
@@ -324,6 +369,8 @@ def narrow(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
         (lambda t: {k: v for k, v in t.items() if k != f"{FIRST}.lora_up.weight"}, "has only"),
         (poison, "NaN"),
+        (lambda t: t | {f"{FIRST}.alpha": torch.ones(2)}, "has 2 numbers"),
+        (lambda t: t | {f"{FIRST}.lora_up.weight": torch.ones(())}, "wrong kind"),
         (narrow, "does not fit.*made for sd15"),
         (lambda t: {}, "holds nothing"),
     ],

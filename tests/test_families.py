@@ -100,6 +100,18 @@ def test_a_converted_folder_keeps_its_preset(preset: str, sd1_folder: Path, tmp_
     assert scheduler["_class_name"] == name and changes.items() <= scheduler.items()
 
 
+def test_another_preset_leaves_nothing_of_the_first(sd1_folder: Path, tmp_path: Path) -> None:
+    convert(sd1_folder, tmp_path / "one", dtype="fp32", preset="hyper-1")
+    again, plain = (
+        open_checkpoint(p, preset="lightning-4").config.schedule
+        for p in (tmp_path / "one", sd1_folder)
+    )
+    assert (again.timesteps, again.steps, again.sampler) == (None, 4, plain.sampler)
+    convert(sd1_folder, tmp_path / "x0", dtype="fp32", preset="lightning-1")
+    with pytest.raises(UsageError, match="predicts x0, as lightning-1 does"):
+        open_checkpoint(tmp_path / "x0", preset="lightning-4")
+
+
 # of those that differ in the prediction, the timesteps or the sampler, and not in steps alone
 @pytest.mark.parametrize("preset", ["lcm", "lightning-1", "hyper-1", "hyper-4"])
 def test_a_converted_folder_draws_by_its_preset(

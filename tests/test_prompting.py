@@ -334,6 +334,7 @@ def test_bad_embeddings(sd1_folder: Path, sdxl_folder: Path, tmp_path: Path) -> 
         (ours, file("v.safetensors", {"<a>": vectors(76, 32, 0)}), None, CheckpointError, "75"),
         (ours, file("0.safetensors", {"<a>": good[:0]}), None, CheckpointError, "1 to 75"),
         (ours, {"<a>": good[None]}, None, CheckpointError, "shapes"),
+        (ours, {"<a>": torch.ones(())}, None, CheckpointError, "shapes"),
         (ours, {}, None, UsageError, "must map names"),
         (ours, {"<a>": 3}, None, UsageError, "must map names"),
         (ours, {"emb_params": good}, None, UsageError, "give token"),

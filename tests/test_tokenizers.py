@@ -200,6 +200,7 @@ def spoil(path: Path, name: str, text: str | None) -> None:
         ("merges.txt", "#version: 0.2\na b c\n", "does not fit"),
         ("tokenizer.json", '{"model": {}}', "whole numbers"),
         ("tokenizer.json", "{}", "whole numbers"),
+        ("tokenizer.json", '{"model": [3]}', "wrong kind"),
         ("tokenizer_config.json", '{"auto_map": {}}', "run code"),
         ("special_tokens_map.json", '{"pad_token": 3}', "not a token"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}', "ids"),

@@ -207,11 +207,18 @@ def open_checkpoint(
     The rest is for hub ids: revision is a branch, tag or commit; local_files_only=None uses the
     cache where it has all files, and downloads otherwise. Raises CheckpointError or UsageError.
     """
+    decided = FEW_STEPS.get(preset, {}).get("prediction") if preset is not None else None
+    if decided is not None and prediction not in (None, decided):
+        raise UsageError(
+            f"preset {preset!r} is of models that predict {decided}, not {prediction}; drop one"
+        )
+    prediction = prediction or decided
     checkpoint = _opened(
         model,
         revision=revision,
         variant=variant,
         prediction=prediction,
+        without_vae=vae is not None,
         local_files_only=local_files_only,
         token=token,
         cache_dir=cache_dir,
@@ -234,7 +241,12 @@ def open_checkpoint(
 
 
 def _opened(
-    model: str | Path, *, variant: str | None, prediction: str | None, **hub_options: Any
+    model: str | Path,
+    *,
+    variant: str | None,
+    prediction: str | None,
+    without_vae: bool,
+    **hub_options: Any,
 ) -> Checkpoint:
     if not isinstance(model, (str, Path)) or not str(model):
         raise UsageError(f"a model is a folder or a hub id, not {model!r}")
@@ -246,7 +258,7 @@ def _opened(
     if _exists(folder) and folder.is_dir():
         return _open(folder, variant)
     if _exists(folder):
-        return _open_file(folder, prediction)
+        return _open_file(folder, prediction, without_vae)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"{str(model)!r} is no folder or file here, and not a hub id either (owner/name)"
@@ -303,8 +315,8 @@ def _described(folder: Path, layout: Layout, parts: dict[str, PartFiles]) -> Che
     return Checkpoint(folder, layout.config, parts, tokenizers, layout.passed_over)
 
 
-def _open_file(file: Path, prediction: str | None) -> Checkpoint:
-    single = read_single(file, prediction=prediction)
+def _open_file(file: Path, prediction: str | None, without_vae: bool) -> Checkpoint:
+    single = read_single(file, prediction=prediction, without_vae=without_vae)
     parts = {part: PartFiles((file,), uses) for part, uses in single.uses.items()}
     return Checkpoint(file, single.config, parts, (), single.passed_over)
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -43,7 +44,8 @@ from fastsd.samplers import SAMPLERS
 log = logging.getLogger("fastsd")
 
 _PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
-_OWN_DTYPES = {"F16": "fp16", "BF16": "bf16"}  # others are written as fp32
+# Others are written as fp32; fp16 holds all of fp8's numbers.
+_OWN_DTYPES = {"BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp16", "F8_E5M2": "fp16"}
 _SECONDS = 1800
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota's
 
@@ -57,6 +59,7 @@ def convert(
     preset: str | None = None,
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    variant: str | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
 ) -> None:
     """Write the checkpoint `source` as `target`, which appears whole or not at all.
@@ -99,7 +102,12 @@ def convert(
         if pickled:
             source = stack.enter_context(unpickled(Path(source)))
         checkpoint = open_checkpoint(
-            source, prediction=prediction, preset=preset, vae=vae, tokenizer=tokenizer
+            source,
+            prediction=prediction,
+            preset=preset,
+            vae=vae,
+            tokenizer=tokenizer,
+            variant=variant,
         )
         if loras:
             checkpoint = checkpoint.with_loras(loras)
@@ -143,9 +151,13 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str:
-    files = checkpoint.parts["unet"].weights
-    kinds = {info.dtype for file in files for info in read_header(file).values()}
-    return next((ours for theirs, ours in _OWN_DTYPES.items() if theirs in kinds), "fp32")
+    files = checkpoint.parts["unet"]
+    counts: Counter[str] = Counter()
+    for file in files.weights:
+        for key, info in read_header(file).items():
+            if files.uses is None or key in files.uses:
+                counts[_OWN_DTYPES.get(info.dtype, "fp32")] += info.count
+    return max(counts, key=lambda dtype: counts[dtype], default="fp32")
 
 
 # --- pickles --------------------------------------------------------------------------------------
@@ -227,8 +239,11 @@ def _original(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> dict[
         state = modules[part].state_dict()
         write = _open_clip if keys.open_clip else _clip
         tensors |= {f"{keys.prefix}{key}": t for key, t in write(state, text).items()}
-    if config.schedule.zero_terminal_snr:
-        tensors["ztsnr"] = torch.zeros(0)  # a mark: the key says it
+    schedule = config.schedule
+    if schedule.prediction == "v" and family.preset.schedule.prediction != "v":
+        tensors["v_pred"] = torch.zeros(0)  # a mark, which others read: the key says it
+    if schedule.zero_terminal_snr:
+        tensors["ztsnr"] = torch.zeros(0)
     return tensors
 
 

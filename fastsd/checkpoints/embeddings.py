@@ -88,15 +88,15 @@ def _by_encoder(where: str, tensors: Mapping[str, Tensor], widths: Sequence[int]
         given = [tensors[name] for name in XL]
     else:
         given = list(tensors.values())
-    vectors = [tensor.detach().float().cpu().reshape(-1, tensor.shape[-1]) for tensor in given]
     shapes = [tuple(tensor.shape) for tensor in given]
-    if [vector.shape[-1] for vector in vectors] != list(widths) or any(
-        tensor.ndim not in (1, 2) for tensor in given
+    if [shape[-1:] for shape in shapes] != [(width,) for width in widths] or any(
+        len(shape) > 2 for shape in shapes
     ):
         raise CheckpointError(
             f"{where} holds vectors of shapes {shapes} ({', '.join(tensors)}), and this model's "
             f"text encoders read widths {list(widths)}: it was made for another family"
         )
+    vectors = [tensor.detach().float().cpu().reshape(-1, tensor.shape[-1]) for tensor in given]
     count = len(vectors[0])
     if not 1 <= count <= MAX_VECTORS or any(len(vector) != count for vector in vectors):
         raise CheckpointError(

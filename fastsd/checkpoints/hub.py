@@ -55,14 +55,19 @@ def fetch(
         with _explained(repo_id, revision):
             # JSON first: what is not supported is refused before gigabytes are fetched
             folder = snapshot(_SMALL, revision)
+            names = list_repo_files(repo_id, revision=folder.name, token=token)
+
+            def exists(file: Path) -> bool:
+                return file.relative_to(folder).as_posix() in names
+
             weights = [
                 file.relative_to(folder).as_posix()
                 for part in read_layout(folder).parts
-                for file in weight_files(folder, part, variant)
+                for file in weight_files(folder, part, variant, exists=exists)
             ]
-            folder = snapshot(_SMALL + weights, folder.name)  # of the same commit
-            missing = [name for name in weights if not (folder / name).is_file()]
-            names = list_repo_files(repo_id, revision=folder.name, token=token) if missing else []
+            missing = [name for name in weights if name not in names]
+            if not missing:
+                folder = snapshot(_SMALL + weights, folder.name)  # of the same commit
     except Unreachable as error:
         raise CheckpointError(f"{error}; {cached_error}" if cached_error else str(error)) from None
     if missing:

@@ -6,8 +6,7 @@ Reads JSON and file names only. Nothing in a folder is ever executed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from fastsd.checkpoints.configs import read_clip, read_unet, read_vae
 from fastsd.checkpoints.schedulers import SCHEDULERS, read_schedule
 from fastsd.checkpoints.weights import CONVERT
 from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from fastsd.errors import CheckpointError, UsageError
-from fastsd.files import read_json
+from fastsd.errors import CheckpointError
+from fastsd.files import explained_values, read_json
 
 BUILTIN = Path(__file__).resolve().parent.parent / "builtin"
 INDEX = "model_index.json"
@@ -84,7 +83,7 @@ def read_layout(folder: Path) -> Layout:
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_index(folder))
     index = read_json(folder / INDEX)
-    with _explained(folder / INDEX):
+    with explained_values(folder / INDEX):
         kind = _pipeline_kind(index)
         classes = _classes(index)
         refines = kind.sdxl and "text_encoder" not in classes
@@ -96,15 +95,15 @@ def read_layout(folder: Path) -> Layout:
             if name not in classes:
                 raise CheckpointError(f"it has no {name}, which a {index['_class_name']} needs")
     texts = [_read_text(folder / name / "config.json", classes[name]) for name in encoders]
-    with _explained(path := folder / "unet" / "config.json"):
+    with explained_values(path := folder / "unet" / "config.json"):
         unet = read_unet(_config(path), pooled_width=texts[-1].projection)
-    with _explained(path := folder / "vae" / "config.json"):
+    with explained_values(path := folder / "vae" / "config.json"):
         vae = read_vae(_config(path), tiny=classes["vae"] == "AutoencoderTiny")
         if not kind.sdxl:  # whose pipeline alone heeds it; the class's default is True
             vae = replace(vae, force_upcast=False)
-    with _explained(path := folder / "scheduler" / "scheduler_config.json"):
+    with explained_values(path := folder / "scheduler" / "scheduler_config.json"):
         schedule = read_schedule(classes["scheduler"], _config(path), lenient=kind.lenient)
-    with _explained(folder):
+    with explained_values(folder):
         check_channels(unet, vae)
         config = ModelConfig(
             family="sdxl-refiner" if refines else _family(kind, texts[0]),
@@ -186,7 +185,7 @@ def read_vae_folder(folder: Path, variant: str | None) -> tuple[VAEConfig, tuple
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
     path = folder / "config.json"
-    with _explained(path):
+    with explained_values(path):
         config = read_json(path)
         kind = config.get("_class_name")
         if kind not in (COMPONENTS["vae"] or ()):
@@ -197,17 +196,26 @@ def read_vae_folder(folder: Path, variant: str | None) -> tuple[VAEConfig, tuple
     return vae, (file if file.is_file() else folder / f"{STEMS['vae']}.safetensors",)
 
 
-def weight_files(folder: Path, part: str, variant: str | None) -> tuple[Path, ...]:
+def weight_files(
+    folder: Path,
+    part: str,
+    variant: str | None,
+    *,
+    exists: Callable[[Path], bool] = Path.is_file,
+) -> tuple[Path, ...]:
     """Return where a part's weights should be: one file, or the shards that its index lists.
 
-    variant: "fp16" picks the files that carry it in their names. Raises CheckpointError for an
-    index that makes no sense.
+    variant: "fp16" picks the files that carry it in their names, of a part that has such. exists:
+    whether there is such a file. Raises CheckpointError for an index that makes no sense.
     """
-    stem, infix = STEMS[part], f".{variant}" if variant else ""
-    where = folder / part
-    index = where / f"{stem}.safetensors.index{infix}.json"
-    if not index.is_file():
-        return (where / f"{stem}{infix}.safetensors",)
+    stem, where = STEMS[part], folder / part
+    choices = [
+        (where / f"{stem}.safetensors.index{infix}.json", where / f"{stem}{infix}.safetensors")
+        for infix in ([f".{variant}"] if variant else []) + [""]
+    ]
+    index, file = next((pair for pair in choices if any(map(exists, pair))), choices[0])
+    if not exists(index):
+        return (file,)
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index} has no weight_map")
@@ -273,7 +281,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path, kind: str) -> CLIPConfig:
-    with _explained(path):
+    with explained_values(path):
         return read_clip(_config(path), projected=kind == "CLIPTextModelWithProjection")
 
 
@@ -282,18 +290,6 @@ def _family(kind: PipelineKind, text: CLIPConfig) -> str:
     if kind.sdxl:
         return "sdxl"
     return "sd2" if text.activation == "gelu" else "sd1"
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with the values of a file into a CheckpointError that names the file."""
-    try:
-        yield
-    except (CheckpointError, UsageError) as error:
-        named = str(error).startswith(str(path))
-        raise CheckpointError(str(error) if named else f"{path}: {error}") from None
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{path} holds values of the wrong kind: {error!r}") from None
 
 
 def _shard(index: Path, name: str) -> Path:

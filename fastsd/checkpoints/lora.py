@@ -27,7 +27,7 @@ from fastsd.checkpoints.ldm import unet_map
 from fastsd.checkpoints.weights import WEIGHT_DTYPES, TensorInfo, read_header, read_metadata
 from fastsd.config import PRESETS, ModelConfig
 from fastsd.errors import CheckpointError, UsageError
-from fastsd.files import explained_denials, read_json
+from fastsd.files import explained_denials, explained_values, read_json
 
 Target = tuple[str, str]  # a part and the name of one of its weights
 Weights = Mapping[str, Mapping[str, Tensor]]  # part -> name -> weight
@@ -65,6 +65,7 @@ _OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 # a cross-attention's keys or values, whose input is the text
 _TEXT_READER = re.compile(r"attn2[._](processor\.)?to_[kv](_lora|\.lora)?[._](lora_)?(down|A)\b")
 _USUAL_NAME = "pytorch_lora_weights.safetensors"
+_PEFT_NAME = "adapter_model.safetensors"  # whose settings are in a file beside it
 _SHOWN = 5
 GIVEN_TENSORS = "the given tensors"  # the title of what no file holds
 
@@ -122,10 +123,21 @@ def read_lora(
     source: a safetensors file, or a dict of tensors as such a file would hold. Every key is used;
     every pair fits its weight. Raises CheckpointError naming what does not, and what it may be for.
     """
-    if isinstance(source, Path):
-        tensors, settings = _read_file(source)
-    else:
-        tensors, settings = dict(source), {}
+    with explained_values(title):
+        if isinstance(source, Path):
+            tensors, settings = _read_file(source)
+        else:
+            tensors, settings = dict(source), {}
+        return _read(tensors, settings, config, weights, title)
+
+
+def _read(
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    config: ModelConfig,
+    weights: Weights,
+    title: str,
+) -> LoRA:
     for mark, kind in OTHER_KINDS.items():
         found = next((key for key in tensors if re.search(mark, key)), None)
         if found is not None:
@@ -160,13 +172,13 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
-    beside = file.with_name("adapter_config.json")
-    if beside.is_file():
-        return tensors, read_json(beside)
     text = read_metadata(file).get("lora_adapter_metadata")
+    beside = file.with_name("adapter_config.json")
+    if text is None and file.name == _PEFT_NAME and beside.is_file():
+        return tensors, read_json(beside)
     try:
         settings = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: its lora_adapter_metadata is not a JSON object")
@@ -263,7 +275,12 @@ def _delta(
             f"which is not {wanted}; {_made_for(tensors)}"
         )
     if "alpha" in pair:
-        scale = float(tensors[pair["alpha"]]) / rank
+        alpha = tensors[pair["alpha"]]
+        if alpha.numel() != 1:
+            raise CheckpointError(
+                f"{title} has {alpha.numel()} numbers as {pair['alpha']}, not one"
+            )
+        scale = float(alpha) / rank
     else:
         scale = _scale(settings, *target, rank)
     total = up.sum() + down.sum()
@@ -278,13 +295,28 @@ def _scale(settings: Mapping[str, Any], part: str, name: str, rank: int) -> floa
     alpha = settings.get(f"{prefix}lora_alpha")
     module = name.removesuffix(".weight")
     for pattern, value in (settings.get(f"{prefix}alpha_pattern") or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
+        # PEFT knows a text encoder's modules by transformers' names.
+        if any(_fits(pattern, one) for one in (module, f"text_model.{module}")):
             alpha = value
+            break
     if alpha is None:
         return 1.0
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"the LoRA's lora_alpha is {alpha!r}, not a number")
     return alpha / (math.sqrt(rank) if settings.get(f"{prefix}use_rslora") else rank)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Whether a module's name ends as a pattern of PEFT's says, which is a regular expression.
+
+    One that could take for ever is refused: more than a few repetitions, or one of a group.
+    """
+    if len(re.findall(r"[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
+        raise CheckpointError(f"the LoRA's pattern {pattern!r} is none that names modules")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error as error:
+        raise CheckpointError(f"the LoRA's pattern {pattern!r} is wrong: {error}") from None
 
 
 def _made_for(tensors: Mapping[str, Tensor | TensorInfo]) -> str:

@@ -13,6 +13,7 @@ from fastsd.config import ScheduleConfig
 from fastsd.errors import CheckpointError
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_BETA_SIGMAS = "use_beta_sigmas"  # a spacing that we have none of
 BETA_SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -24,8 +25,9 @@ BETA_SCHEDULES = {
 class Scheduler:
     """What a diffusers scheduler class reads: options beyond the common ones, with its defaults.
 
-    sampler: ours, None where we have none; the class's name then stands in its place, so that the
-    checkpoint loads and a sampler has to be chosen.
+    sampler: ours, None where we have none; the class's name then stands in its place, as it does
+    where noise levels are spaced as ours are not, so that the checkpoint loads and a sampler has to
+    be chosen.
     spacing: the one timestep spacing of a class that has no choice.
     """
 
@@ -60,8 +62,9 @@ _UNCLIPPED = Fixed(
     True, allowed=(False,), advice="latents are not clipped; set clip_sample to false"
 )
 _THRESHOLDING = {"thresholding": _off("it is for models of pixels; set thresholding to false")}
-_SIGMAS: dict[str, Any] = {"use_karras_sigmas": False, "use_exponential_sigmas": False}
-_SIGMAS_FIXED = {"use_beta_sigmas": _off()}
+_SIGMAS: dict[str, Any] = {
+    name: False for name in ("use_karras_sigmas", "use_exponential_sigmas", _BETA_SIGMAS)
+}
 _SOLVER: dict[str, Any] = {
     **_SIGMAS,
     "solver_order": 2,
@@ -70,7 +73,6 @@ _SOLVER: dict[str, Any] = {
 }
 _SOLVER_FIXED = {
     **_THRESHOLDING,
-    **_SIGMAS_FIXED,
     "use_flow_sigmas": _off("it is for flow-matching models"),
     "use_dynamic_shifting": _off("it is for flow-matching models"),
 }
@@ -127,7 +129,6 @@ SCHEDULERS: dict[str, Scheduler] = {
         "euler",
         {**_SIGMAS, **_ZERO_SNR, "final_sigmas_type": "zero"},
         {
-            **_SIGMAS_FIXED,
             "interpolation_type": Fixed("linear"),
             "timestep_type": Fixed("discrete"),
             "sigma_min": Fixed(None),
@@ -138,13 +139,10 @@ SCHEDULERS: dict[str, Scheduler] = {
     "HeunDiscreteScheduler": Scheduler(
         "heun",
         _SIGMAS,
-        {
-            **_SIGMAS_FIXED,
-            "clip_sample": _off("latents are not clipped; set clip_sample to false"),
-        },
+        {"clip_sample": _off("latents are not clipped; set clip_sample to false")},
         betas=(0.00085, 0.012),
     ),
-    "LMSDiscreteScheduler": Scheduler("lms", _SIGMAS, _SIGMAS_FIXED),
+    "LMSDiscreteScheduler": Scheduler("lms", _SIGMAS),
     "DPMSolverMultistepScheduler": _multistep("dpmpp_2m", "dpmsolver++", "deis"),
     "DPMSolverSinglestepScheduler": Scheduler(
         "dpmpp_2s",
@@ -180,10 +178,12 @@ SCHEDULERS: dict[str, Scheduler] = {
         betas=(0.00085, 0.012),
         beta_schedule="scaled_linear",
     ),
-    "DPMSolverSDEScheduler": Scheduler(None, _SIGMAS, _SIGMAS_FIXED, betas=(0.00085, 0.012)),
+    "DPMSolverSDEScheduler": Scheduler(None, _SIGMAS, betas=(0.00085, 0.012)),
     "DEISMultistepScheduler": Scheduler(None, _SIGMAS),
     "KDPM2DiscreteScheduler": Scheduler(None, _SIGMAS, betas=(0.00085, 0.012)),
     "KDPM2AncestralDiscreteScheduler": Scheduler(None, _SIGMAS, betas=(0.00085, 0.012)),
+    "SASolverScheduler": Scheduler(None, _SIGMAS),
+    "TCDScheduler": Scheduler(None, betas=(0.00085, 0.012), beta_schedule="scaled_linear"),
 }
 _STOCHASTIC_MULTISTEP = _multistep("dpmpp_2m_sde", "sde-dpmsolver++")
 
@@ -204,6 +204,7 @@ def read_schedule(name: str, config: dict[str, Any], *, lenient: bool) -> Schedu
     if lenient:
         config = config | {"steps_offset": 1, "clip_sample": False}
     option = kind.options.read(config)
+    unknown = f"{name} with {_BETA_SIGMAS}" if option.get(_BETA_SIGMAS) else None
     betas = option["trained_betas"]
     spacing = "schedule"
     if option.get("use_karras_sigmas"):
@@ -224,7 +225,7 @@ def read_schedule(name: str, config: dict[str, Any], *, lenient: bool) -> Schedu
         final_alpha_one=option.get("set_alpha_to_one", False),
         zero_terminal_snr=option.get("rescale_betas_zero_snr", False),
         final_sigma=final_sigma,
-        sampler=kind.sampler or name,
+        sampler=unknown or kind.sampler or name,
         order=option.get("solver_order"),
         # DPM-Solver single step turns it on by itself where it ends on 0
         lower_order_final=option.get("lower_order_final", True)
@@ -254,6 +255,7 @@ def write_schedule(schedule: ScheduleConfig) -> dict[str, Any]:
         "set_alpha_to_one": schedule.final_alpha_one,
         "use_karras_sigmas": schedule.sigma_spacing == "karras",
         "use_exponential_sigmas": schedule.sigma_spacing == "exponential",
+        _BETA_SIGMAS: False,
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "final_sigmas_type": schedule.final_sigma,
         "solver_order": 2 if schedule.order is None else schedule.order,

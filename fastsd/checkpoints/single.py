@@ -34,7 +34,8 @@ from fastsd.config import (
     UNetConfig,
     VAEConfig,
 )
-from fastsd.errors import CheckpointError, UsageError
+from fastsd.errors import CheckpointError
+from fastsd.files import explained_values
 
 log = logging.getLogger("fastsd")
 
@@ -79,9 +80,14 @@ PASSED_OVER = re.compile(
     r"model_ema\..*|(alphas|sqrt|log_one|posterior)_\w+|betas|logvar|lvlb_weights|scale_factor"
     r"|denoiser\.sigmas|first_stage_model\.loss\..*|(first_stage_model|vae)\.model_ema\..*"
     r"|.*\.position_ids|.*\.model\.(logit_scale|attn_mask)|v_pred|ztsnr|global_step"
+    # a CLIP's that only pictures need, as some programs save it, and a training's
+    r"|(cond_stage_model|conditioner\.embedders\.0)(\.transformer)?"
+    r"\.(logit_scale|text_projection(\.weight)?)|embedding_manager\..*"
 )
 # Keys that name a model of a kind that the table lacks -> what it is.
 FOREIGN = {
+    "scaled_fp8": "a model whose weights are scaled into fp8: take the one in fp16",
+    "model.diffusion_model.scaled_fp8": "a UNet scaled into fp8: take the one in fp16",
     "edm_mean": "Playground v2.5, whose noise schedule (EDM) is not supported",
     "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": "Stable Diffusion 3",
     "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "FLUX",
@@ -89,6 +95,7 @@ FOREIGN = {
     "model.diffusion_model.label_emb.weight": "the x4 upscaler, which is not supported",
 }
 _SHOWN = 5
+_MOST = 256  # blocks of a kind that a name may number; SDXL has 10
 
 
 @dataclass(frozen=True)
@@ -100,15 +107,23 @@ class Single:
     passed_over: tuple[str, ...]
 
 
-def read_single(path: Path, *, prediction: str | None = None) -> Single:
+def read_single(path: Path, *, prediction: str | None = None, without_vae: bool = False) -> Single:
     """Recognise a file by its header alone.
 
     prediction: "eps", "v" or "x0"; None reads the file's own mark (modelspec.prediction_type, the
     keys v_pred and ztsnr), and in want of one takes the family's usual one, logging it where the
-    family has two. Raises CheckpointError naming what is unknown, and the nearest family.
+    family has two. without_vae: the file need not hold one; its config is then the family's usual.
+    Raises CheckpointError naming what is unknown, and the nearest family.
     """
     header = read_header(path)
-    family = _family(path, header)
+    with explained_values(path):
+        return _read(path, header, prediction, without_vae)
+
+
+def _read(
+    path: Path, header: Mapping[str, TensorInfo], prediction: str | None, without_vae: bool
+) -> Single:
+    family = _family(path, header, without_vae)
     mapped, unknown, unused = _sort_keys(family, header)
     if unknown:
         raise CheckpointError(
@@ -122,17 +137,15 @@ def read_single(path: Path, *, prediction: str | None = None) -> Single:
     try:
         config = _config(family, shapes)
         check_channels(config.unet, config.vae)
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise CheckpointError(
             f"{path} is a {family.title} by its keys and lacks some: {error}"
         ) from None
-    except (CheckpointError, UsageError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
     config = _predicting(path, config, header, prediction)
     return Single(config, mapped, tuple(unused))
 
 
-def _family(path: Path, header: Mapping[str, TensorInfo]) -> Family:
+def _family(path: Path, header: Mapping[str, TensorInfo], without_vae: bool) -> Family:
     for key, kind in FOREIGN.items():
         if key in header:
             raise CheckpointError(f"{path} is {kind}; fastsd reads {_titles()}")
@@ -147,11 +160,15 @@ def _family(path: Path, header: Mapping[str, TensorInfo]) -> Family:
             f"in the original layout, and by its keys it is {guess(header)}; fastsd reads one file "
             f"that holds all of {_titles()}"
         )
-    for prefix, part in ((UNET, "UNet"), (VAE, "VAE")):
-        if not any(key.startswith(prefix) for key in header):
+    for prefix, part, remedy in (
+        (UNET, "UNet", "a file must hold the whole model"),
+        (VAE, "VAE", "give its VAE, a folder or a file, with vae="),
+    ):
+        if not any(key.startswith(prefix) for key in header) and not (
+            part == "VAE" and without_vae
+        ):
             raise CheckpointError(
-                f"{path} is a {family.title} without a {part} (no key begins {prefix}); "
-                "a file must hold the whole model"
+                f"{path} is a {family.title} without a {part} (no key begins {prefix}); {remedy}"
             )
     return family
 
@@ -178,7 +195,7 @@ def _sort_keys(
                 f"{text.prefix}text_projection",
             ]
         owners.append((text.prefix, part, (open_clip_map if text.open_clip else clip_map)(layers)))
-    mapped: dict[str, Uses] = {part: {} for _, part, _ in owners}
+    mapped: dict[str, Uses] = {part: {} for prefix, part, _ in owners if _below(header, prefix)}
     unknown, unused = [], []
     for key in header:
         prefix, part, names = next((o for o in owners if key.startswith(o[0])), ("", "", None))
@@ -198,6 +215,8 @@ def _below(keys: Iterable[str], prefix: str) -> list[str]:
 def _uses(names: NameMap, key: str) -> tuple[Use, ...]:
     if key in OPEN_CLIP_TENSORS:
         return (Use(OPEN_CLIP_TENSORS[key], transposed=key == "text_projection"),)
+    if key == "text_projection.weight":  # a linear layer's, as some programs save it
+        return (Use(key),)
     if stacked := re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", key):
         layer = names.ours(f"{stacked[1]}.")
         return tuple(
@@ -214,7 +233,10 @@ _LAYERS = re.compile(r"(?:(?:text_model\.)?encoder\.layers|transformer\.resblock
 def _count(keys: Iterable[str], pattern: re.Pattern[str]) -> int:
     """One more than the largest number that `pattern` finds at the start of a key."""
     numbers = [int(found[1]) for key in keys if (found := pattern.match(key))]
-    return max(numbers, default=-1) + 1
+    count = max(numbers, default=-1) + 1
+    if count > _MOST:  # else a name alone would make us build as many
+        raise CheckpointError(f"its keys number {count:,} blocks of a kind, more than any model's")
+    return count
 
 
 def unet_names(keys: Iterable[str]) -> NameMap:
@@ -243,6 +265,13 @@ def read_vae_file(path: Path, base: VAEConfig) -> tuple[VAEConfig, Uses]:
     base: the model's own, for what shapes do not tell: the scale. Raises CheckpointError.
     """
     header = read_header(path)
+    with explained_values(path):
+        return _read_vae(path, header, base)
+
+
+def _read_vae(
+    path: Path, header: Mapping[str, TensorInfo], base: VAEConfig
+) -> tuple[VAEConfig, Uses]:
     keys = {key: key.removeprefix(VAE).removeprefix("vae.") for key in header}
     original = vae_names(keys.values())
     uses: Uses = {}
@@ -275,7 +304,7 @@ def _config(family: Family, shapes: Mapping[str, Shapes]) -> ModelConfig:
     unet = unet_config(
         preset.unet, shapes["unet"], head_width=family.head_width, pooled=texts[-1].projection
     )
-    vae = vae_config(preset.vae, shapes["vae"])
+    vae = vae_config(preset.vae, shapes["vae"]) if "vae" in shapes else preset.vae
     return replace(preset, text_encoders=texts, unet=unet, vae=vae)
 
 
@@ -307,7 +336,9 @@ def unet_config(
     widths = tuple(shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels)
     blocks = r"attentions\.0\.transformer_blocks\.(\d+)\."
     depths = tuple(_count(shapes, re.compile(rf"down_blocks\.{i}\.{blocks}")) for i in levels)
-    first = next(i for i in levels if depths[i])
+    first = next((i for i in levels if depths[i]), None)
+    if first is None:
+        raise CheckpointError("its UNet attends nowhere")
     attention = f"down_blocks.{first}.attentions.0"
     heads = [
         base.heads[0] if head_width is None else max(width // head_width, 1) for width in widths

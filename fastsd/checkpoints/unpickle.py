@@ -19,6 +19,28 @@ _SECONDS, _FILES = 900, 256
 # what zipfile and torch.load raise for files cut short or made up
 _DAMAGED = (RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, TypeError)
 _INSTEAD = "nothing of it was run; get the model as safetensors"
+# What trainings leave beside the weights: the callbacks of the first Stable Diffusions, numbers of
+# numpy's, the dict of the web UI's learned words. None of it is made, `_Inert` stands in its place.
+_BESIDE = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+    "torch.nn.modules.container.ParameterDict",
+)
+
+
+class _Inert:
+    """Stands for an object that is not made. state: what it would have been given."""
+
+    state: object = None
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
 
 
 def limit(size: int) -> None:
@@ -54,7 +76,10 @@ def main(source: str, target: str) -> str | None:
     from safetensors.torch import save_file
 
     try:
-        with open(source, "rb") as file:  # of a name torch would go by the ending
+        with (
+            open(source, "rb") as file,  # of a name torch would go by the ending
+            torch.serialization.safe_globals([(_Inert, name) for name in _BESIDE]),
+        ):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         return "it needs more memory than this process may have"
@@ -70,6 +95,7 @@ def main(source: str, target: str) -> str | None:
             )
         return f"it is damaged or no checkpoint: {_first_line(error)}"
     if isinstance(loaded, dict):
+        loaded = _learned_word(loaded) or loaded
         for wrapper in ("state_dict", "model", "params_ema"):
             if isinstance(loaded.get(wrapper), dict):
                 loaded = loaded[wrapper]
@@ -96,6 +122,17 @@ def main(source: str, target: str) -> str | None:
     except (RuntimeError, ValueError, LookupError) as error:  # sparse, quantised, without numbers
         return f"its tensors have no form in safetensors: {_first_line(error)}"
     return None
+
+
+def _learned_word(loaded: dict[Any, Any]) -> dict[Any, Any] | None:
+    """Return the vectors of one of the web UI's learned words, as its safetensors files have them;
+    None if `loaded` is something else."""
+    found = loaded.get("string_to_param")
+    if isinstance(found, _Inert):
+        found = found.state.get("_parameters") if isinstance(found.state, dict) else None
+    if not isinstance(found, dict) or len(found) != 1:
+        return None
+    return {"emb_params": next(iter(found.values()))}
 
 
 def _largest(size: int) -> int:

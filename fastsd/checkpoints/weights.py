@@ -29,7 +29,7 @@ _ITEM_BITS = {
 }
 # What a model can be computed or kept in, by the names that users give.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _SHOWN = 5  # keys in a message
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastsd.cli.app import Json, app, print_table
+from fastsd.cli.app import Json, Variant, app, print_table
 from fastsd.cli.environment import environment
 
 
@@ -60,6 +60,7 @@ def list_models(as_json: Json = False) -> None:
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="builtin, a folder, a hub id, or random:sd15.")],
+    variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model holds: family, parts, parameter counts, sizes, dtypes, sampler.
@@ -72,7 +73,7 @@ def inspect(
     if is_artifact(model):
         _inspect_engine(Path(model), as_json)
         return
-    facts = describe(open_checkpoint(model))
+    facts = describe(open_checkpoint(model, variant=variant))
     if as_json:
         print(json.dumps(facts, indent=2))
         return

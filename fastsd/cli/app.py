@@ -43,6 +43,9 @@ Lora = Annotated[
         help="A LoRA to use, builtin-lcm for the built-in model's own; may be given again.",
     ),
 ]
+Variant = Annotated[
+    str | None, typer.Option(help="fp16: a folder's files that have this in their names.")
+]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Its folder, for a file whose vocabulary is not CLIP's.")
 ]
@@ -59,7 +62,16 @@ _OPTIONS = {
     "give image": "give --image",
     "low_memory=True": "--low-memory",
 }
-_KEYWORDS = ("backend", "precision", "weights", "prediction", "preset", "tokenizer")
+_KEYWORDS = (
+    "backend",
+    "precision",
+    "weights",
+    "prediction",
+    "preset",
+    "vae",
+    "tokenizer",
+    "variant",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastsd.cli.app import Lora, Prediction, Preset, Tokenizer, Vae, app, weighted_files
+from fastsd.cli.app import Lora, Prediction, Preset, Tokenizer, Vae, Variant, app, weighted_files
 
 
 @app.command(
@@ -36,6 +36,7 @@ def convert(
     vae: Vae = None,
     lora: Lora = None,
     tokenizer: Tokenizer = None,
+    variant: Variant = None,
 ) -> None:
     """Write a model in another form: safetensors only, whole or not at all; print its path."""
     from fastsd.checkpoints import convert as run
@@ -48,6 +49,7 @@ def convert(
         preset=preset,
         vae=vae,
         tokenizer=tokenizer,
+        variant=variant,
         loras=weighted_files(lora or ()),
     )
     print(target)

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from fastsd.cli.app import Json, Lora, Prediction, Preset, Tokenizer, Vae, app, say, weighted_files
+from fastsd.cli.app import (
+    Json,
+    Lora,
+    Prediction,
+    Preset,
+    Tokenizer,
+    Vae,
+    Variant,
+    app,
+    say,
+    weighted_files,
+)
 from fastsd.errors import UsageError
 
 
@@ -79,6 +90,7 @@ def export(
     vae: Vae = None,
     lora: Lora = None,
     tokenizer: Tokenizer = None,
+    variant: Variant = None,
     refit: Annotated[
         bool, typer.Option("--refit", help="TensorRT: let other weights be put in later.")
     ] = False,
@@ -95,7 +107,12 @@ def export(
     from fastsd.export.parts import Request
 
     checkpoint = open_checkpoint(
-        model, prediction=prediction, preset=preset, vae=vae, tokenizer=tokenizer
+        model,
+        prediction=prediction,
+        preset=preset,
+        vae=vae,
+        tokenizer=tokenizer,
+        variant=variant,
     )
     if lora:
         checkpoint = checkpoint.with_loras(weighted_files(lora))
@@ -175,6 +192,7 @@ def tune(
     preset: Preset = None,
     vae: Vae = None,
     tokenizer: Tokenizer = None,
+    variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Measure which way of drawing a model is fastest here; --backend auto then takes it."""
@@ -184,7 +202,12 @@ def tune(
     from fastsd.checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(
-        model, prediction=prediction, preset=preset, vae=vae, tokenizer=tokenizer
+        model,
+        prediction=prediction,
+        preset=preset,
+        vae=vae,
+        tokenizer=tokenizer,
+        variant=variant,
     )
     side = checkpoint.config.default_size
     rows = run(

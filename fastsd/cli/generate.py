@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastsd
-from fastsd.cli.app import Json, Lora, Prediction, Preset, Tokenizer, Vae, app, say, weighted_files
+from fastsd.cli.app import (
+    Json,
+    Lora,
+    Prediction,
+    Preset,
+    Tokenizer,
+    Vae,
+    Variant,
+    app,
+    say,
+    weighted_files,
+)
 from fastsd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +41,7 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     "precision": (str, None),
     "weights": (str, None),
     "low_memory": (bool, None),
-    **{name: (str, None) for name in ("prediction", "preset", "vae", "tokenizer")},
+    **{name: (str, None) for name in ("prediction", "preset", "vae", "tokenizer", "variant")},
     "steps": (int, "num_inference_steps"),
     "guidance_scale": (_NUMBER, "guidance_scale"),
     "eta": (_NUMBER, "eta"),
@@ -56,7 +67,7 @@ RECORDED: dict[str, tuple[type | tuple[type, ...], str | None]] = {
 # What is given to from_pretrained.
 LOADING = (
     *("backend", "floor", "precision", "weights", "low_memory", "device"),
-    *("prediction", "preset", "vae", "tokenizer"),
+    *("prediction", "preset", "vae", "tokenizer", "variant"),
 )
 # What it says besides, for people and other tools.
 REMARKS = {"versions", "sampler_title", "schedule_type", "not_recorded", "interrupted_after"}
@@ -259,6 +270,7 @@ def generate(
     ] = None,
     lora: Lora = None,
     tokenizer: Tokenizer = None,
+    variant: Variant = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures; print the path of each, or with --json all that was told to draw it."""
@@ -293,6 +305,7 @@ def generate(
         "device": device,
         "prediction": prediction,
         "tokenizer": tokenizer,
+        "variant": variant,
         "preset": preset,
         "vae": vae,
         "lora": lora or None,

@@ -9,17 +9,20 @@ import pickle
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastsd.checkpoints import convert, open_checkpoint
 from fastsd.checkpoints.convert import unpickled
+from fastsd.checkpoints.embeddings import read_embedding
 from fastsd.errors import CheckpointError, UsageError
 from tests.checkpoints.singles import TRAINING, WRITERS, SingleFile, Singles
 
@@ -80,6 +83,27 @@ def test_dtypes(singles: Singles, tmp_path: Path) -> None:
     assert {t.dtype for t in weights.values()} == {torch.float16}
     with pytest.raises(UsageError, match="'int8' is unknown; it is one of fp32"):
         convert(single.file, tmp_path / "x", dtype="int8")
+
+
+def test_the_unet_decides_the_dtype(singles: Singles, tmp_path: Path) -> None:
+    single = singles["sd1"]
+    tensors = load_file(single.file)
+    mixed = {k: v.half() if k.startswith("first_stage_model.") else v for k, v in tensors.items()}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    convert(tmp_path / "mixed.safetensors", tmp_path / "mixed", tokenizer=single.tokenizer)
+    written = open_checkpoint(tmp_path / "mixed").load("unet").state_dict()
+    exact = open_checkpoint(single.folder).load("unet").state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in exact.items())
+
+
+def test_an_sdxl_of_v_prediction_keeps_the_mark_that_others_read(
+    singles: Singles, tmp_path: Path
+) -> None:
+    single, marks = singles["sdxl"], {"v_pred", "ztsnr"}
+    marked = load_file(single.file) | {mark: torch.zeros(0) for mark in marks}
+    save_file(marked, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tokenizer=single.tokenizer)
+    assert marks <= load_file(tmp_path / "b.safetensors").keys()
 
 
 def test_what_a_single_file_cannot_keep(singles: Singles, tmp_path: Path) -> None:
@@ -176,6 +200,35 @@ def test_a_pickled_checkpoint(singles: Singles, tmp_path: Path) -> None:
     assert all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
     with pytest.raises(CheckpointError, match="fastsd convert"):
         open_checkpoint(pickled)
+
+
+def test_what_trainings_leave_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first Stable Diffusions name a callback's class; others hold numbers of numpy's."""
+    callback = type("ModelCheckpoint", (), {})
+    callback.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", callback.__module__):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(
+        sys.modules[callback.__module__], "ModelCheckpoint", callback, raising=False
+    )
+    weights = {"a": torch.arange(3.0)}
+    data = {"state_dict": weights, "callbacks": {callback: {"best": np.float64(0.5)}}}
+    torch.save(data, tmp_path / "old.ckpt")
+    convert(tmp_path / "old.ckpt", tmp_path / "new.safetensors")
+    written = load_file(tmp_path / "new.safetensors")
+    assert written.keys() == {"a"} and torch.equal(written["a"], weights["a"])
+
+
+@pytest.mark.parametrize("kind", [dict, torch.nn.ParameterDict])
+def test_a_learned_word_of_the_web_ui(kind: Any, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 64)
+    word = {"string_to_token": {"*": 265}, "string_to_param": kind({"*": vectors}), "name": "x"}
+    torch.save(word, tmp_path / "style.pt")
+    convert(tmp_path / "style.pt", tmp_path / "style.safetensors")
+    read = read_embedding(tmp_path / "style.safetensors", [64])
+    assert read.token == "style" and torch.equal(read.vectors[0], vectors)
 
 
 class Hostile:

@@ -21,6 +21,7 @@ from fastsd.checkpoints.keys import canonical
 from fastsd.checkpoints.save import save_description
 from fastsd.config import CLIPConfig
 from fastsd.errors import CheckpointError, UsageError
+from fastsd.pipeline import Pipeline
 from tests.checkpoints.rewrite import WEIGHTS, Tensors, copied, edit_json, edit_weights, shard
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
@@ -115,6 +116,35 @@ def test_variants(folder: Path, tmp_path: Path, sharded: bool) -> None:
         for name, state in states(plain).items()
     }
     assert_same_states(states(half_), rounded)
+
+
+def test_a_variant_of_some_parts(sd1_folder: Path, tmp_path: Path) -> None:
+    """Parts without files of the variant are read as they are, as in diffusers."""
+    path = copied(sd1_folder, tmp_path)
+    file = path / parts_of(sd1_folder)["unet"]
+    file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    checkpoint = open_checkpoint(path, variant="fp16")
+    assert_same_states(states(checkpoint), states(open_checkpoint(sd1_folder)))
+    with pytest.raises(CheckpointError, match="ask for variant='fp16'"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"_class_name": "TCDScheduler"}, {"_class_name": "SASolverScheduler"}, "use_beta_sigmas"],
+)
+def test_a_sampler_that_we_lack_has_to_be_chosen(
+    change: Any, sd1_folder: Path, tmp_path: Path
+) -> None:
+    path = copied(sd1_folder, tmp_path)
+    if isinstance(change, str):
+        change = {"_class_name": "EulerDiscreteScheduler", change: True}
+    edit_json(path / "scheduler" / "scheduler_config.json", change)
+    index = {"scheduler": ["diffusers", change["_class_name"]]}
+    edit_json(path / "model_index.json", index)
+    with pytest.raises(UsageError, match=change["_class_name"]):
+        Pipeline.from_pretrained(path)
+    assert Pipeline.from_pretrained(path, sampler="euler").sampler == "euler"
 
 
 def old_clip(tensors: Tensors) -> Tensors:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fastsd.checkpoints import Checkpoint, describe, open_checkpoint
 from fastsd.checkpoints.keys import canonical
 from fastsd.config import PRESETS, SD15, SD21, SDXL, SDXL_REFINER
-from fastsd.errors import CheckpointError
+from fastsd.errors import CheckpointError, UsageError
 from fastsd.pipeline import Pipeline
 from tests.checkpoints.singles import WRITERS, SingleFile, Singles
 from tests.checkpoints.sparse import ldm_shapes, write_sparse
@@ -167,6 +167,68 @@ def test_old_text_encoders_lack_a_prefix(singles: Singles, tmp_path: Path) -> No
     assert all(torch.equal(b.state_dict()[k], v) for k, v in a.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("sd1", ["cond_stage_model.logit_scale", "cond_stage_model.text_projection"]),
+        ("sd1", ["cond_stage_model.transformer.text_projection.weight", "embedding_manager.x.y"]),
+        ("sdxl", [f"conditioner.embedders.0.{x}" for x in ("logit_scale", "text_projection")]),
+    ],
+)
+def test_what_programs_leave_in_files(
+    name: str, keys: list[str], singles: Singles, tmp_path: Path
+) -> None:
+    file = rewritten(singles[name], tmp_path, lambda t: t | {key: torch.zeros(1) for key in keys})
+    checkpoint, plain = open_checkpoint(file), opened(singles[name])
+    assert {*checkpoint.passed_over} == {*plain.passed_over, *keys}
+    assert checkpoint.config == plain.config
+
+
+def test_a_projection_may_be_a_linear_layers(singles: Singles, tmp_path: Path) -> None:
+    key = "conditioner.embedders.1.model.text_projection"
+    file = rewritten(
+        singles["sdxl"], tmp_path, lambda t: t | {f"{key}.weight": t.pop(key).t().contiguous()}
+    )
+    states = [
+        open_checkpoint(path, tokenizer=singles["sdxl"].tokenizer).load("text_encoder_2")
+        for path in (file, singles["sdxl"].file)
+    ]
+    assert torch.equal(*(state.get_parameter("text_projection.weight") for state in states))
+
+
+def test_a_vae_may_come_from_elsewhere(singles: Singles, tmp_path: Path) -> None:
+    single = singles["sd1"]
+    file = rewritten(
+        single, tmp_path, lambda t: {k: v for k, v in t.items() if "first_stage" not in k}
+    )
+    with pytest.raises(CheckpointError, match="without a VAE.* give its VAE.* with vae="):
+        open_checkpoint(file)
+    theirs = open_checkpoint(file, vae=single.folder / "vae").load("vae").state_dict()
+    ours = opened(single).load("vae").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_fp8_are_widened(dtype: torch.dtype, singles: Singles, tmp_path: Path) -> None:
+    def narrow(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+
+    narrowed = open_checkpoint(rewritten(singles["sd1"], tmp_path, narrow)).load("unet")
+    for name, tensor in opened(singles["sd1"]).load("unet").state_dict().items():
+        assert torch.equal(narrowed.state_dict()[name], tensor.to(dtype).float())
+
+
+def test_a_preset_may_settle_what_a_file_predicts(
+    singles: Singles, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = opened(singles["sd2"], preset="sd-turbo").config
+    assert (config.schedule.prediction, config.unet.sample_size) == ("eps", 64)
+    assert "does not say what it predicts" not in caplog.text
+    with pytest.raises(UsageError, match="predict eps, not v; drop one"):
+        opened(singles["sd2"], preset="sd-turbo", prediction="v")
+
+
 def test_describe_counts_each_part(single: SingleFile) -> None:
     checkpoint = opened(single)
     facts = describe(checkpoint)["parts"]
@@ -209,6 +271,7 @@ def test_a_part_is_missing(prefix: str, message: str, singles: Singles, tmp_path
     ("key", "kind"),
     [
         ("edm_mean", "Playground"),
+        ("model.diffusion_model.scaled_fp8", "take the one in fp16"),
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
     ],
 )
@@ -224,6 +287,57 @@ def test_a_missing_key_is_named(missing: str, singles: Singles, tmp_path: Path) 
     file = rewritten(singles["sd1"], tmp_path, lambda t: {k: v for k, v in t.items() if k != key})
     with pytest.raises(CheckpointError, match=r"lacks|missing: "):
         open_checkpoint(file).load("unet")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.1000000000.0.op.weight",
+        "first_stage_model.encoder.down.1000000000.block.0.norm1.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.1000000000.x.weight",
+    ],
+)
+def test_a_name_does_not_make_us_build_a_billion(
+    key: str, singles: Singles, tmp_path: Path
+) -> None:
+    file = rewritten(singles["sd1"], tmp_path, lambda t: t | {key: torch.zeros(1)})
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="sd1.safetensors: its keys number 1,000,000,001"):
+        open_checkpoint(file)
+    if key.startswith("first_stage_model."):
+        with pytest.raises(CheckpointError, match="its keys number 1,000,000,001"):
+            opened(singles["sd1"], vae=file)
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("model.diffusion_model.input_blocks.0.0.weight", ()),
+        ("model.diffusion_model.label_emb.0.0.weight", (1,)),
+        ("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight", ()),
+        ("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", (1,)),
+        ("first_stage_model.decoder.conv_in.weight", (3,)),
+    ],
+)
+def test_shapes_that_no_layer_has(
+    key: str, shape: tuple[int, ...], singles: Singles, tmp_path: Path
+) -> None:
+    file = rewritten(singles["sdxl"], tmp_path, lambda t: t | {key: torch.zeros(shape)})
+    with pytest.raises(CheckpointError, match="sdxl.safetensors"):
+        opened_ = open_checkpoint(file, tokenizer=singles["sdxl"].tokenizer)
+        for part in opened_.parts:
+            opened_.load(part)
+
+
+def test_a_unet_without_attention(singles: Singles, tmp_path: Path) -> None:
+    file = rewritten(
+        singles["sd1"],
+        tmp_path,
+        lambda t: {k: v for k, v in t.items() if ".transformer_blocks." not in k},
+    )
+    with pytest.raises(CheckpointError, match="sd1.safetensors: its UNet attends nowhere"):
+        open_checkpoint(file)
 
 
 def test_truncated_and_poisoned_files(singles: Singles, tmp_path: Path) -> None:
