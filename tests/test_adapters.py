@@ -202,7 +202,7 @@ def test_a_pattern_of_pefts_is_a_regular_expression(
         "unet.target_modules": ["to_q"],
     }
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
-    of_unet = {"parts": ["unet"], "kinds": ["to_q"], "rank": 4}
+    of_unet: dict[str, Any] = {"parts": ["unet"], "kinds": ["to_q"], "rank": 4}
     file = write_lora(tmp_path / "lora.safetensors", theirs, peft, metadata=metadata, **of_unet)
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4000}')
     pipe.load_lora_weights(file)
