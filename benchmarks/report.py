@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastsd.benchmarks.timing import Ratio, changed_ratio
+from fastsd.benchmarks.timing import Ratio, changed_ratio, unpaired_ratio
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.files import published_folder, read_json, write_json
 from fastsd.images import contact_sheet, save_png
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 def ratio_text(ratio: Mapping[str, Any]) -> str:
     """Write how many times the reference's speed, with the interval: above 1 is faster."""
     if ratio["low"] is None:
-        return f"{1 / ratio['median']:.2f}x (too few samples)"
+        return f"{1 / ratio['median']:.2f}x ({ratio['verdict']})"
     low, high = 1 / ratio["high"], 1 / ratio["low"]
     note = ", no difference" if ratio["verdict"] == "no difference" else ""
     return f"{1 / ratio['median']:.2f}x ({low:.2f} to {high:.2f}{note})"
@@ -189,6 +189,14 @@ def limits_text(results: Results) -> list[str]:
     ]
 
 
+def _rounds_title(results: Results) -> str:
+    if results.get("alone"):
+        return (
+            "Each alone in memory, so that no turns pair: speeds are of medians; loaded in rounds"
+        )
+    return "Not in memory together; loaded anew in rounds"
+
+
 def aligned(table: Table) -> list[str]:
     """Lay a table out for a terminal."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -211,7 +219,7 @@ def terminal(results: Results) -> list[str]:
         if table:
             lines += [*aligned(table), ""]
     if len(results["rounds"]) > 1:
-        lines += [f"not in memory together; drawn in {len(results['rounds'])} rounds: "]
+        lines += [f"{_rounds_title(results)}:"]
         lines += [f"  {', '.join(names)}" for names in results["rounds"]]
     return [*lines, *unmeasured(results)]
 
@@ -281,7 +289,7 @@ def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:
         if table:
             lines += [*markdown(table), ""]
     if len(results["rounds"]) > 1:
-        lines += ["Not in memory together; loaded anew in rounds:", ""]
+        lines += [f"{_rounds_title(results)}:", ""]
         lines += [f"{i}. {', '.join(names)}" for i, names in enumerate(results["rounds"], 1)]
         lines += [""]
     reasons = unmeasured(results)
@@ -489,13 +497,15 @@ def compare(before: Results, after: Results) -> Table:
     earlier = {row["name"]: row for row in before["rows"] if "latency_s" in row}
     later = {row["name"]: row for row in after["rows"] if "latency_s" in row}
     shared_reference = before["reference"] == after["reference"]
+    alone = before.get("alone") or after.get("alone")
+    change = unpaired_ratio if alone else changed_ratio
     table = [
         ["contender", "before", "after", "change of time", "95 % interval", "verdict", "quality"]
     ]
     for name in (name for name in later if name in earlier):
         old, new = earlier[name], later[name]
         relative = shared_reference and name != after["reference"]
-        ratio = changed_ratio(
+        ratio = change(
             _series(new, after if relative else None), _series(old, before if relative else None)
         )
         interval = "" if ratio.low is None else f"{_percent(ratio.low)} to {_percent(ratio.high)}"

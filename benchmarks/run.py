@@ -39,7 +39,7 @@ from fastsd.benchmarks.contenders import (
     reference_among,
 )
 from fastsd.benchmarks.limits import Work, limit
-from fastsd.benchmarks.timing import FEWEST_PAIRS, Latency, paired_ratio
+from fastsd.benchmarks.timing import FEWEST_PAIRS, Latency, Ratio, paired_ratio, unpaired_ratio
 from fastsd.benchmarks.truth import Truth
 from fastsd.checkpoints import open_checkpoint, parameters
 from fastsd.errors import FastsdError, UsageError
@@ -260,7 +260,10 @@ def take_turns(
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups of contenders that are alive together. alone: each contender is loaded anew, twice."""
+    """Groups of contenders that are alive together.
+
+    alone: each contender is loaded anew, twice: A B B A, so that a steady drift slows all alike.
+    """
 
     groups: tuple[tuple[str, ...], ...]
     alone: bool
@@ -273,8 +276,10 @@ class Plan:
                 for i, group in enumerate(self.groups)
             ]
         half = -(-repeats // 2)
-        halves = [turns for turns in (range(half), range(half, repeats)) if turns]
-        return [(group, turns) for turns in halves for group in self.groups]
+        rounds = [(group, range(half)) for group in self.groups]
+        return rounds + [
+            (group, range(half, repeats)) for group in self.groups[::-1] if repeats > 1
+        ]
 
 
 def plan_rounds(needs: Mapping[str, int], reference: str, available: int) -> Plan:
@@ -362,6 +367,7 @@ class Run:
         self._only_quick = only_quick
         self.scenarios = tuple(scenarios)
         self.rounds: list[tuple[tuple[str, ...], range]] = []
+        self._alone = False
         self._say = say
         self._available = free_memory(scene.device) if available is None else available
         self._seats: dict[str, Seat] = {}
@@ -417,6 +423,7 @@ class Run:
             "reference": self.reference,
             "truth": truth.name,
             "rounds": [list(names) for names, _ in self.rounds],
+            "alone": self._alone,
             "ceilings": ceilings,
             "work": {name: asdict(part) for name, part in work.items()},
             "rows": rows,
@@ -487,6 +494,7 @@ class Run:
         self._require_reference()
         needs = {name: memory_need(c, self.scene) for name, c in taking_part.items()}
         plan = plan_rounds(needs, self.reference, self._available)
+        self._alone = plan.alone
         if self.repeats is None and len(plan.groups) == 1:
             self._open(plan.groups[0], folder)
             self.repeats = self._fitting_repeats()
@@ -610,9 +618,7 @@ class Run:
         if self.scene.model == "builtin":
             quality["score"] = judge.score(kept)
         latency = Latency.of(list(record.turns.values()))
-        common = [turn for turn in record.turns if turn in base.turns]
-        own, others = ([r.turns[turn] for turn in common] for r in (record, base))
-        ratio = paired_ratio(own, others)
+        ratio, samples = self._ratio(record, base)
         row |= {"status": "measured", "quality": quality}
         if "SingleStream" in self.scenarios:
             row["latency_s"] = {
@@ -620,7 +626,6 @@ class Run:
                 "samples": list(latency.samples),
                 "n": latency.count,
             }
-            samples = [time / other for time, other in zip(own, others, strict=True)]
             row["ratio"] = {**asdict(ratio), "verdict": ratio.verdict, "samples": samples}
             best = limit(work, ceilings, record.contender.precision)
             if best:
@@ -632,6 +637,17 @@ class Run:
         row["parts_ms"] = record.parts_ms
         row["offline"] = record.offline
         return row
+
+    def _ratio(self, record: Record, base: Record) -> tuple[Ratio, list[float]]:
+        """Compare with the reference: turn by turn, or by medians where each draws alone."""
+        if self._alone:
+            times, others = list(record.turns.values()), list(base.turns.values())
+            ratio = unpaired_ratio(times, others)
+            return ratio, [time / float(np.median(others)) for time in times]
+        common = [turn for turn in record.turns if turn in base.turns]
+        times, others = ([r.turns[turn] for turn in common] for r in (record, base))
+        samples = [time / other for time, other in zip(times, others, strict=True)]
+        return paired_ratio(times, others), samples
 
 
 def slow_ones(seconds: Mapping[str, float], reference: str) -> list[str]:

@@ -55,15 +55,21 @@ class Latency:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A median ratio of times and its 95 % interval; low and high are None where n is too small."""
+    """A median ratio of times and its 95 % interval; low and high are None where there is none.
+
+    paired: the times were taken in turns.
+    """
 
     median: float
     low: float | None
     high: float | None
+    paired: bool = True
 
     @property
     def verdict(self) -> str:
-        """Say what can be said: "faster", "slower", "no difference" or "too few samples"."""
+        """Say what can be said: "faster", "slower", "no difference", or why nothing can."""
+        if not self.paired:
+            return "not in turns"
         if self.low is None or self.high is None:
             return "too few samples"
         if self.low <= 1 <= self.high:
@@ -78,6 +84,11 @@ def paired_ratio(times: Sequence[float], base: Sequence[float]) -> Ratio:
     """
     ratios = sorted(time / other for time, other in zip(times, base, strict=True))
     return Ratio(float(np.median(ratios)), *median_interval(ratios))
+
+
+def unpaired_ratio(times: Sequence[float], base: Sequence[float]) -> Ratio:
+    """Compare times that no turn pairs, by their medians: drifts would make an interval lie."""
+    return Ratio(float(np.median(times) / np.median(base)), None, None, paired=False)
 
 
 def median_interval(ordered: Sequence[float]) -> tuple[float | None, float | None]:

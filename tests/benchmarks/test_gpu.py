@@ -76,7 +76,7 @@ def test_a_stage_that_ends_in_order_when_told_to_is_done(tmp_path: Path) -> None
 
 
 def test_a_benchmark_cut_short_shows_its_rows_and_is_begun_again(tmp_path: Path) -> None:
-    ratio = {"median": 0.5, "low": None, "high": None}
+    ratio = {"median": 0.5, "low": None, "high": None, "verdict": "too few samples"}
     rows = [{"name": "a", "latency_s": {"p50": 0.1}, "ratio": ratio}]
     results = json.dumps({"stopped": True, "rows": rows})
     code = f"open('{{folder}}/results.json', 'w').write({results!r})"

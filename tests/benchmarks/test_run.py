@@ -124,14 +124,18 @@ def test_rounds_share_the_reference_and_no_turn() -> None:
 
 
 def test_what_does_not_fit_beside_the_reference_draws_alone_twice() -> None:
+    """The second time in reverse order: a drift of 1 % a draw cancels in the means."""
     plan = plan_rounds({"ref": 8, "a": 8}, "ref", 12)
     assert plan.alone
     assert plan.rounds(5) == [
         (("ref",), range(3)),
         (("a",), range(3)),
-        (("ref",), range(3, 5)),
         (("a",), range(3, 5)),
+        (("ref",), range(3, 5)),
     ]
+    order = [name for (name,), turns in plan.rounds(6) for _ in turns]
+    drift = {name: [i for i, who in enumerate(order) if who == name] for name in ("ref", "a")}
+    assert np.mean(drift["ref"]) == np.mean(drift["a"])
     assert plan_rounds({"ref": 8}, "ref", 4).rounds(2) == [(("ref",), range(2))]
 
 
@@ -276,7 +280,7 @@ def test_pictures_in_fp32_are_kept_and_not_drawn_again(
         return Contender(name, f"{SYNTHETIC}:open_painter", options)
 
     monkeypatch.setattr(run_module, "Seat", Here)
-    monkeypatch.setattr(Run, "_limits", lambda self: ({}, {}))
+    monkeypatch.setattr(Run, "_limits", lambda self: ({}, {"copy": 1e9}))
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
     # which a worker turns off in its process
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
@@ -319,6 +323,18 @@ def test_pictures_in_fp32_are_kept_and_not_drawn_again(
     results, _ = run.measure(ENVIRONMENT)
     assert results["rounds"] == [["a", "b"], ["a", "c"]]
     assert [row["quality"]["pictures"] for row in results["rows"]] == [4, 4, 4]
+
+    # where none fits beside another, no turns pair, and nothing is said of chance
+    run = Run(SCENE, three, reference="a", repeats=6, truth=kept, available=1)
+    results, _ = run.measure(ENVIRONMENT)
+    assert results["rounds"] == [["a"], ["b"], ["c"], ["c"], ["b"], ["a"]]
+    for row in results["rows"]:
+        ratio = row["ratio"]
+        assert (ratio["low"], ratio["high"], ratio["verdict"]) == (None, None, "not in turns")
+        assert ratio["median"] == pytest.approx(np.median(ratio["samples"]))
+    assert {row[-2] for row in report.compare(results, results)[1:]} == {"not in turns"}
+    told = "\n".join(report.terminal(results))
+    assert "x (not in turns)" in told and "no turns pair: speeds are of medians" in told
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
