@@ -126,7 +126,7 @@ def tail_title(results: Results) -> str:
 
 
 def unmeasured(results: Results) -> list[str]:
-    """Name those that have no speed, and why; a line a reason."""
+    """Name those that have no speed, or failed later, and why; a line a reason."""
     names: dict[str, list[str]] = {}
     for row in results["rows"]:
         if "reason" in row:
@@ -293,7 +293,11 @@ def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:
         lines += [f"{i}. {', '.join(names)}" for i, names in enumerate(results["rounds"], 1)]
         lines += [""]
     reasons = unmeasured(results)
-    lines += ["Not measured:", "", *(f"- {reason}" for reason in reasons), ""] if reasons else []
+    lines += (
+        ["Not measured, or not to the end:", "", *(f"- {reason}" for reason in reasons), ""]
+        if reasons
+        else []
+    )
     lines += [*(f"{line}  " for line in limits_text(results)), ""]
     for name in (*plots, "contact-sheet.png"):
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]

@@ -428,11 +428,7 @@ class Run:
             "work": {name: asdict(part) for name, part in work.items()},
             "rows": rows,
         }
-        first = {
-            name: pictures[min(pictures)][0]
-            for name, pictures in kept.items()
-            if pictures and not self.records[name].failure
-        }
+        first = {name: pictures[min(pictures)][0] for name, pictures in kept.items() if pictures}
         return results, first
 
     def _end_early(self) -> None:
@@ -440,7 +436,8 @@ class Run:
         for record in self.records.values():
             if not record.turns:
                 record.failure = record.failure or "the run was stopped before it drew in turn"
-        self._require_reference()
+        with contextlib.suppress(Stopped):
+            self._require_reference()
         self._say("stopped early: the rows are of the turns that were drawn")
 
     def _limits(self) -> tuple[dict[str, Work], dict[str, float]]:
@@ -530,8 +527,12 @@ class Run:
         return few or not any(map(_is_ours, contenders_)) or _is_ours(self.records[name].contender)
 
     def _require_reference(self) -> None:
-        if failure := self.records[self.reference].failure:
-            raise ContenderFailed(f"the reference {self.reference} cannot draw: {failure}")
+        """Raise ContenderFailed where the reference failed, Stopped where it had drawn in turn."""
+        record = self.records[self.reference]
+        if record.failure and record.turns:
+            raise Stopped
+        if record.failure:
+            raise ContenderFailed(f"the reference {self.reference} cannot draw: {record.failure}")
 
     def _open(self, names: Sequence[str], folder: Path) -> None:
         """Open seats one after the other, so that a cold start has the machine to itself."""
@@ -610,7 +611,8 @@ class Run:
     ) -> dict[str, Any]:
         record, base = self.records[name], self.records[self.reference]
         row: dict[str, Any] = {"name": name, "precision": record.contender.precision}
-        if record.failure or not kept.keys() & truth.pictures.keys():
+        paired = self._alone or record.turns.keys() & base.turns.keys()
+        if not paired or not kept.keys() & truth.pictures.keys():
             return row | {"status": "not measured", "reason": record.failure or "drew nothing"}
         quality = judge.judge(
             kept, truth.pictures, np.load(_latents_file(folder, name)), truth.latents
@@ -620,6 +622,9 @@ class Run:
         latency = Latency.of(list(record.turns.values()))
         ratio, samples = self._ratio(record, base)
         row |= {"status": "measured", "quality": quality}
+        if record.failure:
+            turns = f"failed after {latency.count} of its turns"
+            row |= {"status": "failed", "reason": f"{turns}: {record.failure}"}
         if "SingleStream" in self.scenarios:
             row["latency_s"] = {
                 **asdict(latency),

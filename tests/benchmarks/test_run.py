@@ -405,7 +405,7 @@ def test_a_run_measures_and_judges(
     assert rows["noisy"]["offline"]["batch"] == 16 and len(rows["noisy"]["offline"]["tried"]) == 5
     assert rows["noisy"]["offline"]["pictures_per_s"] > rows["slow"]["offline"]["pictures_per_s"]
     assert rows["exact"]["offline"] is None, "the reference's would take the longest"
-    assert set(pictures) == {"exact", "slow", "noisy"}
+    assert set(pictures) == {"exact", "slow", "noisy", "dying"}
     assert results["ceilings"]["fp32"] > 1e9 and results["work"]["unet"]["flop"] > 1e8
     assert any("first picture after" in line for line in said)
 
@@ -448,12 +448,15 @@ def test_a_row_without_quality_is_no_speed(
         "uninstalled": "not installed: no_such; pip install no_such",
         "unusable too": "paint is not installed; run pip install paint",
         "unusable": "paint is not installed; run pip install paint",
-        "dying": "error: the brush broke",
+        "dying": "failed after 1 of its turns: error: the brush broke",
         "compiled": "left out: it compiles",
     }
-    assert not any("latency_s" in rows[name] for name in reasons)
+    assert rows["dying"]["status"] == "failed" and rows["dying"]["latency_s"]["n"] == 1
+    assert rows["dying"]["quality"]["verdict"] == "same", "the turn that it finished counts"
+    silent = reasons.keys() - {"dying"}
+    assert not any("latency_s" in rows[name] for name in silent)
     speeds = "\n".join(report.aligned(report.speed_table(results)))
-    assert not any(name in speeds for name in reasons)
+    assert not any(name in speeds for name in silent)
     grouped = [line.split(": ")[0] for line in report.unmeasured(results)]
     assert grouped == ["unusable too, unusable", "uninstalled", "dying", "compiled"]
 
@@ -533,6 +536,24 @@ def test_a_run_that_is_told_to_end_keeps_what_was_drawn() -> None:
     assert rows["slow"]["quality"]["verdict"] == "same" and set(pictures) == {"exact", "slow"}
 
 
+def test_a_reference_that_dies_in_mid_run_costs_no_finished_turn() -> None:
+    chosen = [
+        Contender("reference", f"{SYNTHETIC}:open_dying"),
+        Contender("other", f"{SYNTHETIC}:open_painter", {"noise": 0.01}),
+    ]
+    said: list[str] = []
+    run = Run(SCENE, chosen, reference="reference", repeats=7, say=said.append)
+    run._limits = lambda: ({}, {})  # type: ignore[method-assign]
+    results, pictures = run.measure(ENVIRONMENT)
+    rows = rows_of(results)
+    assert results["stopped"] and said[-1].startswith("stopped early")
+    assert rows["reference"]["status"] == "failed" and rows["other"]["status"] == "measured"
+    assert rows["reference"]["reason"] == "failed after 1 of its turns: error: the brush broke"
+    assert len(rows["other"]["ratio"]["samples"]) == 1
+    assert rows["other"]["quality"]["psnr_db"]["worst"] == pytest.approx(40, abs=1)
+    assert set(pictures) == {"reference", "other"}
+
+
 def test_of_many_turns_other_makers_draw_the_first() -> None:
     own = "fastsd.benchmarks.drawing:open_fastsd"
     chosen = [
@@ -602,7 +623,8 @@ def test_the_terminal_shows_speed_and_quality_side_by_side(
     assert any(line.startswith("Offline") and "pictures/s" in line for line in lines)
     brief = report.summary(results)
     assert "\n" not in report.to_json_line(brief)
-    assert {row["name"]: row["status"] for row in brief["rows"]}["dying"] == "not measured"
+    statuses = {row["name"]: row["status"] for row in brief["rows"]}
+    assert (statuses["dying"], statuses["unusable"]) == ("failed", "not measured")
 
 
 Change = Callable[[dict[str, Any]], None]
@@ -622,7 +644,9 @@ def test_compare_says_what_changed_beyond_the_noise(
     def verdicts(after: dict[str, Any]) -> dict[str, tuple[str, str]]:
         return {row[0]: (row[-2], row[-1]) for row in report.compare(results, after)[1:]}
 
-    assert set(verdicts(results).values()) == {("no change", "no change")}
+    before = verdicts(results)
+    assert before.pop("dying") == ("too few samples", "no change")
+    assert set(before.values()) == {("no change", "no change")}
 
     def degrade(copy: dict[str, Any]) -> None:
         for row in copy["rows"]:
@@ -665,7 +689,7 @@ def test_readmes_show_committed_rows(
         lines = readme.read_text("utf-8").splitlines()
         assert lines[:2] == ["before", mark] and lines[-1] == "after" and "old" not in lines
         runs = 1 if named else 2
-        assert sum(line.startswith("| builtin, 64, 2 |") for line in lines) == 3 * runs
+        assert sum(line.startswith("| builtin, 64, 2 |") for line in lines) == 4 * runs
     assert "(one/report.md)" in everything.read_text("utf-8")
     assert "(results/two/report.md)" in some.read_text("utf-8")
     assert "results/one" not in some.read_text("utf-8")
