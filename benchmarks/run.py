@@ -46,6 +46,7 @@ from fastsd.errors import FastsdError, UsageError
 from fastsd.samplers import build_table
 
 SCHEMA = 1
+PACKAGE = ("fastsd", "kernels", "export", "benchmarks")  # the folders that our code is in
 SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
 DEFAULT_SCENARIOS = SCENARIOS[:3]
 AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
@@ -375,6 +376,11 @@ class Run:
 
     def measure(self, environment: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run, and return the results as plain data, and each contender's first picture."""
+        facts = {  # of the start: files may change while this runs
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "environment": dict(environment),
+        }
         with tempfile.TemporaryDirectory(prefix="fastsd-bench-") as folder:
             try:
                 work, ceilings = self._limits()
@@ -388,14 +394,14 @@ class Run:
             if not self._finished:
                 self._end_early()
             with undisturbed():
-                return self._results(Path(folder), work, ceilings, environment)
+                return self._results(Path(folder), work, ceilings, facts)
 
     def _results(
         self,
         folder: Path,
         work: dict[str, Work],
         ceilings: dict[str, float],
-        environment: Mapping[str, Any],
+        facts: Mapping[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Judge what was drawn, and put all that is known together."""
         draws = self.repeats or 1
@@ -413,10 +419,8 @@ class Run:
         ]
         results = {
             "schema": SCHEMA,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "fastsd": fastsd.__version__,
-            "commit": commit(),
-            "environment": dict(environment),
+            **facts,
             "scene": {**asdict(self.scene), "prompts": list(self.scene.prompts[:8])},
             "repeats": self.repeats,
             "stopped": not self._finished,
@@ -710,7 +714,7 @@ def evaluations(scene: Scene) -> int:
 
 
 def commit() -> str | None:
-    """The commit that runs, with a + where files differ from it; None outside a checkout.
+    """The commit that runs, with a + where our code differs from it; None outside a checkout.
 
     FASTSD_COMMIT says it where only the files were copied to.
     """
@@ -721,7 +725,10 @@ def commit() -> str | None:
         return None
     try:
         head = _git(root, "rev-parse", "--short", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        ours = (f"{folder}/*.py" for folder in PACKAGE)
+        new = _git(root, "ls-files", "--others", "--exclude-standard", *ours)
+        return f"{head}+" if changed or new else head
     except (OSError, subprocess.CalledProcessError):
         return None
 

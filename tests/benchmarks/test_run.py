@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastsd
 from fastsd.backends import BACKENDS
 from fastsd.benchmarks import judge, report
 from fastsd.benchmarks import run as run_module
@@ -552,6 +553,43 @@ def test_a_reference_that_dies_in_mid_run_costs_no_finished_turn() -> None:
     assert len(rows["other"]["ratio"]["samples"]) == 1
     assert rows["other"]["quality"]["psnr_db"]["worst"] == pytest.approx(40, abs=1)
     assert set(pictures) == {"reference", "other"}
+
+
+def test_a_commit_knows_of_changed_and_of_new_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("FASTSD_COMMIT", raising=False)
+    monkeypatch.setattr(fastsd, "__file__", str(tmp_path / "fastsd" / "__init__.py"))
+    assert run_module.commit() is None
+    (tmp_path / "fastsd" / "models").mkdir(parents=True)
+    (tmp_path / "fastsd" / "__init__.py").touch()
+    me = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), (*me, "commit", "-q", "-m", "one")):
+        run_module._git(tmp_path, *words)
+    head = run_module._git(tmp_path, "rev-parse", "--short", "HEAD")
+    (tmp_path / "notes.md").touch()
+    assert run_module.commit() == head
+    new = tmp_path / "fastsd" / "models" / "new.py"
+    new.touch()
+    assert run_module.commit() == f"{head}+"
+    new.unlink()
+    (tmp_path / "fastsd" / "__init__.py").write_text("changed = True\n")
+    assert run_module.commit() == f"{head}+"
+
+
+def test_the_commit_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = ["before"]
+    monkeypatch.setattr(run_module, "commit", lambda: now[0])
+    run = Run(
+        SCENE, [Contender("a", f"{SYNTHETIC}:open_painter")], reference="a", repeats=1, scenarios=()
+    )
+
+    def limits() -> tuple[dict[str, Any], dict[str, float]]:
+        now[0] = "after"
+        return {}, {}
+
+    run._limits = limits  # type: ignore[method-assign]
+    assert run.measure(ENVIRONMENT)[0]["commit"] == "before"
 
 
 def test_of_many_turns_other_makers_draw_the_first() -> None:
