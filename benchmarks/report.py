@@ -88,19 +88,19 @@ def scene_text(results: Results) -> str:
 
 def speed_table(results: Results) -> Table:
     """A row a contender, in order of speed; those without one come last, with the reason."""
-    head = ["contender", "p50", "p90", tail_title(results), "n", "speed vs reference"]
+    tail = tail_title(results)
+    head = ["contender", "p50", "p90", tail, "n", "speed vs reference"]
     head += ["worst picture", "task score", "share of limit", "cold start", "memory"]
     table = [head]
     for row in _by_speed(results):
         latency, quality = row["latency_s"], row["quality"]
         reference, true = row["name"] == results["reference"], row["name"] == truth_of(results)
-        tail = latency["p99"] if latency["p99"] is not None else latency["largest"]
         table.append(
             [
                 row["name"],
                 duration(latency["p50"]),
                 duration(latency["p90"]),
-                duration(tail),
+                duration(latency[tail]),
                 str(latency["n"]),
                 "reference" if reference else ratio_text(row["ratio"]),
                 "reference" if true else quality_text(quality),

@@ -524,9 +524,10 @@ class Run:
                 self._close_all()
 
     def _draws(self, name: str, turn: int) -> bool:
-        """Whether a contender takes part in a turn: of many, all but ours in the first few only."""
+        """Whether a contender takes part in a turn: of many, all but ours in a few, spread."""
         assert self.repeats is not None
-        few = self.repeats <= MOST_REPEATS or turn % self.repeats < OTHERS_TURNS
+        few = self.repeats <= MOST_REPEATS
+        few = few or turn * OTHERS_TURNS % self.repeats < OTHERS_TURNS
         contenders_ = [record.contender for record in self.records.values()]
         return few or not any(map(_is_ours, contenders_)) or _is_ours(self.records[name].contender)
 
