@@ -16,6 +16,7 @@ from fastsd.errors import MissingDependency
 from fastsd.quality import builtin_atlas, psnr, ssim, tasks
 
 EQUAL_DB = 100.0  # stands for infinity, which JSON does not have
+NEAREST_DB = 99.9  # of pictures that differ
 SAME_DB, CLOSE_DB = 50.0, 30.0
 
 Pictures = Mapping[int, NDArray[np.uint8]]  # draw -> (B, H, W, 3)
@@ -36,20 +37,26 @@ def judge(
 ) -> dict[str, Any]:
     """Compare what two contenders drew from the same seeds.
 
-    Gives the median and worst PSNR (dB, 100 for equal pictures) and SSIM (None without
-    scikit-image), and of the latents the largest error and the error's share of their norm.
+    Gives the median and worst PSNR (dB, 100 for equal pictures), the worst of each draw, the median
+    and worst SSIM (None without scikit-image), and of the latents the largest error and the
+    error's share of their norm.
     """
-    pairs = [
-        pair
+    drawn = {
+        draw: list(zip(pictures[draw], reference[draw], strict=True))
         for draw in pictures
         if draw in reference
-        for pair in zip(pictures[draw], reference[draw], strict=True)
-    ]
-    distances = [min(EQUAL_DB, psnr(a, b)) for a, b in pairs]
+    }
+    draws = {draw: [_distance(a, b) for a, b in pairs] for draw, pairs in drawn.items()}
+    pairs = [pair for each in drawn.values() for pair in each]
+    distances = [distance for each in draws.values() for distance in each]
     error = latents.astype(np.float64) - reference_latents
     return {
         "pictures": len(pairs),
-        "psnr_db": {"median": float(np.median(distances)), "worst": min(distances)},
+        "psnr_db": {
+            "median": float(np.median(distances)),
+            "worst": min(distances),
+            "draws": {str(draw): min(each) for draw, each in draws.items()},  # as JSON has it
+        },
         "ssim": _ssim(pairs),
         "latents": {
             "largest_error": float(np.abs(error).max()),
@@ -57,6 +64,10 @@ def judge(
         },
         "verdict": verdict(min(distances)),
     }
+
+
+def _distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    return EQUAL_DB if np.array_equal(a, b) else min(NEAREST_DB, psnr(a, b))
 
 
 def _ssim(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> dict[str, float] | None:

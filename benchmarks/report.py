@@ -56,9 +56,10 @@ def ratio_text(ratio: Mapping[str, Any]) -> str:
 
 
 def quality_text(quality: Mapping[str, Any]) -> str:
-    """Write the worst PSNR and SSIM, and the word for them."""
+    """Write the worst PSNR and SSIM of how many pictures, and the word for them."""
     worst = quality["psnr_db"]["worst"]
     text = "equal" if worst >= 100 else f"{worst:.1f} dB"
+    text += f" of {quality['pictures']}"
     if quality["ssim"]:
         text += f", SSIM {quality['ssim']['worst']:.4f}"
     return f"{text}, {quality['verdict']}"
@@ -561,11 +562,17 @@ def _changed(ratio: Ratio) -> str:
 
 
 def _quality_change(before: Row, after: Row) -> str:
-    drop = before["psnr_db"]["worst"] - after["psnr_db"]["worst"]
-    if abs(drop) < QUALITY_DROP_DB:
+    """Compare the worst of the draws that both have, or the medians where draws are not known.
+
+    The worst of more pictures is worse, whatever drew them.
+    """
+    old, new = before["psnr_db"], after["psnr_db"]
+    common = old.get("draws", {}).keys() & new.get("draws", {}).keys()
+    what = f"worst of {len(common)} draws" if common else "median"
+    was, is_ = (min(e["draws"][d] for d in common) if common else e["median"] for e in (old, new))
+    if abs(was - is_) < QUALITY_DROP_DB:
         return "no change"
-    word = "worse" if drop > 0 else "better"
-    return f"{word}: {before['psnr_db']['worst']:.1f} -> {after['psnr_db']['worst']:.1f} dB"
+    return f"{'worse' if is_ < was else 'better'}: {what} {was:.1f} -> {is_:.1f} dB"
 
 
 # --- the READMEs' rows ----------------------------------------------------------------------------

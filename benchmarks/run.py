@@ -800,7 +800,7 @@ def bench(
         chosen = choose(known, patterns)
     else:
         chosen, left_out = by_default(known, scene)
-    kept = None if truth is None else Truth.kept(truth, scene)
+    kept = None if truth is None else Truth.kept(truth, scene, repeats or FEWEST_PAIRS)
     held_to = kept if patterns else None
     if held_to is not None:
         reference = chosen[0]

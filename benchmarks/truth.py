@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,22 +32,29 @@ class Truth:
     latents: NDArray[np.float32]
 
     def keep(self, folder: Path, scene: Scene) -> None:
-        """Write it into its scene's folder below `folder`, whole or not at all."""
-        with published_folder(folder / _digest(scene)) as draft:
+        """Write it into its scene's folder below `folder`, in the place of what is there."""
+        home = folder / _digest(scene)
+        shutil.rmtree(home, ignore_errors=True)
+        with published_folder(home) as draft:
             for draw in sorted(self.pictures)[:MOST]:
                 np.save(draft / f"{draw}.npy", self.pictures[draw])
             np.save(draft / "latents.npy", self.latents)
             write_json(draft / "truth.json", {"name": self.name, **_facts(scene)})
 
     @classmethod
-    def kept(cls, folder: Path, scene: Scene) -> Truth | None:
-        """Read a scene's from below `folder`; None where it is not there."""
+    def kept(cls, folder: Path, scene: Scene, repeats: int) -> Truth | None:
+        """Read a scene's from below `folder`; None where it is not there.
+
+        Or where it has less of the first `repeats` draws than is kept of as many.
+        """
         home = folder / _digest(scene)
         if not home.exists():
             return None
         pictures = {
             int(file.stem): np.load(file) for file in home.glob("*.npy") if file.stem.isdigit()
         }
+        if sum(draw < repeats for draw in pictures) < min(repeats, MOST):
+            return None
         name = str(read_json(home / "truth.json")["name"])
         return cls(name, pictures, np.load(home / "latents.npy"))
 

@@ -231,7 +231,13 @@ def test_planted_noise_in_the_pictures_is_seen() -> None:
     noisy = {i: (picture + noise).astype(np.uint8) for i, picture in clean.items()}
     latents = generator.standard_normal((1, 4, 8, 8)).astype(np.float32)
     same = judge.judge(clean, clean, latents, latents)
-    assert same["psnr_db"] == {"median": 100, "worst": 100} and same["verdict"] == "same"
+    equal = {"median": 100, "worst": 100, "draws": {"0": 100, "1": 100, "2": 100}}
+    assert same["psnr_db"] == equal and same["verdict"] == "same"
+    assert report.quality_text(same).startswith("equal of 3")
+    speck = np.zeros((1, 1024, 1024, 3), np.uint8)
+    speck[0, 0, 0, 0] = 1  # 113 dB
+    other = judge.judge({0: speck}, {0: 0 * speck}, latents, latents)
+    assert report.quality_text(other).startswith("99.9 dB of 1"), "it is not the same to the bit"
     seen = judge.judge(noisy, clean, latents + np.float32(0.5), latents)
     assert seen["psnr_db"]["worst"] == pytest.approx(40, abs=0.5) and seen["verdict"] == "close"
     assert seen["ssim"]["worst"] < 0.9999
@@ -289,11 +295,11 @@ def test_pictures_in_fp32_are_kept_and_not_drawn_again(
     monkeypatch.setattr(run_module, "contenders", lambda device: known)
     monkeypatch.setattr(run_module, "reference_among", lambda known: known["exact"])
 
-    def measured(*patterns: str, steps: int = 2) -> dict[str, Any]:
+    def measured(*patterns: str, steps: int = 2, repeats: int = 6) -> dict[str, Any]:
         results, _ = run_module.bench(
             replace(SCENE, steps=steps),
             patterns,
-            repeats=6,
+            repeats=repeats,
             scenarios=["SingleStream"],
             environment=ENVIRONMENT,
             say=lambda line: None,
@@ -315,10 +321,13 @@ def test_pictures_in_fp32_are_kept_and_not_drawn_again(
     assert "reference" not in [line[table[0].index("worst picture")] for line in table]
     assert measured("b", steps=3)["reference"] == "exact", "another scene has none yet"
     assert measured("exact", "b")["reference"] == "exact"
+    few = [measured("b", steps=5, repeats=n) for n in (2, 2, 6, 6)]
+    assert [results["reference"] for results in few] == ["exact", "b"] * 2
+    assert [rows_of(results)["b"]["quality"]["pictures"] for results in few] == [2, 2, 6, 4]
 
     # where two fit at a time, the second pair draws the same pictures as the first
     three = [painter(name) for name in "abc"]
-    kept = Truth.kept(tmp_path / "truth", SCENE)
+    kept = Truth.kept(tmp_path / "truth", SCENE, 6)
     available = int(2.5 * memory_need(three[0], SCENE))
     run = Run(SCENE, three, reference="a", repeats=6, truth=kept, available=available)
     results, _ = run.measure(ENVIRONMENT)
@@ -707,11 +716,29 @@ def test_compare_says_what_changed_beyond_the_noise(
         for row in copy["rows"]:
             if row["name"] == "slow":
                 row["ratio"]["samples"] = [10 * sample for sample in row["ratio"]["samples"]]
-                row["quality"]["psnr_db"]["worst"] = 35.0
+                row["quality"]["psnr_db"]["draws"]["3"] = 35.0
 
     after = verdicts(changed(results, degrade))
-    assert after["slow"] == ("slower", "worse: 100.0 -> 35.0 dB")
+    assert after["slow"] == ("slower", "worse: worst of 7 draws 100.0 -> 35.0 dB")
     assert after["noisy"] == ("no change", "no change")
+
+    def fewer(copy: dict[str, Any]) -> None:
+        """The same code, in the first six draws of seven."""
+        noisy = rows_of(copy)["noisy"]["quality"]["psnr_db"]
+        del noisy["draws"]["6"]
+        noisy["worst"] += 5
+
+    assert verdicts(changed(results, fewer))["noisy"] == ("no change", "no change")
+
+    def older(copy: dict[str, Any]) -> None:
+        """Of before draws were told apart."""
+        for row in copy["rows"]:
+            if "quality" in row:
+                del row["quality"]["psnr_db"]["draws"]
+        rows_of(copy)["noisy"]["quality"]["psnr_db"] = {"median": 30.0, "worst": 30.0}
+
+    (text,) = (t for _, t in verdicts(changed(results, older)).values() if t != "no change")
+    assert text == "worse: median 39.9 -> 30.0 dB"
 
     def another_machine(copy: dict[str, Any]) -> None:
         copy["environment"]["cpu"]["name"] = "Other CPU"
