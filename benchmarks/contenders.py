@@ -248,6 +248,7 @@ def own_contenders() -> list[Contender]:
         _cached(_engine("aoti", "int8")),
         _setting("int8-weights", {"weights": "int8"}, precision="fp32", only_on=None),
         *(_setting(name, options) for name, options in GPU_SETTINGS.items()),
+        replace(_setting("fp8", {"weights": "fp8"}), precision="fp8"),
     ]
 
 
@@ -258,7 +259,6 @@ GPU_SETTINGS: dict[str, dict[str, Any]] = {
     "cached": {"cache_interval": 2},
     "low-memory": {"low_memory": True},
     "int8-weights": {"weights": "int8"},
-    "fp8": {"weights": "fp8"},
     "low-memory-int8": {"low_memory": True, "weights": "int8"},
     "attention-sdpa": {"use": {"attention": "sdpa"}},
     "attention-flash": {"use": {"attention": "flash"}},

@@ -27,6 +27,7 @@ from fastsd.benchmarks.contenders import (
     contenders,
     reference_among,
 )
+from fastsd.benchmarks.limits import limit
 from fastsd.benchmarks.run import (
     SCENARIOS,
     ContenderFailed,
@@ -689,6 +690,16 @@ def test_the_terminal_shows_speed_and_quality_side_by_side(
     assert "\n" not in report.to_json_line(brief)
     statuses = {row["name"]: row["status"] for row in brief["rows"]}
     assert (statuses["dying"], statuses["unusable"]) == ("failed", "not measured")
+
+
+def test_fp8_has_no_share_of_another_precisions_limit() -> None:
+    fp8 = contenders("cuda")["fastsd-fp8/fp16"]
+    assert fp8.options == {"backend": "eager", "precision": "fp16", "weights": "fp8"}
+    assert limit({}, {"fp16": 1.0, "copy": 1.0}, fp8.precision) is None
+    old = {"name": fp8.name, "precision": "fp16", "limit": {"share": 0.86}}
+    assert report._share_text(old) == "", "of a run that held it to fp16"
+    assert report._share_text({**old, "precision": "fp8"}) == "86%"
+    assert report._share_text({**old, "name": "fastsd/eager/fp16"}) == "86%"
 
 
 Change = Callable[[dict[str, Any]], None]
