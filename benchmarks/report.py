@@ -290,7 +290,9 @@ def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:
     lines += [
         "contender's, paired, with the 95 % interval of their median; the worst picture is that"
     ]
-    lines += [f"farthest from {truth_of(results)} drawn from the same seed.", ""]
+    lines += [f"farthest from {truth_of(results)} drawn from the same seed."]
+    lines += ["On a GPU, fp32 is without TF32."] if scene["device"] != "cpu" else []
+    lines += [""]
     for table in (
         speed_table(results),
         parts_table(results),

@@ -678,6 +678,20 @@ def test_a_column_is_what_its_title_says(
         assert exact[head.index(title)] == text and len({"p99", "largest"} & set(head)) == 1
 
 
+def test_a_report_of_a_gpu_says_that_fp32_is_without_tf32(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    def on_gpu(copy: dict[str, Any]) -> None:
+        copy["scene"]["device"] = "cuda"
+        copy["environment"]["devices"]["cuda:0"] = "GPU"
+
+    told = [
+        "TF32" in " ".join(report._markdown_report(changed(whole_run[0], c), []))
+        for c in (on_gpu, lambda copy: None)
+    ]
+    assert told == [True, False]
+
+
 def test_the_terminal_shows_speed_and_quality_side_by_side(
     whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
 ) -> None:
