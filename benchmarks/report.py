@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastsd.benchmarks.timing import Ratio, changed_ratio, unpaired_ratio
+from fastsd.benchmarks.timing import FEWEST_SPREAD, Ratio, changed_ratio, unpaired_ratio
 from fastsd.errors import MissingDependency, UsageError
 from fastsd.files import published_folder, read_json, write_json
 from fastsd.images import contact_sheet, save_png
@@ -94,14 +94,14 @@ def speed_table(results: Results) -> Table:
     head += ["worst picture", "task score", "share of limit", "cold start", "memory"]
     table = [head]
     for row in _by_speed(results):
-        latency, quality = row["latency_s"], row["quality"]
+        latency, quality, spread = row["latency_s"], row["quality"], _spreads(row)
         reference, true = row["name"] == results["reference"], row["name"] == truth_of(results)
         table.append(
             [
                 row["name"],
                 duration(latency["p50"]),
-                duration(latency["p90"]),
-                duration(latency[tail]),
+                duration(latency["p90"]) if spread else "",
+                duration(latency[tail]) if spread else "",
                 str(latency["n"]),
                 "reference" if reference else ratio_text(row["ratio"]),
                 "reference" if true else quality_text(quality),
@@ -112,6 +112,11 @@ def speed_table(results: Results) -> Table:
             ]
         )
     return _without_empty_columns(table)
+
+
+def _spreads(row: Row) -> bool:
+    """Whether a row has samples enough to speak of more than their median."""
+    return int(row["latency_s"]["n"]) >= FEWEST_SPREAD
 
 
 def _share_text(row: Row) -> str:
@@ -388,25 +393,33 @@ def _unit(rows: Sequence[Row]) -> tuple[float, str]:
 
 def _latency(axes: Any, rows: Sequence[Row], results: Results) -> None:
     factor, unit = _unit(rows)
-    values = [[factor * row["latency_s"][p] for row in rows] for p in ("p20", "p50", "p80", "p90")]
-    p20, p50, p80, p90 = (np.array(value) for value in values)
-    axes.barh(range(len(rows)), p50, color=[_colour(row["name"]) for row in rows], height=0.6)
-    axes.errorbar(
-        p50, range(len(rows)), xerr=(p50 - p20, p80 - p50), fmt="none", ecolor="black", capsize=4
-    )
-    axes.plot(p90, range(len(rows)), "|", color="black", markersize=10)
-    for i in range(len(rows)):
+    farthest = 0.0
+    for i, row in enumerate(rows):
+        latency = row["latency_s"]
+        p20, p50, p80, p90 = (factor * latency[p] for p in ("p20", "p50", "p80", "p90"))
+        axes.barh(i, p50, color=_colour(row["name"]), height=0.6)
+        end = p90
+        if _spreads(row):
+            spread = ([p50 - p20], [p80 - p50])
+            axes.errorbar(p50, i, xerr=spread, fmt="none", ecolor="black", capsize=4)
+            axes.plot(p90, i, "|", color="black", markersize=10)
+        else:
+            times = [factor * time for time in latency["samples"]]
+            axes.plot(times, [i] * len(times), ".", color="black")
+            end = max(times)
+        farthest = max(farthest, end)
         axes.annotate(
-            f" {p50[i]:.3g} {unit}",
-            (max(p90[i], p80[i]), i),
+            f" {duration(latency['p50'])}",
+            (end, i),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
             fontsize=9,
         )
     what = "a picture" if results["scene"]["batch"] == 1 else "a batch"
-    _bars(axes, rows, f"Latency of {what}", f"{unit} (bar: p50; whiskers: p20 to p80; tick: p90)")
-    axes.set_xlim(0, 1.15 * max(p90))
+    marks = "bar: p50; whiskers: p20 to p80; tick: p90; dots: all, where there are few"
+    _bars(axes, rows, f"Latency of {what}", f"{unit} ({marks})")
+    axes.set_xlim(0, 1.15 * farthest)
 
 
 def _speed_against_quality(axes: Any, rows: Sequence[Row], results: Results) -> None:
@@ -595,20 +608,22 @@ SPEEDS = "speeds.png"
 
 def readme_table(runs: Mapping[str, Results]) -> list[str]:
     """The rows of committed runs, by the folder that a README links to, as Markdown."""
-    table = [["model, size, steps", "contender", "hardware", "p20 / p50 / p80", "speed", "quality"]]
-    table[0] += ["share of limit", "run"]
+    table = [["model, size, steps", "contender", "hardware", "p20 / p50 / p80", "n", "speed"]]
+    table[0] += ["quality", "share of limit", "run"]
     for folder, results in runs.items():
         scene = results["scene"]
         for row in _by_speed(results):
             latency, reference = row["latency_s"], row["name"] == results["reference"]
             true = row["name"] == truth_of(results)
             score = score_text(row["quality"])
+            percentiles = ("p20", "p50", "p80") if _spreads(row) else ("p50",)
             table.append(
                 [
                     f"{scene['model']}, {scene['size']}, {scene['steps']}",
                     row["name"],
                     _hardware(results),
-                    " / ".join(duration(latency[p]) for p in ("p20", "p50", "p80")),
+                    " / ".join(duration(latency[p]) for p in percentiles),
+                    str(latency["n"]),
                     "reference" if reference else ratio_text(row["ratio"]),
                     ("reference" if true else quality_text(row["quality"]))
                     + (f"; {score} named right" if score else ""),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 FEWEST_PAIRS = 6  # with fewer, no interval of medians reaches 95 %
+FEWEST_SPREAD = 6  # of fewer times, only the median is told
 FEWEST_FOR_P99 = 100
 
 

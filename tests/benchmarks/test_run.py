@@ -662,6 +662,24 @@ def test_the_report_holds_what_it_promises(
         report.write_report(folder, results, pictures)
 
 
+def test_few_samples_are_no_distribution(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    head, *rows = report.speed_table(whole_run[0])
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert cells["exact"]["n"] == "7" and cells["exact"]["p90"] and cells["exact"]["largest"]
+    assert cells["dying"]["n"] == "1" and cells["dying"]["p50"]
+    assert cells["dying"]["p90"] == cells["dying"]["largest"] == ""
+    lines = report.readme_table({"run": whole_run[0]})
+    (line,) = (line for line in lines if "| dying |" in line)
+    assert f"| {cells['dying']['p50']} | 1 |" in line
+    axes = report._figure(9, 4).subplots()
+    report._latency(axes, report._by_speed(whole_run[0]), whole_run[0])
+    dotted = [line for line in axes.lines if line.get_marker() == "."]
+    assert len(dotted) == 1 and len(dotted[0].get_xdata()) == 1
+    assert sum(line.get_marker() == "|" for line in axes.lines) >= 3
+
+
 def test_a_column_is_what_its_title_says(
     whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
 ) -> None:
