@@ -94,8 +94,8 @@ def speed_table(results: Results) -> Table:
     head += ["worst picture", "task score", "share of limit", "cold start", "memory"]
     table = [head]
     for row in _by_speed(results):
-        latency, quality, spread = row["latency_s"], row["quality"], _spreads(row)
-        reference, true = row["name"] == results["reference"], row["name"] == truth_of(results)
+        latency, spread = row["latency_s"], _spreads(row)
+        reference = row["name"] == results["reference"]
         table.append(
             [
                 row["name"],
@@ -104,14 +104,33 @@ def speed_table(results: Results) -> Table:
                 duration(latency[tail]) if spread else "",
                 str(latency["n"]),
                 "reference" if reference else ratio_text(row["ratio"]),
-                "reference" if true else quality_text(quality),
-                score_text(quality),
+                _quality_or_reference(row, results),
+                score_text(row["quality"]),
                 _share_text(row),
                 duration(row["cold_start_s"][0]["total_s"]) if "cold_start_s" in row else "",
                 f"{row['memory_bytes'] / 2**30:.1f} GiB" if row["memory_bytes"] else "",
             ]
         )
     return _without_empty_columns(table)
+
+
+def _quality_or_reference(row: Row, results: Results) -> str:
+    return "reference" if row["name"] == truth_of(results) else quality_text(row["quality"])
+
+
+def _tables(results: Results) -> list[Table]:
+    """All that a run measured; tables without a row are left out."""
+    made = (speed_table, parts_table, cold_start_table, offline_table)
+    return [table for make in made if (table := make(results))]
+
+
+def _stopped_text(results: Results) -> list[str]:
+    """Say how far a run came that was stopped; nothing of one that was not."""
+    if not results.get("stopped"):
+        return []
+    drawn = max((row["latency_s"]["n"] for row in _by_speed(results)), default=0)
+    turns = results["repeats"] * (1 if results.get("alone") else len(results["rounds"]))
+    return [f"stopped early: {drawn} of {turns} turns"]
 
 
 def _spreads(row: Row) -> bool:
@@ -166,13 +185,12 @@ def parts_table(results: Results) -> Table:
 def offline_table(results: Results) -> Table:
     """Pictures a second at the best batch; empty without any."""
     rows = [row for row in results["rows"] if row.get("offline")]
-    table = [["Offline", "pictures/s", "best batch", "tried"]] if rows else []
+    table = [["Offline", "pictures/s", "best batch", "worst picture", "tried"]] if rows else []
     for row in rows:
         offline = row["offline"]
         tried = ", ".join(f"{size}: {speed:.3g}" for size, speed in offline["tried"].items())
-        table.append(
-            [row["name"], f"{offline['pictures_per_s']:.3g}", str(offline["batch"]), tried]
-        )
+        best = [f"{offline['pictures_per_s']:.3g}", str(offline["batch"])]
+        table.append([row["name"], *best, _quality_or_reference(row, results), tried])
     return table
 
 
@@ -181,11 +199,11 @@ def cold_start_table(results: Results) -> Table:
     rows = [row for row in results["rows"] if row.get("cold_start_s")]
     names = {"process_s": "process", "import_s": "import", "load_s": "load"}
     names |= {"first_call_s": "first call", "first_step_s": "until a step", "total_s": "total"}
-    table = [["ColdStart", *names.values()]] if rows else []
+    table = [["ColdStart", *names.values(), "worst picture"]] if rows else []
     for row in rows:
         first = row["cold_start_s"][0]
         times = (duration(first[name]) if name in first else "" for name in names)
-        table.append([row["name"], *times])
+        table.append([row["name"], *times, _quality_or_reference(row, results)])
     return table
 
 
@@ -230,10 +248,9 @@ def markdown(table: Table) -> list[str]:
 
 def terminal(results: Results) -> list[str]:
     """The tables that a run prints."""
-    lines = [scene_text(results), *limits_text(results), ""]
-    for table in (speed_table(results), parts_table(results), offline_table(results)):
-        if table:
-            lines += [*aligned(table), ""]
+    lines = [scene_text(results), *limits_text(results), *_stopped_text(results), ""]
+    for table in _tables(results):
+        lines += [*aligned(table), ""]
     if len(results["rounds"]) > 1:
         lines += [f"{_rounds_title(results)}:"]
         lines += [f"  {', '.join(names)}" for names in results["rounds"]]
@@ -248,7 +265,13 @@ def summary(results: Results) -> dict[str, Any]:
         if "latency_s" in row:
             brief |= {name: row["latency_s"][name] for name in ("p50", "p90", "n")}
             brief["ratio"] = {k: v for k, v in row["ratio"].items() if k != "samples"}
-            brief |= {"psnr_db": row["quality"]["psnr_db"]["worst"]}
+        if "quality" in row:
+            brief["psnr_db"] = row["quality"]["psnr_db"]["worst"]
+            brief["pictures"] = row["quality"]["pictures"]
+        if "cold_start_s" in row:
+            brief["cold_start_s"] = row["cold_start_s"][0]["total_s"]
+        if row.get("offline"):
+            brief["pictures_per_s"] = row["offline"]["pictures_per_s"]
         rows.append(brief)
     names = ("schema", "created", "fastsd", "commit", "reference", "scene")
     facts = {name: results[name] for name in names}
@@ -290,7 +313,8 @@ def write_report(
 def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:
     scene, environment = results["scene"], results["environment"]
     lines = [f"# fastsd bench: {scene['model']}", "", scene_text(results), ""]
-    lines += [f"{results['created']}, fastsd {results['fastsd']}, commit {results['commit']}", ""]
+    lines += [f"{results['created']}, fastsd {results['fastsd']}, commit {results['commit']}"]
+    lines += [*_stopped_text(results), ""]
     lines += ["Times are of one draw. The speed is that of the reference's turns over the"]
     lines += [
         "contender's, paired, with the 95 % interval of their median; the worst picture is that"
@@ -298,14 +322,8 @@ def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:
     lines += [f"farthest from {truth_of(results)} drawn from the same seed."]
     lines += ["On a GPU, fp32 is without TF32."] if scene["device"] != "cpu" else []
     lines += [""]
-    for table in (
-        speed_table(results),
-        parts_table(results),
-        cold_start_table(results),
-        offline_table(results),
-    ):
-        if table:
-            lines += [*markdown(table), ""]
+    for table in _tables(results):
+        lines += [*markdown(table), ""]
     if len(results["rounds"]) > 1:
         lines += [f"{_rounds_title(results)}:", ""]
         lines += [f"{i}. {', '.join(names)}" for i, names in enumerate(results["rounds"], 1)]
@@ -614,7 +632,6 @@ def readme_table(runs: Mapping[str, Results]) -> list[str]:
         scene = results["scene"]
         for row in _by_speed(results):
             latency, reference = row["latency_s"], row["name"] == results["reference"]
-            true = row["name"] == truth_of(results)
             score = score_text(row["quality"])
             percentiles = ("p20", "p50", "p80") if _spreads(row) else ("p50",)
             table.append(
@@ -625,7 +642,7 @@ def readme_table(runs: Mapping[str, Results]) -> list[str]:
                     " / ".join(duration(latency[p]) for p in percentiles),
                     str(latency["n"]),
                     "reference" if reference else ratio_text(row["ratio"]),
-                    ("reference" if true else quality_text(row["quality"]))
+                    _quality_or_reference(row, results)
                     + (f"; {score} named right" if score else ""),
                     _share_text(row),
                     f"[{results['created'][:10]}]({folder}/report.md)",

@@ -662,6 +662,37 @@ def test_the_report_holds_what_it_promises(
         report.write_report(folder, results, pictures)
 
 
+def test_every_scenario_is_told_with_its_quality(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    """In the tables and in the line of JSON, also where it was the only one."""
+
+    def without_speeds(copy: dict[str, Any]) -> None:
+        for row in copy["rows"]:
+            row.pop("latency_s", None)
+            row["parts_ms"] = None
+
+    results = changed(whole_run[0], without_speeds)
+    lines = report.terminal(results)
+    assert {"ColdStart", "Offline"} <= {line.split(" ")[0] for line in lines if line}
+    told = [line for line in lines if line.startswith("noisy ")]
+    assert len(told) == 2 and all("dB of 7" in line for line in told)
+    brief = rows_of(report.summary(results))["noisy"]
+    assert brief["psnr_db"] == pytest.approx(40, abs=1) and brief["pictures"] == 7
+    assert brief["cold_start_s"] > 0 and brief["pictures_per_s"] > 0
+
+
+def test_a_report_says_that_its_run_was_stopped(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    def stopped(copy: dict[str, Any]) -> None:
+        copy["stopped"], copy["repeats"] = True, 40
+
+    for results, times in ((whole_run[0], 0), (changed(whole_run[0], stopped), 1)):
+        for lines in (report.terminal(results), report._markdown_report(results, [])):
+            assert lines.count("stopped early: 7 of 40 turns") == times
+
+
 def test_few_samples_are_no_distribution(
     whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
 ) -> None:
@@ -715,7 +746,7 @@ def test_the_terminal_shows_speed_and_quality_side_by_side(
 ) -> None:
     results, _, _ = whole_run
     lines = report.terminal(results)
-    (noisy,) = (line for line in lines if line.startswith("noisy ") and "dB" in line)
+    noisy = next(line for line in lines if line.startswith("noisy ") and "dB" in line)
     assert " ms" in noisy and "close" in noisy
     assert any(line.startswith("Offline") and "pictures/s" in line for line in lines)
     brief = report.summary(results)
