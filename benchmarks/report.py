@@ -42,8 +42,13 @@ PART_TITLES = {
 def duration(seconds: float) -> str:
     """Write a time with three digits and the unit that suits it."""
     if seconds >= 0.9995:
-        return f"{seconds:.3g} s"
-    return f"{1000 * seconds:.3g} ms"
+        return f"{_digits(seconds)} s"
+    return f"{_digits(1000 * seconds)} ms"
+
+
+def _digits(number: float) -> str:
+    """Write three digits, or all those before the point."""
+    return f"{number:.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
 
 
 def ratio_text(ratio: Mapping[str, Any]) -> str:
@@ -170,15 +175,16 @@ def unmeasured(results: Results) -> list[str]:
 
 
 def parts_table(results: Results) -> Table:
-    """Where a picture's time goes, milliseconds; empty without any."""
+    """Where a picture's time goes; empty without any."""
     rows = [row for row in results["rows"] if row.get("parts_ms")]
     names = [name for name in PART_TITLES if any(name in row["parts_ms"] for row in rows)]
     titles = {"unet": "UNet, a step", "step_rest": "guidance + scheduler, a step", "step": "a step"}
     head = [titles.get(name, PART_TITLES[name]) for name in names]
-    table = [["milliseconds", *head]] if rows else []
+    table = [["Parts", *head]] if rows else []
     for row in rows:
         parts = row["parts_ms"]
-        table.append([row["name"], *(f"{parts[n]:.3g}" if n in parts else "" for n in names)])
+        times = (duration(parts[n] / 1000) if n in parts else "" for n in names)
+        table.append([row["name"], *times])
     return table
 
 
@@ -188,8 +194,8 @@ def offline_table(results: Results) -> Table:
     table = [["Offline", "pictures/s", "best batch", "worst picture", "tried"]] if rows else []
     for row in rows:
         offline = row["offline"]
-        tried = ", ".join(f"{size}: {speed:.3g}" for size, speed in offline["tried"].items())
-        best = [f"{offline['pictures_per_s']:.3g}", str(offline["batch"])]
+        tried = ", ".join(f"{size}: {_digits(speed)}" for size, speed in offline["tried"].items())
+        best = [_digits(offline["pictures_per_s"]), str(offline["batch"])]
         table.append([row["name"], *best, _quality_or_reference(row, results), tried])
     return table
 
@@ -214,7 +220,7 @@ def limits_text(results: Results) -> list[str]:
         f"{name} {ceilings[name] / 1e9:,.0f}" for name in ceilings if name != "copy"
     )
     flops = ", ".join(
-        f"{PART_TITLES[name]} {part['flop'] / 1e12:.3g}" for name, part in work.items()
+        f"{PART_TITLES[name]} {_digits(part['flop'] / 1e12)}" for name, part in work.items()
     )
     return [
         f"matrix product, GFLOP/s (int8: GOP/s): {products}; "
@@ -356,7 +362,7 @@ _PART_COLOURS = {
     "context": "#c3d898",
     "unet": "#1b6ca8",
     "step_rest": "#e07a5f",
-    "step": "#1b6ca8",
+    "step": "#6a4c93",
     "vae": "#c98b2b",
     "other": "#b8bcc4",
 }
@@ -507,7 +513,7 @@ def _where_time_goes(axes: Any, rows: Sequence[Row], results: Results) -> None:
             label=PART_TITLES[part],
         )
         left += widths
-    _bars(axes, rows, "Where a picture's time goes", f"{unit} (means of a draw, PNG included)")
+    _bars(axes, rows, "Where a picture's time goes", f"{unit} (medians of draws, PNG included)")
     axes.set_xlim(0, 1.05 * max(left))
     axes.set_title("Where a picture's time goes", loc="left", fontsize=12, pad=42)
     axes.legend(ncols=4, fontsize=8, loc="lower left", bbox_to_anchor=(-0.01, 1), frameon=False)

@@ -693,6 +693,20 @@ def test_a_report_says_that_its_run_was_stopped(
             assert lines.count("stopped early: 7 of 40 turns") == times
 
 
+def test_parts_have_units_and_colours_of_their_own(
+    whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    def slower(copy: dict[str, Any]) -> None:
+        rows_of(copy)["noisy"]["parts_ms"]["unet"] = 2650.0
+
+    head, *rows = report.parts_table(changed(whole_run[0], slower))
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert cells["noisy"]["UNet, a step"] == "2.65 s"
+    assert cells["exact"]["UNet, a step"].endswith(" ms")
+    colours = [report._PART_COLOURS[name] for name in report._PART_COLOURS]
+    assert len(set(colours)) == len(colours)
+
+
 def test_few_samples_are_no_distribution(
     whole_run: tuple[dict[str, Any], dict[str, Any], list[str]],
 ) -> None:
@@ -859,7 +873,13 @@ def test_readmes_show_committed_rows(
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0123456, "12.3 ms"), (0.9996, "1 s"), (0.9994, "999 ms"), (12.345, "12.3 s")],
+    [
+        (0.0123456, "12.3 ms"),
+        (0.9996, "1 s"),
+        (0.9994, "999 ms"),
+        (12.345, "12.3 s"),
+        (1234.5, "1234 s"),
+    ],
 )
 def test_durations_have_three_digits_and_a_unit(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text
