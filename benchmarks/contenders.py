@@ -23,7 +23,7 @@ from fastsd.backends import BACKENDS, ENGINES, RUNS_ON
 from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import UsageError
 from fastsd.export import EXPORTERS
-from fastsd.export.parts import QUANTISED
+from fastsd.export.parts import QUANTISED, source_digest
 
 ASK = "ask for it by --contenders"
 BENCH_EXTRA = "pip install 'fastsd[bench]'"
@@ -326,18 +326,21 @@ def contenders(device: str) -> dict[str, Contender]:
     return {c.name: c for c in listed if c.only_on in (None, device)}
 
 
-def choose(known: Mapping[str, Contender], patterns: Sequence[str]) -> list[Contender]:
+def choose(
+    known: Mapping[str, Contender], patterns: Sequence[str], scene: Scene
+) -> list[Contender]:
     """Return the contenders that `patterns` name, in their order: names, globs, or alias=name.
 
     An alias enters a contender again under another name. The folder of an engine that fastsd
-    exported is one, too. Raises UsageError for what names nothing.
+    exported of the scene's model is one, too. Raises UsageError for others, and for what names
+    nothing.
     """
     chosen: dict[str, Contender] = {}
     for pattern in patterns:
         alias, _, source = pattern.rpartition("=")
         if Path(source).is_dir():
             name = alias or Path(source).name
-            chosen[name] = _exported(name, Path(source))
+            chosen[name] = _exported(name, Path(source), scene)
             continue
         names = fnmatch.filter(known, source)
         if not names or (alias and len(names) > 1):
@@ -350,11 +353,17 @@ def choose(known: Mapping[str, Contender], patterns: Sequence[str]) -> list[Cont
     return list(chosen.values())
 
 
-def _exported(name: str, folder: Path) -> Contender:
-    """An engine on disk; its manifest says what it computes in."""
-    precision = read_manifest(folder).precision
+def _exported(name: str, folder: Path, scene: Scene) -> Contender:
+    """An engine on disk; its manifest says of what it is, and what it computes in."""
+    manifest = read_manifest(folder)
+    if manifest.source != source_digest(open_checkpoint(scene.model)):
+        raise UsageError(
+            f"{folder} was exported from another model, {manifest.model}, than {scene.model}; "
+            "give that with --model, or export this one"
+        )
     options = {"folder": str(folder.resolve())}
-    return Contender(name, f"{_DRAWING}:open_engine", options, precision=precision, copies=2.2)
+    opens, precision = f"{_DRAWING}:open_engine", manifest.precision
+    return Contender(name, opens, options, precision=precision, copies=2.2)
 
 
 def by_default(

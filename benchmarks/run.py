@@ -797,7 +797,7 @@ def bench(
     reference = reference_among(known)
     left_out: dict[str, str] = {}
     if patterns:
-        chosen = choose(known, patterns)
+        chosen = choose(known, patterns, scene)
     else:
         chosen, left_out = by_default(known, scene)
     kept = None if truth is None else Truth.kept(truth, scene, repeats or FEWEST_PAIRS)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,9 @@ from fastsd.benchmarks.run import (
 from fastsd.benchmarks.timing import paired_ratio
 from fastsd.benchmarks.truth import Truth
 from fastsd.benchmarks.worker import Worker
+from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import CheckpointError, UsageError
+from fastsd.export.parts import source_digest
 
 SYNTHETIC = "tests.benchmarks.synthetic"
 SCENE = Scene(model="builtin", size=64, steps=2, guidance=7.5, prompts=("a cat", "a dog"))
@@ -161,11 +164,23 @@ def test_a_new_backend_takes_part_by_being_registered(monkeypatch: pytest.Monkey
 
 def test_choosing() -> None:
     known = contenders("cpu")
-    names = [c.name for c in choose(known, ["fastsd/eager/*", "again=fastsd/eager/fp32"])]
+    names = [c.name for c in choose(known, ["fastsd/eager/*", "again=fastsd/eager/fp32"], SCENE)]
     assert names == ["fastsd/eager/fp32", "fastsd/eager/fp16", "fastsd/eager/bf16", "again"]
     for wrong, message in (("tensorflow", "no contender"), ("x=fastsd/*", "several")):
         with pytest.raises(UsageError, match=message):
-            choose(known, [wrong])
+            choose(known, [wrong], SCENE)
+
+
+def test_an_engine_of_another_model_does_not_take_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = source_digest(open_checkpoint("builtin"))
+    manifest = SimpleNamespace(model="builtin", source=source, precision="bf16")
+    monkeypatch.setattr("fastsd.benchmarks.contenders.read_manifest", lambda folder: manifest)
+    (engine,) = choose({}, [f"mine={tmp_path}"], SCENE)
+    assert (engine.name, engine.precision) == ("mine", "bf16")
+    with pytest.raises(UsageError, match=r"another model, builtin, than random:sd15; give"):
+        choose({}, [f"mine={tmp_path}"], replace(SCENE, model="random:sd15"))
 
 
 def test_by_default_nobody_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
