@@ -18,6 +18,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from fastsd.arguments import chosen_device
 from fastsd.artifact import cache_folder, read_manifest
 from fastsd.backends import BACKENDS, ENGINES, RUNS_ON
 from fastsd.checkpoints import open_checkpoint
@@ -105,6 +106,13 @@ class Contender:
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         model = "".join(c if c.isalnum() else "-" for c in Path(scene.model).name)
         return cache_folder() / "bench" / f"{self.kept}-{model}-{scene.size}-{digest}"
+
+
+def measured_device(device: str | None) -> str:
+    """Return "cpu" or "cuda"; None: a GPU if there is one. Raises UsageError for any other."""
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda, not {device!r}")
+    return chosen_device(device).type
 
 
 def version(package: str) -> str:

@@ -36,6 +36,7 @@ from fastsd.benchmarks.contenders import (
     by_default,
     choose,
     contenders,
+    measured_device,
     reference_among,
 )
 from fastsd.benchmarks.limits import Work, limit
@@ -760,8 +761,6 @@ def scene_of(
     size = config.default_size if size is None else size
     if size % config.vae.downscale or size < 1:
         raise UsageError(f"--size must be a multiple of {config.vae.downscale}, not {size}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     scene = Scene(
         model=model,
         size=size,
@@ -770,7 +769,7 @@ def scene_of(
         prompts=judge.builtin_prompts() if model == "builtin" else PROMPTS,
         batch=batch,
         sampler=sampler,
-        device=device,
+        device=measured_device(device),
         threads=threads or torch.get_num_threads(),
     )
     evaluations(scene)  # an unknown sampler or an impossible step count is refused here

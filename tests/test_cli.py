@@ -564,6 +564,9 @@ def test_bench_measures_draws_and_reports(run: Run, sd1_folder: Path) -> None:
         (("--sampler", "eulr"), "did you mean euler"),
         (("--repeats", "0"), "--repeats"),
         (("compare", "missing", "missing"), "missing"),
+        (("--device", "abacus"), "--device must be cpu or cuda, not 'abacus'"),
+        (("--device", "cuda:1"), "--device must be cpu or cuda, not 'cuda:1'"),
+        (("ops", "--device", "mps"), "--device must be cpu or cuda, not 'mps'"),
         (("ops", "nothing"), "attention"),
         (("gpu", "--stage", "nothing"), "sd15"),
     ],
@@ -571,6 +574,15 @@ def test_bench_measures_draws_and_reports(run: Run, sd1_folder: Path) -> None:
 def test_wrong_usage_of_bench(arguments: tuple[str, ...], message: str, run: Run) -> None:
     result = run("bench", *arguments)
     assert result.code in (1, 2) and message in result.err
+
+
+@pytest.mark.parametrize("command", [("bench",), ("bench", "ops")])
+def test_a_bench_on_a_gpu_that_is_not_there(
+    command: tuple[str, ...], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run(*command, "--device", "cuda")
+    assert result.code == 2 and "torch sees no GPU" in result.err
 
 
 # --- samplers, inspect, env, version -------------------------------------------------------------

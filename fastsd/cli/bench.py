@@ -158,19 +158,18 @@ def bench_ops(
     ] = None,
 ) -> None:
     """Time each op's implementations in turns, against the reference and this machine's limits."""
-    import torch
-
+    from fastsd.benchmarks.contenders import measured_device
     from fastsd.benchmarks.ops import measure_ops, ops_table
     from fastsd.benchmarks.report import aligned
     from fastsd.files import write_json
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def keep(results: dict[str, Any]) -> None:
         if output:
             write_json(output, results)
 
-    results = measure_ops(ops or (), precision=precision, device=device, say=say, keep=keep)
+    results = measure_ops(
+        ops or (), precision=precision, device=measured_device(device), say=say, keep=keep
+    )
     print("\n".join(aligned(ops_table(results))))
 
 
