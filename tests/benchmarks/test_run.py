@@ -18,7 +18,7 @@ import pytest
 
 import fastsd
 from fastsd.backends import BACKENDS
-from fastsd.benchmarks import judge, report
+from fastsd.benchmarks import judge, report, worker
 from fastsd.benchmarks import run as run_module
 from fastsd.benchmarks.contenders import (
     Contender,
@@ -49,6 +49,7 @@ from fastsd.benchmarks.worker import Worker
 from fastsd.checkpoints import open_checkpoint
 from fastsd.errors import CheckpointError, UsageError
 from fastsd.export.parts import source_digest
+from tests.benchmarks import synthetic
 
 SYNTHETIC = "tests.benchmarks.synthetic"
 SCENE = Scene(model="builtin", size=64, steps=2, guidance=7.5, prompts=("a cat", "a dog"))
@@ -427,13 +428,31 @@ def test_a_run_measures_and_judges(
     assert rows["exact"]["quality"]["verdict"] == rows["slow"]["quality"]["verdict"] == "same"
     assert rows["noisy"]["quality"]["psnr_db"]["worst"] == pytest.approx(40, abs=1)
     assert rows["noisy"]["quality"]["latents"]["largest_error"] == pytest.approx(0.01, abs=1e-4)
-    # a painter takes no longer for more pictures, so that the largest batch is the best
-    assert rows["noisy"]["offline"]["batch"] == 16 and len(rows["noisy"]["offline"]["tried"]) == 5
-    assert rows["noisy"]["offline"]["pictures_per_s"] > rows["slow"]["offline"]["pictures_per_s"]
+    offline = rows["noisy"]["offline"]
+    assert offline["pictures_per_s"] == offline["tried"][str(offline["batch"])]
+    assert offline["pictures_per_s"] == max(offline["tried"].values())
     assert rows["exact"]["offline"] is None, "the reference's would take the longest"
     assert set(pictures) == {"exact", "slow", "noisy", "dying"}
     assert results["ceilings"]["fp32"] > 1e9 and results["work"]["unet"]["flop"] > 1e8
     assert any("first picture after" in line for line in said)
+
+
+def test_the_best_batch_draws_the_most_pictures_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a painter's sleep alone moves: more pictures take it no longer."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(synthetic, "time", SimpleNamespace(sleep=sleep))
+    for seconds in (0.1, 0.2):
+        seat = Here(Contender("painter", ""), SCENE)
+        seat._worker.scene, seat._worker.drawer = SCENE, synthetic.open_painter(SCENE, seconds)
+        found = _offline(seat)  # type: ignore[arg-type]
+        assert found["batch"] == 16 and found["pictures_per_s"] == pytest.approx(16 / seconds)
+        speeds = {str(size): pytest.approx(size / seconds) for size in (1, 2, 4, 8, 16)}
+        assert found["tried"] == speeds
 
 
 def test_a_batch_too_large_for_the_memory_is_the_last() -> None:
