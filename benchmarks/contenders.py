@@ -116,13 +116,13 @@ def measured_device(device: str | None) -> str:
 
 
 def version(package: str) -> str:
-    """The version of an installed package, whose GPU variant may carry another name."""
+    """The version of a package, whose GPU variant may carry another name, or "not installed"."""
     for name in (package, f"{package}-gpu"):
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return "unknown"
+    return "not installed"
 
 
 def _code_digest(package: str) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -626,6 +627,31 @@ def test_env_can_be_pasted(run: Run) -> None:
     assert "eager: usable" in text
     for private in (str(Path.home()), str(Path.cwd()), platform.node(), sys.prefix):
         assert private not in result.out + text
+
+
+def test_env_names_what_runs_on_a_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package in ("onnxruntime-gpu", "nncf"):
+            return "1.2"
+        raise metadata.PackageNotFoundError(package)
+
+    def nvidia_smi(command: tuple[str, ...], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, "570.86.15\n570.86.15\n")
+
+    assert json.loads(run("env", "--json").out)["packages"]["nvidia driver"] == "not installed"
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91002)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "run", nvidia_smi)
+    packages = json.loads(run("env", "--json").out)["packages"]
+    assert {name: v for name, v in packages.items() if v != "not installed"} == {
+        "onnxruntime": "1.2",
+        "nncf": "1.2",
+        "cuda": "12.8",
+        "cudnn": "91002",
+        "nvidia driver": "570.86.15",
+    }
 
 
 def test_env_says_why_a_backend_is_not_usable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What this machine is: what `fastsd env` prints, and every bench keeps with its results."""
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,23 @@ import fastsd
 PACKAGES = (
     *("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "pillow", "typer"),
     *("triton", "xformers", "torchao", "diffusers", "transformers"),
-    *("onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt"),
+    *("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt"),
 )
 
 
 def environment() -> dict[str, Any]:
     """Collect versions, hardware and what is usable. Holds no path, user or host name."""
     import platform
-    from importlib import metadata
 
     import torch
 
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
+    from fastsd.benchmarks.contenders import version
 
     return {
         "fastsd": fastsd.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {package: version(package) for package in PACKAGES},
+        "packages": {package: version(package) for package in PACKAGES} | _cuda(),
         "cpu": {
             "name": _cpu_name(),
             "cores": os.cpu_count(),
@@ -42,6 +38,24 @@ def environment() -> dict[str, Any]:
         "devices": _devices(),
         "backends": _backends(),
     }
+
+
+def _cuda() -> dict[str, str]:
+    """The versions of what torch runs on a GPU with."""
+    import torch
+
+    found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    found["nvidia driver"] = _driver() if torch.cuda.is_available() else None
+    return {name: str(version or "not installed") for name, version in found.items()}
+
+
+def _driver() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None  # AMD's, or a container without the tool
+    return told.stdout.partition("\n")[0].strip()
 
 
 def _cpu_name() -> str:
