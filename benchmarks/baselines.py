@@ -353,7 +353,7 @@ def prepare_onnx(scene: Scene, folder: str) -> None:
 
 
 def open_onnxruntime(scene: Scene, folder: str) -> Drawer:
-    """The plain ONNX export in ONNX Runtime."""
+    """The plain ONNX export in ONNX Runtime. Raises MissingDependency if it has none for GPUs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -366,6 +366,10 @@ def open_onnxruntime(scene: Scene, folder: str) -> Drawer:
         session = onnxruntime.InferenceSession(
             str(Path(folder, f"{name}.onnx")), options, providers=providers
         )
+        if providers[0] not in session.get_providers():  # it warns, and takes the CPU
+            raise MissingDependency(
+                "this ONNX Runtime has no CUDA; run pip install onnxruntime-gpu in its place"
+            )
         names = [entry.name for entry in session.get_inputs()]
 
         def run(*inputs: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from fastsd.benchmarks import baselines
 from fastsd.benchmarks.contenders import Scene
 from fastsd.benchmarks.drawing import Drawer, Watch, measure_parts, open_fastsd
 from fastsd.config import PRESETS
+from fastsd.errors import MissingDependency
 from fastsd.quality import psnr
 from tests import replay
 from tests.checkpoints.test_random_weights import in_small
@@ -145,6 +148,25 @@ def test_an_export_draws_what_diffusers_draws(
         engine = getattr(baselines, opener)(drawn, str(folder), **options)
         assert engine.fixed_batch
         assert worst_psnr(engine, baselines.open_diffusers(drawn), drawn) > floor_db
+
+
+def test_onnxruntime_on_a_gpu_is_no_cpu_in_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ordinary wheel warns, and runs on the CPU."""
+
+    class Session:
+        def __init__(self, *_: object, providers: list[str]) -> None:
+            assert providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+        def get_inputs(self) -> list[Any]:
+            return []
+
+    plain = SimpleNamespace(InferenceSession=Session, SessionOptions=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "onnxruntime", plain)
+    with pytest.raises(MissingDependency, match="pip install onnxruntime-gpu"):
+        baselines.open_onnxruntime(scene("builtin", device="cuda"), "folder")
 
 
 def test_contenders_name_functions_that_exist() -> None:
