@@ -349,6 +349,8 @@ def _measurement(row: Mapping[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is pending, write the table, print it but for ops, last a JSON of outcomes."""
+    import torch
+
     from fastsd.benchmarks.report import aligned
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -369,6 +371,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lacking = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if lacking:
         parser.error(f"{', '.join(lacking)} is not installed; run pip install 'fastsd[bench]'")
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU; `fastsd env` says why")
+    options.output.mkdir(parents=True, exist_ok=True)
     outcomes = run_stages(
         stages, options.output, budget_s=options.seconds, again=options.again, say=_to_stderr
     )

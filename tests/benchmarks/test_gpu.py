@@ -135,6 +135,19 @@ def test_the_stages_are_well_formed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sd15" in capsys.readouterr().err
 
 
+def test_the_command_needs_a_gpu_and_makes_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--output", str(tmp_path / "new" / "gpu"), "--seconds", "1"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert "torch sees no GPU" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    gpu.main(arguments)
+    assert "pending" in (tmp_path / "new" / "gpu" / "table.txt").read_text()
+
+
 def test_every_stage_names_contenders_that_there_are() -> None:
     known = contenders("cuda")
     scene = Scene(model="builtin", size=64, steps=1, guidance=7.5, prompts=("a cat",))
