@@ -56,7 +56,7 @@ def tune(
                 prompts=tuple(prompts),
             )
             if precision == "bf16" and not prompts:  # judged as int8 is
-                judged = receipt_prompts(name, replace(request, precision="int8"))
+                judged = receipt_prompts(checkpoint, replace(request, precision="int8"))
                 request = replace(request, prompts=judged)
             engines[target, precision] = _built(checkpoint, name, request, tell)
         except FastsdError as error:

@@ -31,6 +31,7 @@ from fastsd.artifact import (
     PartEntry,
     engines_folder,
     list_files,
+    require_memory_of_trust,
 )
 from fastsd.backends import engine_class
 from fastsd.backends.heap import give_back_freed_memory
@@ -58,6 +59,7 @@ class Exporter(ABC):
     precisions: tuple[str, ...]
     layouts: tuple[str, ...] = ("standard", "fast")
     native: bool = False
+    refits: bool = False  # whether its engines can take other weights later
     packages: tuple[str, ...] = ("torch",)
     spec: QuantSpec | None = None  # what is rounded, and how; set before the first part is written
 
@@ -71,6 +73,8 @@ class Exporter(ABC):
                 raise UsageError(
                     f"{self.target} has no {what} {given!r}; it has {', '.join(known)}"
                 )
+        if request.refit and not self.refits:
+            raise UsageError(f"{self.target} engines take no other weights later; drop --refit")
         self.checkpoint = checkpoint
         self.request = request
         self.form = INT8 if request.precision == "int8" else None  # what layers are rounded to
@@ -129,9 +133,11 @@ def export(
     Raises UsageError for what cannot be asked, MissingDependency, ArtifactError.
     """
     exporter = open_exporter(checkpoint, request)
-    prompts = verify.receipt_prompts(name, request)
+    prompts = verify.receipt_prompts(checkpoint, request)
     if request.floor is not None and not prompts:
         raise UsageError("--floor needs pictures to measure; give prompts with --prompts FILE")
+    if exporter.native:
+        require_memory_of_trust()
     source = source_digest(checkpoint)
     key = _key(source, request, exporter)
     path = _own_path(name, request, key) if path is None else path
@@ -145,7 +151,7 @@ def export(
             tell(f"{what}: {choice}")
         exporter.begin(draft.folder)
         _require_backend(request)
-        exporter.spec = _spec(draft.folder, exporter, name, tell)
+        exporter.spec = _spec(draft.folder, exporter, tell)
         large = parameters(checkpoint) > LARGE
         parts: dict[str, PartEntry] = {}
         for part in exporter.parts:
@@ -201,7 +207,7 @@ def own_engine(checkpoint: Checkpoint, name: str, request: Request) -> Path:
 
 
 def _own_path(name: str, request: Request, key: str) -> Path:
-    plain = re.sub(r"[^\w.]+", "-", name)  # a hub id has a slash
+    plain = re.sub(r"[^\w.]+", "-", name).lstrip(".") or "model"  # a hub id has a slash
     return engines_folder() / f"{plain}-{request.target}-{key[:12]}"
 
 
@@ -254,9 +260,7 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _spec(
-    folder: Path, exporter: Exporter, name: str, tell: Callable[[str], None]
-) -> QuantSpec | None:
+def _spec(folder: Path, exporter: Exporter, tell: Callable[[str], None]) -> QuantSpec | None:
     """Return what runs quantised, from an interrupted export or by calibrating; None for floats.
 
     It stays in the artifact, with what every layer costs.
@@ -274,7 +278,7 @@ def _spec(
         request = exporter.request
         calibration = calibrate_checkpoint(
             exporter.checkpoint,
-            request.prompts or default_prompts(name),
+            request.prompts or default_prompts(exporter.checkpoint),
             size=request.size,
             form=exporter.form,
             device=exact_device(exporter.checkpoint, request.target),

@@ -22,6 +22,7 @@ from fastsd.backends.cuda_graph import exact_convolutions
 from fastsd.backends.eager import EagerBackend
 from fastsd.backends.heap import give_back_freed_memory
 from fastsd.checkpoints import Checkpoint, parameters
+from fastsd.checkpoints.layout import BUILTIN
 from fastsd.errors import UsageError
 from fastsd.kernels.dispatch import IMPLEMENTATIONS
 from fastsd.models.layers import Attention
@@ -82,9 +83,9 @@ class Calibration:
         }
 
 
-def default_prompts(model: str) -> tuple[str, ...]:
+def default_prompts(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the prompts that a model is calibrated on; the built-in one is judged by others."""
-    if model != "builtin":
+    if checkpoint.path != BUILTIN:
         return PROMPTS
     atlas = builtin_atlas()
     judged = {name for task in tasks(atlas).values() for name in task.names}

@@ -468,6 +468,7 @@ def source_digest(checkpoint: Checkpoint) -> str:
         for part, files in checkpoint.parts.items()
     }
     facts: dict[str, Any] = {"weights": weights, "config": asdict(checkpoint.config)}
+    facts["tokenizers"] = [tokenizer.digest for tokenizer in checkpoint.tokenizers]
     if checkpoint.merged:
         facts["merged"] = [(lora.digest(), strength) for lora, strength in checkpoint.merged]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

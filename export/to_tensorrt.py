@@ -55,6 +55,7 @@ class TensorrtExporter(Exporter):
     target = "tensorrt"
     precisions = ("fp32", "fp16", "bf16", "int8", "fp8")
     native = True
+    refits = True
     packages = ("torch", "onnx", "onnxscript")
 
     def __init__(self, checkpoint: Checkpoint, request: Request) -> None:

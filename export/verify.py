@@ -5,6 +5,7 @@ Runs the engine in its own backend beside eager fp32, on the same inputs, prompt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from fastsd.artifact import Artifact
 from fastsd.backends import RUNS_ON, ArtifactBackend, open_artifact
 from fastsd.backends.cuda_graph import exact_convolutions
 from fastsd.checkpoints import Checkpoint, open_description
-from fastsd.checkpoints.random_weights import PREFIX as RANDOM
-from fastsd.errors import ArtifactError
+from fastsd.checkpoints.layout import BUILTIN
+from fastsd.errors import ArtifactError, NumericsError
 from fastsd.export.calibration import JUDGED_STEPS, exact_device, exact_pipeline
 from fastsd.export.parts import QUANTISED, Request, load_part
 from fastsd.pipeline import Pipeline
@@ -27,7 +28,7 @@ from fastsd.quant.draws import PROMPTS, draw_settings
 BUILTIN_PROMPTS, OTHER_PROMPTS = 16, 4
 
 
-def receipt_prompts(name: str, request: Request) -> tuple[str, ...]:
+def receipt_prompts(checkpoint: Checkpoint, request: Request) -> tuple[str, ...]:
     """Return the prompts to draw.
 
     The user's; else for the built-in model the first of its score, and for others a few if the
@@ -36,9 +37,9 @@ def receipt_prompts(name: str, request: Request) -> tuple[str, ...]:
     """
     if request.prompts:
         return request.prompts
-    if name.startswith(RANDOM):
+    if not checkpoint.parts["unet"].weights:
         return ()
-    if name == "builtin":
+    if checkpoint.path == BUILTIN:
         return tasks(builtin_atlas())["english"].names[:BUILTIN_PROMPTS]
     judged = request.precision in QUANTISED or request.floor is not None
     return PROMPTS[:OTHER_PROMPTS] if judged else ()
@@ -57,7 +58,7 @@ def measure(
     (dB) and SSIM against eager fp32 over the prompts, median and worst; None without prompts.
     Models are drawn with GUIDANCE, whatever their own, so that receipts compare: the more guidance,
     the more is seen of what rounding changed. Those made for few steps are drawn as they were made.
-    Raises NumericsError if a picture is not finite, and what opening the backend raises.
+    Raises NumericsError if a part or a picture is not finite, and what opening the backend raises.
     """
     device = RUNS_ON.get(artifact.manifest.target, "cpu")
     where = exact_device(checkpoint, artifact.manifest.target)
@@ -66,6 +67,11 @@ def measure(
     for part in artifact.manifest.parts:
         errors[part] = part_error(backend, checkpoint, part, request, where)
         tell(f"{part}: relative error {errors[part]:.1e}")
+        if not math.isfinite(errors[part]):
+            raise NumericsError(
+                f"the engine's {part} gives NaN or infinity in {request.precision}; nothing was "
+                "written: export with --precision fp32"
+            )
     name = backend.name
     backend.close()
     del backend  # before the pictures' engine takes as much again

@@ -17,9 +17,12 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -183,7 +186,7 @@ def _part(entry: Mapping[str, Any]) -> PartEntry:
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 @final
@@ -202,7 +205,7 @@ class Artifact:
         Raises DamagedArtifact, StaleArtifact for another format, UntrustedArtifact for native code
         that neither this user's exports recorded nor trust_native vouches for.
         """
-        folder = Path(path)
+        folder = Path(path).absolute()  # parts are opened later, too
         manifest = read_manifest(folder)
         digest = digest_of(folder / MANIFEST)
         if manifest.native and not trust_native and not _remembered(digest).is_file():
@@ -225,6 +228,15 @@ class Artifact:
             raise StaleArtifact(
                 f"{self.path} was compiled for {', '.join(differences)}; {AGAIN} on this machine"
             )
+
+    def check_part(self, part: str) -> None:
+        """Raise DamagedArtifact unless a part's files are still what they were when it was opened.
+
+        For code that is loaded later.
+        """
+        entry = self.manifest.parts[part]
+        names = (entry.file, *entry.weights)
+        check_files(self.path, {name: self.manifest.files[name] for name in names})
 
     def check_folder(self, name: str) -> None:
         """Raise DamagedArtifact if a folder of it, by name, holds what the manifest does not list.
@@ -323,6 +335,9 @@ class Draft:
     """
 
     def __init__(self, path: Path, *, key: str, force: bool = False) -> None:
+        path = path.absolute()  # compilers have working folders of their own
+        if not path.name:
+            raise UsageError(f"{path} cannot be an engine; give a folder in it")
         self.path = path
         self.force = force
         self.folder = path.with_name(f".{path.name}.{key[:16]}.draft")
@@ -398,10 +413,15 @@ class Draft:
         elif self.path.exists():
             self.path.rename(self._aside)  # if we are killed here, the next export puts it back
         self.folder.rename(self.path)
-        self._forget_aside()
+        with suppress(OSError):  # it is published; the next export removes what stays
+            self._forget_aside()
         return Artifact(self.path, manifest, digest)
 
     def _check_path(self) -> None:
+        if self.path.is_symlink():
+            raise UsageError(
+                f"{self.path} is a link, to {os.readlink(self.path)}; give a folder's own name"
+            )
         if not self.force:
             check_free(self.path, "choose another folder, or replace it with --force")
         elif self.path.exists() and not is_artifact(self.path):
@@ -441,7 +461,7 @@ def _remove(folder: Path) -> None:
 def cache_folder() -> Path:
     """Return the folder of this user's own engines: $FASTSD_CACHE, or the system's cache folder."""
     chosen = os.environ.get("FASTSD_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_path("fastsd"))
+    return Path(chosen).absolute() if chosen else Path(platformdirs.user_cache_path("fastsd"))
 
 
 def engines_folder() -> Path:
@@ -449,27 +469,44 @@ def engines_folder() -> Path:
     return cache_folder() / "engines"
 
 
+def _trusted() -> Path:
+    return cache_folder() / "trusted"
+
+
 def _remembered(digest: str) -> Path:
-    return cache_folder() / "trusted" / digest
+    return _trusted() / digest
 
 
 def remember(digest: str) -> None:
     """Record that this user built the artifact whose manifest has this digest."""
-    record = _remembered(digest)
+    with _trust_folder() as folder:
+        (folder / digest).touch(mode=0o600)
+
+
+def require_memory_of_trust() -> None:
+    """Raise ArtifactError unless `remember` can record what a native export makes."""
+    with _trust_folder() as folder, tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _trust_folder() -> Iterator[Path]:
+    folder = _trusted()
     try:
-        record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        record.touch(mode=0o600)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        yield folder
     except OSError as error:
         raise ArtifactError(
-            f"{record.parent} cannot be written ({error.strerror}), so that the native engine will "
-            "need --trust-native; set FASTSD_CACHE to a folder of your own"
+            f"{folder} cannot be written ({error.strerror}), so that nobody would trust the native "
+            "engine; set FASTSD_CACHE to a folder of your own"
         ) from None
 
 
 def kept_engines() -> list[Path]:
     """Return the folders of this user's own engines, by name."""
     folder = engines_folder()
-    return sorted(path for path in folder.iterdir() if is_artifact(path)) if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if is_artifact(path) and not path.name.startswith("."))
 
 
 def remove_engine(path: Path) -> None:
@@ -478,25 +515,44 @@ def remove_engine(path: Path) -> None:
     if path.parent != engines_folder() or not manifest.is_file():
         raise UsageError(f"{path} is none of your own engines; see `fastsd cache ls`")
     record = _remembered(digest_of(manifest))
-    manifest.unlink()  # first, so that what a kill leaves is no engine
-    shutil.rmtree(path)
+    doomed = path.with_name(f".{path.name}.removed.draft")  # what a kill leaves is no engine
+    _remove(doomed)
+    path.rename(doomed)
     record.unlink(missing_ok=True)
+    _remove(doomed)
+
+
+# What a draft, or an engine that one took aside, is called until it stands in its place.
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(old|[^.]+\.draft)")
+
+
+def unfinished_engines() -> list[Path]:
+    """Return what killed exports left among this user's engines, and what exports are writing."""
+    folder = engines_folder()
+    found = folder.glob(".*") if folder.is_dir() else ()
+    return sorted(path for path in found if path.is_dir() and _UNFINISHED.fullmatch(path.name))
 
 
 def sweep_engines() -> list[Path]:
-    """Remove what killed exports left among this user's engines; drafts being written stay."""
-    folder, swept = engines_folder(), []
-    for path in sorted(folder.glob(".*")) if folder.is_dir() else []:
-        name = path.name.removesuffix(".lock").removesuffix(".old")
-        name = name.removesuffix(".draft").rpartition(".")[0] if ".draft" in name else name
-        lock = FileLock(folder / f"{name}.lock")
+    """Remove what killed exports left among this user's engines, and return it.
+
+    An engine that one had taken aside comes back. Drafts being written stay.
+    """
+    swept = []
+    for path in unfinished_engines():
+        matched = _UNFINISHED.fullmatch(path.name)
+        assert matched is not None
+        place = path.with_name(matched["name"])
+        lock = FileLock(path.with_name(f".{place.name}.lock"))
         try:
             lock.acquire(blocking=False)
         except Timeout:
             continue
         try:
-            if path.is_dir():
-                shutil.rmtree(path)
+            if matched[2] == "old" and not place.exists():
+                path.rename(place)
+            else:
+                _remove(path)
                 swept.append(path)
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)

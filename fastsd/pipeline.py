@@ -911,8 +911,13 @@ class Pipeline:
 
     def _size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         factor = self.config.vae.downscale
-        default = self.config.default_size
-        size = (default if height is None else height, default if width is None else width)
+        default = (self.config.default_size,) * 2
+        if self.artifact is not None and not self.artifact.manifest.dynamic:
+            default = self.artifact.manifest.size
+        size = (
+            default[0] if height is None else height,
+            default[1] if width is None else width,
+        )
         for name, side in zip(("height", "width"), size, strict=True):
             if check_count(name, side) >= LONGEST_SIDE:
                 raise UsageError(f"{name} must be below {LONGEST_SIDE} pixels, not {side}")

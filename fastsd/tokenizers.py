@@ -6,10 +6,11 @@ Gives the ids of transformers' CLIPTokenizer. Reads and writes a tokenizer's fol
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
@@ -122,6 +123,12 @@ class CLIPTokenizer:
         specials: where they differ from CLIP's. OpenCLIP's pad_token is "!".
         """
         return cls(*_standard_vocabulary(), specials=specials)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all that decides its ids."""
+        facts = (self._vocab, self._merges, self.specials, self._added, self.max_tokens)
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def with_learned(self, learned: Mapping[str, int], *, first: int) -> CLIPTokenizer:
         """Return a tokenizer that knows these learned words and no others.

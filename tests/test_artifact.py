@@ -21,7 +21,12 @@ from fastsd.artifact import (
     Manifest,
     PartEntry,
     TensorSpec,
+    kept_engines,
     list_files,
+    remove_engine,
+    require_memory_of_trust,
+    sweep_engines,
+    unfinished_engines,
 )
 from fastsd.backends import open_artifact
 from fastsd.config import ModelConfig
@@ -286,6 +291,61 @@ def test_another_machine_is_stale(tmp_path: Path) -> None:
 
 
 # --- publication ---------------------------------------------------------------------------------
+
+
+def test_a_draft_is_where_it_is_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compilers run in folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    with Draft(Path("engine"), key="a" * 64) as draft:
+        assert draft.folder.is_absolute() and draft.folder.parent == tmp_path
+    with pytest.raises(UsageError, match="give a folder in it"):
+        Draft(Path("/"), key="a" * 64)
+
+
+def test_a_link_is_not_written_through(tmp_path: Path) -> None:
+    first = publish(tmp_path / "v1").path
+    (tmp_path / "current").symlink_to("v1")
+    with pytest.raises(UsageError, match="current is a link, to v1; give a folder's own name"):
+        publish(tmp_path / "current", force=True)
+    assert (tmp_path / "current").is_symlink() and not damaged(first)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["current", "v1"]
+
+
+def test_trust_that_cannot_be_kept_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ArtifactError, match=r"trusted cannot be written .* set FASTSD_CACHE"):
+        require_memory_of_trust()
+
+
+def test_a_part_that_is_opened_late_is_checked_again(tmp_path: Path) -> None:
+    engine = publish(tmp_path / "engine")
+    engine.check_part("unet")
+    (engine.path / PART.weights[0]).write_bytes(b"other")
+    with pytest.raises(DamagedArtifact):
+        engine.check_part("unet")
+
+
+def test_what_is_unfinished_among_ones_own_engines(own_cache: Path) -> None:
+    """Listing leaves all alone; sweeping puts back what was taken aside and spares the rest."""
+    folder = own_cache / "engines"
+    kept = publish(folder / "kept").path
+    taken = publish(folder / "taken").path
+    taken.rename(folder / ".taken.old")
+    (folder / ".new.0123456789abcdef.draft").mkdir()
+    with Draft(folder / "written", key="a" * 64) as draft:
+        left = [".new.0123456789abcdef.draft", ".taken.old", draft.folder.name]
+        assert [path.name for path in unfinished_engines()] == sorted(left)
+        assert kept_engines() == [kept]
+        assert [path.name for path in sweep_engines()] == [left[0]]
+        assert draft.folder.is_dir()
+    assert kept_engines() == [kept, taken] and unfinished_engines() == []
+    remove_engine(kept)
+    assert [path.name for path in folder.iterdir()] == ["taken"]
 
 
 def test_what_stands_there_is_kept_unless_forced(tmp_path: Path) -> None:

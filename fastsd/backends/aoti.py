@@ -68,6 +68,8 @@ class CompiledBackend(ArtifactBackend):
         entry = self.entries[part]
         with self._opening:
             if part not in self._opened:
+                self.artifact.check_part(part)
+                self.artifact.check_folder(f"{part}/{PACKAGE}")
                 self._opened[part] = self._open(part)
         given = [inputs[spec.name] for spec in entry.inputs]
         tensors = self._call(part, self._opened[part], given)

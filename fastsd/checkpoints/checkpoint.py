@@ -156,16 +156,20 @@ class Checkpoint:
         return module
 
     def fingerprint(self) -> str:
-        """Tell this model from others by a digest of its config, and of its files as the disk lists
-        them: reading them all takes seconds."""
+        """Tell this model from others by a digest of its config, its tokenizers, and its weights'
+        files as the disk lists them: reading them all takes seconds."""
         weights = [
             [part, str(file.resolve()), stat.st_size, stat.st_mtime_ns]
             for part, files in sorted(self.parts.items())
             for file in files.weights
             for stat in [file.stat()]
         ]
-        merged = [(lora.digest(), strength) for lora, strength in self.merged]
-        facts = {"config": asdict(self.config), "weights": weights, "merged": merged}
+        facts = {
+            "config": asdict(self.config),
+            "weights": weights,
+            "tokenizers": [tokenizer.digest for tokenizer in self.tokenizers],
+            "merged": [(lora.digest(), strength) for lora, strength in self.merged],
+        }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -63,14 +63,20 @@ def verify_engines(
     ] = None,
 ) -> None:
     """Check every file of every engine against its digest; exit code 1 if one is damaged."""
-    from fastsd.artifact import Artifact, sweep_engines
+    from fastsd.artifact import Artifact, unfinished_engines
+    from fastsd.backends.aoti import PACKAGE
 
-    for swept in sweep_engines() if not paths else ():
-        say(f"{swept}: left by an export that was killed; removed")
+    for unfinished in unfinished_engines() if not paths else ():
+        say(
+            f"{unfinished}: being written, or left by an export that was killed: the same export "
+            "goes on from it, `fastsd cache rm --unfinished` removes it"
+        )
     good = True
     for path in paths or _kept():
         try:
-            Artifact.open(path, trust_native=True)  # only read: nothing in it is run
+            artifact = Artifact.open(path, trust_native=True)  # only read: nothing in it is run
+            for part in artifact.manifest.parts if artifact.manifest.native else ():
+                artifact.check_folder(f"{part}/{PACKAGE}")
         except ArtifactError as error:
             good = False
             print(f"{path}: {error}")
@@ -86,12 +92,19 @@ def remove_engines(
         list[Path] | None, typer.Argument(metavar="[DIR]...", help="As `fastsd cache ls` has them.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every one.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="What exports that were killed left.")
+    ] = False,
 ) -> None:
     """Remove engines; print each one's path."""
-    from fastsd.artifact import engines_folder, remove_engine
+    from fastsd.artifact import engines_folder, remove_engine, sweep_engines
 
-    if bool(paths) == everything:
-        raise UsageError("say which engines to remove, as `fastsd cache ls` has them, or --all")
-    for path in _kept() if everything else [engines_folder() / path for path in paths or ()]:
+    if bool(paths) + everything + unfinished != 1:
+        raise UsageError(
+            "say which engines to remove, as `fastsd cache ls` has them, or --all, or --unfinished"
+        )
+    for path in sweep_engines() if unfinished else ():
+        print(path)
+    for path in _kept() if everything else [engines_folder() / p for p in paths or ()]:
         remove_engine(path)
         print(path)

@@ -102,10 +102,13 @@ def export(
     """Turn a model into an engine for another runtime; print the folder."""
     from dataclasses import asdict
 
+    from fastsd.artifact import is_artifact
     from fastsd.checkpoints import open_checkpoint
     from fastsd.export.build import export as run
     from fastsd.export.parts import Request
 
+    if is_artifact(model):
+        raise UsageError(f"{model} is an exported engine already; give the model that it is of")
     checkpoint = open_checkpoint(
         model,
         prediction=prediction,
@@ -132,12 +135,13 @@ def export(
     try:
         artifact = run(checkpoint, name, request, output, force=force, tell=say)
     except KeyboardInterrupt:
-        say("what is done is kept in a hidden folder; the same command goes on from there")
+        say("parts that were finished are kept: the same command goes on from there")
         raise
+    path = output or artifact.path
     if as_json:
-        print(json.dumps({"path": str(artifact.path), **asdict(artifact.manifest)}, indent=2))
+        print(json.dumps({"path": str(path), **asdict(artifact.manifest)}, indent=2))
     else:
-        print(artifact.path)
+        print(path)
 
 
 def _pixels(size: str) -> tuple[int, int]:

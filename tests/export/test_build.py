@@ -24,11 +24,17 @@ import pytest
 from fastsd import cli
 from fastsd.artifact import Artifact, PartEntry
 from fastsd.checkpoints import Checkpoint, open_checkpoint
-from fastsd.errors import ArtifactError, MissingDependency, StaleArtifact, UntrustedArtifact
+from fastsd.errors import (
+    ArtifactError,
+    MissingDependency,
+    NumericsError,
+    StaleArtifact,
+    UntrustedArtifact,
+)
 from fastsd.export import EXPORTERS, verify
 from fastsd.export.build import Exporter, export
 from fastsd.export.calibration import JUDGED_STEPS, Calibration
-from fastsd.export.parts import Request
+from fastsd.export.parts import Request, source_digest
 from fastsd.images import read_metadata
 from fastsd.kernels import native
 from fastsd.quality import psnr
@@ -111,6 +117,31 @@ def test_what_was_calibrated_outlives_an_interruption(
         with pytest.raises(KeyboardInterrupt):
             export(open_checkpoint(sd1_folder), "sd1", request, tmp_path / "engine")
     assert len(calibrated) == 2, "with other prompts it is another calibration"
+
+
+def test_another_tokenizer_is_another_model(sd1_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd1_folder / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    whole = json.loads(file.read_text("utf-8"))
+    vocab = whole["model"]["vocab"]
+    first, second, *_ = [word for word in vocab if word.endswith("</w>")]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    file.write_text(json.dumps(whole), "utf-8")
+    own, same, other = (
+        open_checkpoint(sd1_folder, tokenizer=tokenizer)
+        for tokenizer in (None, sd1_folder / "tokenizer", tmp_path / "tokenizer")
+    )
+    for digest in (source_digest, Checkpoint.fingerprint):
+        assert digest(own) == digest(same) != digest(other)
+
+
+def test_an_engine_of_nan_is_not_published(
+    quick: Path, sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "part_error", lambda *_: float("nan"))
+    with pytest.raises(NumericsError, match="gives NaN or infinity in fp32; nothing was written"):
+        export_copy(open_checkpoint(sd1_folder), tmp_path / "engine")
+    assert not list(tmp_path.glob("*engine*")) and not list(tmp_path.glob(".engine*"))
 
 
 @pytest.fixture
@@ -295,6 +326,12 @@ def test_export_then_generate(
     assert code == 0 and json.loads(out)["receipt"]["pictures"]["prompts"] == 2
 
     picture = ("--steps", "2", "--width", str(SIZE[1]), "--height", str(SIZE[0]), "--seed", "3")
+    code, _, err = run(capsys, "export", "engine", "-o", "another")
+    assert code == 2 and "engine is an exported engine already; give the model" in err
+    own = ("generate", "a cat", "--model", "engine", "-o", "own.png", "--steps", "1")
+    assert run(capsys, *own)[0] == 0  # of its own size, which is not the model's
+    assert (read_metadata("own.png")["height"], read_metadata("own.png")["width"]) == SIZE
+
     generate = ("generate", "a cat", "--model", "engine", "-o", "cat.png", *picture)
     assert run(capsys, *generate)[0] == 0
     metadata = read_metadata("cat.png")
@@ -317,6 +354,7 @@ def test_export_then_generate(
         (("--to", "tflite"), "target 'tflite' is unknown"),
         (("--prompts", "nowhere.txt"), "nowhere.txt"),
         (("--precision", "bf16"), "onnx has no precision 'bf16'"),
+        (("--refit",), "onnx engines take no other weights later; drop --refit"),
     ],
 )
 def test_one_line_for_each_mistake(
@@ -344,9 +382,13 @@ def test_engines_kept_for_the_user(
     (row,) = json.loads(run(capsys, "cache", "ls", "--json")[1])
     assert row["path"] == str(path) and row["target"] == "onnx" and row["size"] == "96x64"
     assert run(capsys, "cache", "verify")[:2] == (0, f"{path}: good\n")
-    (path.parent / ".sd1.0123456789abcdef.draft").mkdir()
+    left = path.parent / ".sd1.0123456789abcdef.draft"
+    left.mkdir()
     code, _, err = run(capsys, "cache", "verify")
-    assert code == 0 and "left by an export that was killed; removed" in err
+    assert code == 0 and "left by an export that was killed: the same export goes on" in err
+    assert left.exists()
+    assert run(capsys, "cache", "rm", "--unfinished") == (0, f"{left}\n", "")
+    assert not left.exists() and path.exists()
     unet = path / "unet/model.onnx"
     unet.write_bytes(unet.read_bytes()[:-1])
     code, out, _ = run(capsys, "cache", "verify")

@@ -181,7 +181,7 @@ def test_a_cpu_decodes_pictures_that_were_not_watched(cpu_kernels: bool) -> None
     """In int8 within 0.03 together; a picture whose like was not watched may lie beyond."""
     checkpoint = open_checkpoint("builtin")
     side = checkpoint.config.default_size
-    prompts = default_prompts("builtin")
+    prompts = default_prompts(checkpoint)
     spec = calibrate_checkpoint(checkpoint, prompts, size=(side, side)).spec
     vae = checkpoint.load("vae")
     assert isinstance(vae, VAE)

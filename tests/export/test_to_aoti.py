@@ -230,10 +230,13 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, monkeypatch: Any) ->
 
 @pytest.mark.slow
 @needs_compiler
-def test_an_engine_draws_the_exact_pictures_without_a_compiler(tmp_path: Path) -> None:
+def test_an_engine_draws_the_exact_pictures_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     source = write_sd1(tmp_path / "sd1")
     request = Request(target="aoti", layout="fast", size=SIZE, prompts=("a cat", "a dog"))
-    engine = export(open_checkpoint(source), "sd1", request, tmp_path / "engine")
+    engine = export(open_checkpoint(source), "sd1", request, Path("engine"))  # relative, as typed
     receipt = engine.manifest.receipt
     assert receipt is not None and max(receipt["parts"].values()) <= 1e-4
     exact = Pipeline.from_pretrained(source)

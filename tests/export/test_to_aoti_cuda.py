@@ -132,7 +132,7 @@ def test_the_builtin_model_keeps_its_pictures_in_fp8(tmp_path: Path) -> None:
     checkpoint = open_checkpoint("builtin")
     side = checkpoint.config.default_size
     spec = calibrate_checkpoint(
-        checkpoint, default_prompts("builtin"), size=(side, side), form=FORM
+        checkpoint, default_prompts(checkpoint), size=(side, side), form=FORM
     ).spec
     exact, engine = (Pipeline(checkpoint, name="test") for _ in range(2))
     engine._backend = Uncompiled(checkpoint, tmp_path, spec, size=(side, side), batch=4)
