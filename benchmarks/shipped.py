@@ -20,12 +20,17 @@ TABLE = Path(fastsd.__file__).parent / "backends" / "measured.json"
 _KEY = re.compile(r"(?P<ran>.+ torch \S+) fastsd \S+ \w+ (?P<tried>of .+)")
 
 
-def shipped(table: dict[str, dict[str, float]], found: dict[str, dict[str, float]]) -> None:
-    """Add to `table` what a cache has (key -> name -> ms), without the state of our kernels."""
+def shipped(
+    table: dict[str, dict[str, float | str]], found: dict[str, dict[str, float]], commit: str
+) -> None:
+    """Add to `table` what a cache has (key -> name -> ms), without the state of our kernels.
+
+    Each entry says of which commit they were.
+    """
     for key, times in found.items():
         if (parts := _KEY.fullmatch(key)) and not key.endswith(AS_SHIPPED):
             rounded = {name: round(ms, 4) for name, ms in times.items()}
-            table[f"{parts['ran']} {parts['tried']}"] = rounded
+            table[f"{parts['ran']} {parts['tried']}"] = {"commit": commit, **rounded}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     times = read_json(given.table)["times"] if given.table.exists() else {}
     for cache in given.caches:
-        shipped(times, read_json(cache))
-    write_json(given.table, {"commit": given.commit, "times": dict(sorted(times.items()))})
+        shipped(times, read_json(cache), given.commit)
+    write_json(given.table, {"times": dict(sorted(times.items()))})
     print(f"{given.table}: {len(times)} shapes")
 
 

@@ -74,7 +74,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _times(given: object) -> dict[str, float]:
-    """Return what is name -> ms in `given`, which a file said."""
+    """Return what is name -> ms in `given`, which a file said; a commit is not."""
     if not isinstance(given, dict):
         return {}
     return {str(name): float(ms) for name, ms in given.items() if isinstance(ms, int | float)}

@@ -98,7 +98,8 @@ def test_what_ships_is_used_where_it_runs(tmp_path: Path, monkeypatch: pytest.Mo
     """A slim image has no compiler for Triton: what was fastest elsewhere does not run there."""
     monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTSD_MEASURE", raising=False)
-    monkeypatch.setattr(measured_, "_shipped", lambda: {"a": {"library": 0.2, "triton": 0.1}})
+    shipped = {"commit": "abc", "library": 0.2, "triton": 0.1}
+    monkeypatch.setattr(measured_, "_shipped", lambda: {"a": shipped})
     here = {"library": 0.3}
     runs = {"triton": True}
     for key, expected in (("1", "triton"), ("2", "library")):
@@ -354,10 +355,16 @@ def test_a_caches_times_are_shipped(tmp_path: Path) -> None:
     seen = f"{ran.replace('L4', 'L5')} fastsd 0.1.0 0123abcd {tried}{measured_.AS_SHIPPED}"
     caches[1].write_text(json.dumps({"of no known kind": {"a": 1.0}, seen: {"library": 1.0}}))
     table = tmp_path / "table.json"
+    first = {f"{ran} {tried}": {"commit": "abc", "library": 0.1235}}
     for _ in range(2):
         shipped_main([*map(str, caches), "--commit", "abc", "--table", str(table)])
-        expected = {"commit": "abc", "times": {f"{ran} {tried}": {"library": 0.1235}}}
-        assert read_json(table) == expected
+        assert read_json(table) == {"times": first}
+    later = ran.replace("L4", "L6")
+    caches[0].write_text(json.dumps({f"{later} fastsd 0.1.0 0123abcd {tried}": {"library": 1.0}}))
+    shipped_main([str(caches[0]), "--commit", "def", "--table", str(table)])
+    second = {f"{later} {tried}": {"commit": "def", "library": 1.0}}
+    assert read_json(table) == {"times": first | second}, "one new shape relabels no other"
+    assert all(entry["commit"] for entry in read_json(TABLE)["times"].values())
 
 
 def test_attention_too(sd1_folder: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
