@@ -70,7 +70,8 @@ class Contender:
     prepares: the same for what must be made once: it fills the folder that both are given as
     folder=, and that is kept in the user's cache under the name `kept`. code: our own packages
     that made it.
-    precision: the ceiling that judges it. packages: what it imports; install: how to get them.
+    precision: the ceiling that judges it. packages: what must be installed; install: how.
+    imports: what it imports beside our own code before it can load, named as `opens` is.
     compiles: it spends minutes before the first picture, every time.
     copies: the memory it holds, in copies of the fp32 weights.
     """
@@ -80,6 +81,7 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     packages: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
     install: str = BENCH_EXTRA
     prepares: str | None = None
     kept: str = ""
@@ -134,6 +136,8 @@ def _code_digest(package: str) -> str:
 
 
 DIFFUSERS = ("diffusers", "transformers")
+# Its package imports next to nothing before one of its classes is asked for.
+_DIFFUSERS = ("diffusers:StableDiffusionPipeline", "diffusers:StableDiffusionXLPipeline")
 _BASELINES = "fastsd.benchmarks.baselines"
 _DRAWING = "fastsd.benchmarks.drawing"
 # An engine that this code exported is not one that a later state of it would.
@@ -143,13 +147,16 @@ _ONNX = "pip install 'fastsd[bench]' onnx onnxscript onnxruntime"
 _OPENVINO = "pip install 'fastsd[bench]' openvino"
 
 OTHERS = (
-    Contender("diffusers/fp32", f"{_BASELINES}:open_diffusers", packages=DIFFUSERS),
+    Contender(
+        "diffusers/fp32", f"{_BASELINES}:open_diffusers", packages=DIFFUSERS, imports=_DIFFUSERS
+    ),
     Contender(
         "diffusers/bf16",
         f"{_BASELINES}:open_diffusers",
         {"precision": "bf16"},
         precision="bf16",
         packages=DIFFUSERS,
+        imports=_DIFFUSERS,
         copies=0.5,
     ),
     Contender(
@@ -158,6 +165,7 @@ OTHERS = (
         {"precision": "fp16"},
         precision="fp16",
         packages=DIFFUSERS,
+        imports=_DIFFUSERS,
         copies=0.5,
         only_on="cuda",
     ),
@@ -165,6 +173,7 @@ OTHERS = (
         "diffusers-compile/fp32",
         f"{_BASELINES}:open_compiled",
         packages=DIFFUSERS,
+        imports=_DIFFUSERS,
         compiles=True,
         copies=2.0,
     ),
@@ -174,6 +183,7 @@ OTHERS = (
         {"precision": "fp16", "mode": "max-autotune"},
         precision="fp16",
         packages=DIFFUSERS,
+        imports=_DIFFUSERS,
         compiles=True,
         only_on="cuda",
     ),
@@ -183,6 +193,7 @@ OTHERS = (
         {"precision": "fp16", "mode": "reduce-overhead"},
         precision="fp16",
         packages=DIFFUSERS,
+        imports=_DIFFUSERS,
         compiles=True,
         only_on="cuda",
     ),
@@ -190,6 +201,7 @@ OTHERS = (
         "onnxruntime/fp32",
         f"{_BASELINES}:open_onnxruntime",
         packages=(*DIFFUSERS, "onnx", "onnxscript", "onnxruntime"),
+        imports=(*_DIFFUSERS, "onnxruntime"),
         install=_ONNX,
         prepares=f"{_BASELINES}:prepare_onnx",
         kept="onnx",
@@ -199,6 +211,7 @@ OTHERS = (
         "openvino/fp32",
         f"{_BASELINES}:open_openvino",
         packages=(*DIFFUSERS, "openvino"),
+        imports=(*_DIFFUSERS, "openvino"),
         install=_OPENVINO,
         prepares=f"{_BASELINES}:prepare_openvino",
         kept="openvino",
@@ -211,6 +224,7 @@ OTHERS = (
         {"int8": True},
         precision="int8",
         packages=(*DIFFUSERS, "openvino", "nncf"),
+        imports=(*_DIFFUSERS, "openvino"),
         install=f"{_OPENVINO} nncf",
         prepares=f"{_BASELINES}:prepare_openvino",
         kept="openvino-int8",
@@ -222,6 +236,7 @@ OTHERS = (
         f"{_BASELINES}:open_inductor",
         precision="int8",
         packages=(*DIFFUSERS, "torchao"),
+        imports=_DIFFUSERS,
         install="pip install 'fastsd[bench]' torchao",
         prepares=f"{_BASELINES}:prepare_inductor",
         kept="inductor-int8",

@@ -174,6 +174,7 @@ class Seat:
             scene=asdict(self.scene),
             opens=contender.opens,
             options=_options(contender, self.scene),
+            imports=contender.imports,
             spawned=self._spawned,
         )
 

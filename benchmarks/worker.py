@@ -13,7 +13,7 @@ STARTED = time.time()  # before the imports that a cold start pays for
 import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
+from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 from pkgutil import resolve_name  # noqa: E402
 from typing import TYPE_CHECKING, Any, TextIO  # noqa: E402
@@ -46,7 +46,12 @@ class Worker:
         return handlers[message["do"]](**fields)
 
     def open(
-        self, scene: Mapping[str, Any], opens: str, options: Mapping[str, Any], spawned: float
+        self,
+        scene: Mapping[str, Any],
+        opens: str,
+        options: Mapping[str, Any],
+        imports: Sequence[str],
+        spawned: float,
     ) -> dict[str, Any]:
         """Import, load, draw once: a cold start, in seconds since the process was asked for.
 
@@ -63,6 +68,8 @@ class Worker:
         if str(options.get("precision", "fp32")) == "fp32":
             torch.backends.cudnn.allow_tf32 = False
         function = resolve_name(opens)
+        for name in imports:
+            resolve_name(name)
         imported = time.time()
         self.drawer = function(self.scene, **options)
         loaded, loaded_mark = time.time(), time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -58,6 +59,12 @@ def open_painter(scene: Scene, seconds: float = 0.01, noise: float = 0.0) -> Dra
 def open_nothing(scene: Scene) -> Drawer:
     """One whose package is not there."""
     raise MissingDependency("paint is not installed; run pip install paint")
+
+
+def open_importing(scene: Scene, module: str) -> Drawer:
+    """One that imports a library when it loads, as those that are only then needed are."""
+    importlib.import_module(module)
+    return Painter(scene, 0.0, 0.0)
 
 
 class Dying(Painter):
