@@ -39,9 +39,10 @@ def psnr(a: Picture, b: Picture) -> float:
 
 
 def ssim(a: Picture, b: Picture) -> float:
-    """Return the structural similarity, at most 1 (Wang et al. 2004), by scikit-image.
+    """Return the structural similarity, at most 1, of Wang et al. 2004, by scikit-image.
 
-    a, b: as for psnr, (H, W, 3).
+    It is the mean over uniform windows of 7x7 pixels, not over the paper's Gaussian ones. a, b: as
+    for psnr, (H, W, 3).
     """
     try:
         from skimage.metrics import structural_similarity
