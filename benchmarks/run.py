@@ -423,7 +423,11 @@ class Run:
             "schema": SCHEMA,
             "fastsd": fastsd.__version__,
             **facts,
-            "scene": {**asdict(self.scene), "prompts": list(self.scene.prompts[:8])},
+            "scene": {
+                **asdict(self.scene),
+                "model": _model_name(self.scene.model),
+                "prompts": list(self.scene.prompts[:8]),
+            },
             "repeats": self.repeats,
             "stopped": not self._finished,
             "reference": self.reference,
@@ -694,6 +698,11 @@ def _offline(seat: Seat) -> dict[str, Any]:
 
 def _is_ours(contender: Contender) -> bool:
     return contender.opens.startswith(OURS)
+
+
+def _model_name(model: str) -> str:
+    """A model's name without the place where it lies on this machine."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def _file_name(name: str) -> str:

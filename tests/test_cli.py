@@ -546,6 +546,8 @@ def test_bench_measures_draws_and_reports(run: Run, sd1_folder: Path) -> None:
     assert any(line.startswith("fastsd/eager/fp32 ") and "SSIM" in line for line in table)
     assert "new/report.md" in result.err.replace(os.sep, "/")
     assert run("bench", *options, *who, "--report", "new").code == 2
+    for told in (last, *(file.read_text("utf-8") for file in Path("new").glob("re*.*"))):
+        assert sd1_folder.name in told and str(sd1_folder.parent) not in told
 
     result = run("bench", "compare", "new", "new/results.json")
     assert result.code == 0 and "too few samples" in result.out
