@@ -319,8 +319,8 @@ def write_report(
 def _markdown_report(results: Results, plots: Sequence[str]) -> list[str]:
     scene, environment = results["scene"], results["environment"]
     lines = [f"# fastsd bench: {scene['model']}", "", scene_text(results), ""]
-    lines += [f"{results['created']}, fastsd {results['fastsd']}, commit {results['commit']}"]
-    lines += [*_stopped_text(results), ""]
+    lines += [f"{results['created']}, fastsd {results['fastsd']}, commit {results['commit']}", ""]
+    lines += [line for stopped in _stopped_text(results) for line in (stopped, "")]
     lines += ["Times are of one draw. The speed is that of the reference's turns over the"]
     lines += [
         "contender's, paired, with the 95 % interval of their median; the worst picture is that"

@@ -44,8 +44,11 @@ def _cuda() -> dict[str, str]:
     """The versions of what torch runs on a GPU with."""
     import torch
 
-    found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    found["nvidia driver"] = _driver() if torch.cuda.is_available() else None
+    found = {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "nvidia driver": _driver() if torch.cuda.is_available() else None,
+    }
     return {name: str(version or "not installed") for name, version in found.items()}
 
 
