@@ -72,6 +72,7 @@ from fastsd.models.vae import VAE
 from fastsd.prompts import SYNTAXES
 from fastsd.quant.draws import GUIDANCE, PROMPTS, draw_settings
 from fastsd.samplers import SAMPLERS, StepTable, build_table, resolve
+from fastsd.samplers.schedule import lcm_timesteps
 from fastsd.sources import Source
 from fastsd.tasks import Decode
 
@@ -770,14 +771,17 @@ class Pipeline:
             num_inference_steps = self.config.schedule.steps or 50
         steps = count_steps(num_inference_steps, timesteps, sigmas)
         strength = self._strength(strength, source, denoising_start)
+        start, walked = skipped_steps(steps, strength), timesteps
+        if timesteps is None and sigmas is None and self._starts_lower(sampler, source, strength):
+            start, walked = 0, lcm_timesteps(self.config.schedule, steps, strength or 1).tolist()
         table = self._table(
-            None if timesteps is not None or sigmas is not None else num_inference_steps,
+            None if walked is not None or sigmas is not None else num_inference_steps,
             sampler=sampler,
             eta=eta,
-            start=skipped_steps(steps, strength),
+            start=start,
             denoising_start=denoising_start,
             denoising_end=denoising_end,
-            timesteps=timesteps,
+            timesteps=walked,
             sigmas=sigmas,
         )
         seeds, generators = generators_of(seed, generator, prompts.batch * count)
@@ -908,6 +912,16 @@ class Pipeline:
             return {(0, 0): 0.8, (0, 1): 0.3, (1, 0): 1.0, (1, 1): 0.9999}[masked, xl]
         check_fraction("strength", strength)
         return float(strength)
+
+    def _starts_lower(
+        self, sampler: str | None, source: Source | None, strength: float | None
+    ) -> bool:
+        """Whether all steps are walked, from lower down, where others leave out the first: so image
+        to image is in diffusers of latent consistency models that are told the guidance weight."""
+        told = (
+            bool(self.config.unet.guidance_width) and resolve(sampler or self.sampler)[0] == "lcm"
+        )
+        return told and strength is not None and source is not None and source.mask is None
 
     def _size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         factor = self.config.vae.downscale

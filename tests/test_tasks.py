@@ -15,6 +15,7 @@ from fastsd.benchmarks.baselines import diffusers_pipeline
 from fastsd.errors import UsageError
 from fastsd.images import to_tensor
 from tests import fixtures
+from tests.checkpoints.rewrite import WEIGHTS, copied, edit_json, edit_weights
 from tests.pictures import SIZE, assert_same_pictures, generator, mask, picture, quiet, silenced
 
 FAMILIES = ["sd1_folder", "sd2_folder", "sdxl_folder"]
@@ -105,6 +106,38 @@ def test_image_to_image_defaults_and_sizes(family: str, request: pytest.FixtureR
     assert ours.shape[1:3] == (72, 56)
     reference = theirs(PROMPT, image=odd, generator=generator(0), output_type="np").images
     assert_same_pictures(ours, reference)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_image_to_image_of_a_latent_consistency_model(
+    strength: float, sd1_folder: Path, tmp_path: Path
+) -> None:
+    """All steps are walked, from lower down, where other models leave out the first."""
+    import diffusers
+
+    path = copied(sd1_folder, tmp_path)
+    edit_json(path / "unet" / "config.json", {"time_cond_proj_dim": 24})
+    torch.manual_seed(0)
+    key = "time_embedding.cond_proj.weight"
+    edit_weights(path / WEIGHTS["unet"], lambda t: t | {key: torch.randn(32, 24)})
+    parts = diffusers_pipeline(path).components
+    scheduler = diffusers.LCMScheduler()
+    kind = diffusers.LatentConsistencyModelImg2ImgPipeline
+    own = {"scheduler": scheduler, "requires_safety_checker": False}
+    theirs = silenced(kind(**{k: v for k, v in parts.items() if k != "image_encoder"} | own))
+    scheduler.save_pretrained(path / "scheduler")
+    index = {"_class_name": "LatentConsistencyModelPipeline"}
+    edit_json(path / "model_index.json", index | {"scheduler": ["diffusers", "LCMScheduler"]})
+    settings: dict[str, Any] = dict(
+        image=picture(),
+        strength=strength,
+        num_inference_steps=4,
+        guidance_scale=6.0,
+        output_type="np",
+    )
+    ours = quiet(path)(PROMPT, seed=3, **settings)
+    assert_same_pictures(ours.images, theirs(PROMPT, generator=generator(3), **settings).images)
+    assert ours.metadata[0]["steps"] == 4 and ours.metadata[0]["timesteps"] is None
 
 
 def test_pictures_in_every_form(sd1_folder: Path) -> None:

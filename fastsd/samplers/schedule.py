@@ -238,11 +238,17 @@ def plan_lcm(schedule: ScheduleConfig, n: int, timesteps: Sequence[float] | None
     """Plan for LCM: skip through the timesteps of the teacher's solver."""
     if timesteps is not None:
         return plan_whole(schedule, given_timesteps(schedule, timesteps))
-    teacher = schedule.original_steps
+    return plan_whole(schedule, lcm_timesteps(schedule, n))
+
+
+def lcm_timesteps(schedule: ScheduleConfig, n: int, strength: float = 1.0) -> Array:
+    """Return the n timesteps of LCM that skip through the last `strength` of the teacher's."""
+    teacher = int(schedule.original_steps * strength)
     if n > teacher:
         raise UsageError(
-            f"LCM was distilled from {teacher} steps and takes at most as many, not {n}; "
-            "4 to 8 suffice"
+            f"LCM was distilled from {schedule.original_steps} steps and here takes at most "
+            f"{teacher}, not {n}; 4 to 8 suffice"
         )
-    t = np.arange(teacher, 0, -1) * (schedule.train_steps // teacher) - 1.0
-    return plan_whole(schedule, t[np.floor(np.linspace(0, teacher, n, endpoint=False)).astype(int)])
+    t = np.arange(teacher, 0, -1) * (schedule.train_steps // schedule.original_steps) - 1.0
+    skipped: Array = t[np.floor(np.linspace(0, teacher, n, endpoint=False)).astype(int)]
+    return skipped
