@@ -35,7 +35,10 @@ def test_stages_are_done_once_and_told(tmp_path: Path) -> None:
     assert (again["outcome"], again["attempt"]) == ("failed", "attempt-2")
 
 
-def test_a_failed_stage_of_tests_names_them(tmp_path: Path) -> None:
+def test_a_failed_stage_of_tests_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTSD_CACHE", raising=False)
     told = "FAILED tests/a.py::test_one - assert 1 == 2\nFAILED tests/b.py::test_two\n2 failed"
     broken = stage("tests", f"print({told!r}); raise SystemExit(1)")
     (outcome,) = run_stages([broken], tmp_path, budget_s=60, say=lambda line: None)
