@@ -188,11 +188,11 @@ def test_what_cannot_be_asked(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_floor_needs_pictures(sd1_folder: Path, tmp_path: Path) -> None:
+def test_a_floor_needs_pictures(tmp_path: Path) -> None:
     """Random weights draw noise: there is no prompt to judge them by but the user's."""
     request = Request(target="onnx", size=SIZE, floor=30.0)
     with pytest.raises(UsageError, match="--floor needs pictures"):
-        export(open_checkpoint(sd1_folder), "random:sd15", request, tmp_path / "engine")
+        export(open_checkpoint("random:sd15"), "random:sd15", request, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
 
 
