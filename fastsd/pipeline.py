@@ -771,9 +771,11 @@ class Pipeline:
             num_inference_steps = self.config.schedule.steps or 50
         steps = count_steps(num_inference_steps, timesteps, sigmas)
         strength = self._strength(strength, source, denoising_start)
-        start, walked = skipped_steps(steps, strength), timesteps
-        if timesteps is None and sigmas is None and self._starts_lower(sampler, source, strength):
-            start, walked = 0, lcm_timesteps(self.config.schedule, steps, strength or 1).tolist()
+        start, walked = 0, timesteps
+        if strength is not None and self._starts_lower(sampler or self.sampler, source):
+            walked = timesteps or lcm_timesteps(self.config.schedule, steps, strength).tolist()
+        else:
+            start = skipped_steps(steps, strength)
         table = self._table(
             None if walked is not None or sigmas is not None else num_inference_steps,
             sampler=sampler,
@@ -913,15 +915,11 @@ class Pipeline:
         check_fraction("strength", strength)
         return float(strength)
 
-    def _starts_lower(
-        self, sampler: str | None, source: Source | None, strength: float | None
-    ) -> bool:
-        """Whether all steps are walked, from lower down, where others leave out the first: so image
-        to image is in diffusers of latent consistency models that are told the guidance weight."""
-        told = (
-            bool(self.config.unet.guidance_width) and resolve(sampler or self.sampler)[0] == "lcm"
-        )
-        return told and strength is not None and source is not None and source.mask is None
+    def _starts_lower(self, sampler: str, source: Source | None) -> bool:
+        """Whether image to image walks all steps, from lower down, where others leave out the
+        first: as in diffusers, of latent consistency models that are told the guidance weight."""
+        told = self.config.unet.guidance_width and source is not None and source.mask is None
+        return bool(told) and resolve(sampler)[0] == "lcm"
 
     def _size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         factor = self.config.vae.downscale

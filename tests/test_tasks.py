@@ -108,7 +108,7 @@ def test_image_to_image_defaults_and_sizes(family: str, request: pytest.FixtureR
     assert_same_pictures(ours, reference)
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
 def test_image_to_image_of_a_latent_consistency_model(
     strength: float, sd1_folder: Path, tmp_path: Path
 ) -> None:

@@ -260,7 +260,7 @@ def _opened(
         return _random(model)
     folder = BUILTIN if model == "builtin" else Path(model)
     if _exists(folder) and folder.is_dir():
-        return _open(folder, variant)
+        return _open(folder, variant, exact=False)
     if _exists(folder):
         return _open_file(folder, prediction, without_vae)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
@@ -270,7 +270,7 @@ def _opened(
 
     return hub.fetch(
         model,
-        lambda folder: _open(folder, variant),
+        lambda folder, exact: _open(folder, variant, exact=exact),
         variant=variant,
         **hub_options,
     )
@@ -297,12 +297,12 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _open(folder: Path, variant: str | None) -> Checkpoint:
+def _open(folder: Path, variant: str | None, *, exact: bool) -> Checkpoint:
     layout = read_layout(folder)
     names = iter(layout.config.text_parts)  # a refiner's only one is the folder's second
     parts = {
         next(names) if part.startswith("text_encoder") else part: PartFiles(
-            weight_files(folder, part, variant)
+            weight_files(folder, part, variant, exact=exact)
         )
         for part in layout.parts
     }

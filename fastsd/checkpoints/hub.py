@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ Opened = TypeVar("Opened")
 
 def fetch(
     repo_id: str,
-    opener: Callable[[Path], Opened],
+    opener: Callable[[Path, bool], Opened],
     *,
     revision: str | None,
     variant: str | None,
@@ -26,6 +26,8 @@ def fetch(
 ) -> Opened:
     """Open a repository's copy in the cache, after downloading what it lacks.
 
+    opener: opens a folder; whether with the variant's files for every part, as where others lie in
+    the cache the hub may have these.
     local_files_only: None takes the cache as it is if it has every file, False asks the hub for the
     newest, True never asks. Code and pickles are never downloaded. Raises CheckpointError.
     """
@@ -34,7 +36,7 @@ def fetch(
     cached_error: CheckpointError | None = None
     if local_files_only is not False:
         try:
-            return opener(_cached(repo_id, revision, cache_dir))
+            return opener(_cached(repo_id, revision, cache_dir), not local_files_only)
         except CheckpointError as error:
             if local_files_only:
                 raise
@@ -69,14 +71,18 @@ def fetch(
             if not missing:
                 folder = snapshot(_SMALL + weights, folder.name)  # of the same commit
     except Unreachable as error:
-        raise CheckpointError(f"{error}; {cached_error}" if cached_error else str(error)) from None
+        if cached_error is None:
+            raise
+        with suppress(CheckpointError):
+            return opener(_cached(repo_id, revision, cache_dir), False)
+        raise CheckpointError(f"{error}; {cached_error}") from None
     if missing:
         there = [name for name in names if name.startswith(PARTS) and not name.endswith(".json")]
         raise CheckpointError(
             f"{repo_id} has no {', '.join(missing)}; it has {', '.join(there)}. fastsd reads "
             "safetensors only; variant='fp16' asks for files with fp16 in their names"
         )
-    return opener(folder)
+    return opener(folder, False)
 
 
 def fetch_file(

@@ -201,17 +201,19 @@ def weight_files(
     part: str,
     variant: str | None,
     *,
+    exact: bool = False,
     exists: Callable[[Path], bool] = Path.is_file,
 ) -> tuple[Path, ...]:
     """Return where a part's weights should be: one file, or the shards that its index lists.
 
-    variant: "fp16" picks the files that carry it in their names, of a part that has such. exists:
-    whether there is such a file. Raises CheckpointError for an index that makes no sense.
+    variant: "fp16" picks the files that carry it in their names, of a part that has such; exact: of
+    every part. exists: whether there is a file. Raises CheckpointError for an index that makes no
+    sense.
     """
     stem, where = STEMS[part], folder / part
     choices = [
         (where / f"{stem}.safetensors.index{infix}.json", where / f"{stem}{infix}.safetensors")
-        for infix in ([f".{variant}"] if variant else []) + [""]
+        for infix in ([f".{variant}"] if variant else []) + ([] if exact and variant else [""])
     ]
     index, file = next((pair for pair in choices if any(map(exists, pair))), choices[0])
     if not exists(index):
