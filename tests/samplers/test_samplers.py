@@ -72,7 +72,7 @@ def test_the_schedules_sampler_is_used() -> None:
         ({"steps": None}, "from 1 to 1000, not None"),
         ({"steps": 1000}, "1000 steps do not fit leading spacing"),
         ({"sampler": "dpmpp_2m", "steps": 999}, "999 steps do not fit leading spacing"),
-        ({"sampler": "lcm", "steps": 51}, "distilled from 50 steps and takes at most as many"),
+        ({"sampler": "lcm", "steps": 51}, "from 50 steps and here takes at most 50, not 51"),
         ({"start": 20}, "start must be a whole number from 0 to 19, not 20"),
         ({"start": -1}, "from 0 to 19, not -1"),
         ({"start": 0.5}, "from 0 to 19, not 0.5"),
