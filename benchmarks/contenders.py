@@ -137,7 +137,7 @@ def _code_digest(package: str) -> str:
 
 DIFFUSERS = ("diffusers", "transformers")
 # Its package imports next to nothing before one of its classes is asked for.
-_DIFFUSERS = ("diffusers:StableDiffusionPipeline", "diffusers:StableDiffusionXLPipeline")
+_DIFFUSERS_CLASSES = ("diffusers:StableDiffusionPipeline", "diffusers:StableDiffusionXLPipeline")
 _BASELINES = "fastsd.benchmarks.baselines"
 _DRAWING = "fastsd.benchmarks.drawing"
 # An engine that this code exported is not one that a later state of it would.
@@ -148,7 +148,10 @@ _OPENVINO = "pip install 'fastsd[bench]' openvino"
 
 OTHERS = (
     Contender(
-        "diffusers/fp32", f"{_BASELINES}:open_diffusers", packages=DIFFUSERS, imports=_DIFFUSERS
+        "diffusers/fp32",
+        f"{_BASELINES}:open_diffusers",
+        packages=DIFFUSERS,
+        imports=_DIFFUSERS_CLASSES,
     ),
     Contender(
         "diffusers/bf16",
@@ -156,7 +159,7 @@ OTHERS = (
         {"precision": "bf16"},
         precision="bf16",
         packages=DIFFUSERS,
-        imports=_DIFFUSERS,
+        imports=_DIFFUSERS_CLASSES,
         copies=0.5,
     ),
     Contender(
@@ -165,7 +168,7 @@ OTHERS = (
         {"precision": "fp16"},
         precision="fp16",
         packages=DIFFUSERS,
-        imports=_DIFFUSERS,
+        imports=_DIFFUSERS_CLASSES,
         copies=0.5,
         only_on="cuda",
     ),
@@ -173,7 +176,7 @@ OTHERS = (
         "diffusers-compile/fp32",
         f"{_BASELINES}:open_compiled",
         packages=DIFFUSERS,
-        imports=_DIFFUSERS,
+        imports=_DIFFUSERS_CLASSES,
         compiles=True,
         copies=2.0,
     ),
@@ -183,7 +186,7 @@ OTHERS = (
         {"precision": "fp16", "mode": "max-autotune"},
         precision="fp16",
         packages=DIFFUSERS,
-        imports=_DIFFUSERS,
+        imports=_DIFFUSERS_CLASSES,
         compiles=True,
         only_on="cuda",
     ),
@@ -193,7 +196,7 @@ OTHERS = (
         {"precision": "fp16", "mode": "reduce-overhead"},
         precision="fp16",
         packages=DIFFUSERS,
-        imports=_DIFFUSERS,
+        imports=_DIFFUSERS_CLASSES,
         compiles=True,
         only_on="cuda",
     ),
@@ -201,7 +204,7 @@ OTHERS = (
         "onnxruntime/fp32",
         f"{_BASELINES}:open_onnxruntime",
         packages=(*DIFFUSERS, "onnx", "onnxscript", "onnxruntime"),
-        imports=(*_DIFFUSERS, "onnxruntime"),
+        imports=(*_DIFFUSERS_CLASSES, "onnxruntime"),
         install=_ONNX,
         prepares=f"{_BASELINES}:prepare_onnx",
         kept="onnx",
@@ -211,7 +214,7 @@ OTHERS = (
         "openvino/fp32",
         f"{_BASELINES}:open_openvino",
         packages=(*DIFFUSERS, "openvino"),
-        imports=(*_DIFFUSERS, "openvino"),
+        imports=(*_DIFFUSERS_CLASSES, "openvino"),
         install=_OPENVINO,
         prepares=f"{_BASELINES}:prepare_openvino",
         kept="openvino",
@@ -224,7 +227,7 @@ OTHERS = (
         {"int8": True},
         precision="int8",
         packages=(*DIFFUSERS, "openvino", "nncf"),
-        imports=(*_DIFFUSERS, "openvino"),
+        imports=(*_DIFFUSERS_CLASSES, "openvino"),
         install=f"{_OPENVINO} nncf",
         prepares=f"{_BASELINES}:prepare_openvino",
         kept="openvino-int8",
@@ -236,7 +239,7 @@ OTHERS = (
         f"{_BASELINES}:open_inductor",
         precision="int8",
         packages=(*DIFFUSERS, "torchao"),
-        imports=_DIFFUSERS,
+        imports=_DIFFUSERS_CLASSES,
         install="pip install 'fastsd[bench]' torchao",
         prepares=f"{_BASELINES}:prepare_inductor",
         kept="inductor-int8",

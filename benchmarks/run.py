@@ -42,12 +42,12 @@ from fastsd.benchmarks.contenders import (
 from fastsd.benchmarks.limits import Work, limit
 from fastsd.benchmarks.timing import FEWEST_PAIRS, Latency, Ratio, paired_ratio, unpaired_ratio
 from fastsd.benchmarks.truth import Truth
-from fastsd.checkpoints import open_checkpoint, parameters
+from fastsd.checkpoints import model_name, open_checkpoint, parameters
 from fastsd.errors import FastsdError, UsageError
 from fastsd.samplers import build_table
 
 SCHEMA = 1
-PACKAGE = ("fastsd", "kernels", "export", "benchmarks")  # the folders that our code is in
+_FOLDERS = ("fastsd", "kernels", "export", "benchmarks")  # the folders that our code is in
 SCENARIOS = ("SingleStream", "ColdStart", "Parts", "Offline")
 DEFAULT_SCENARIOS = SCENARIOS[:3]
 AUTO_SECONDS = 40.0  # what the turns of a run may take where nobody says how many there are
@@ -425,7 +425,7 @@ class Run:
             **facts,
             "scene": {
                 **asdict(self.scene),
-                "model": _model_name(self.scene.model),
+                "model": model_name(self.scene.model),
                 "prompts": list(self.scene.prompts[:8]),
             },
             "repeats": self.repeats,
@@ -658,8 +658,8 @@ class Run:
         """Compare with the reference: turn by turn, or by medians where each draws alone."""
         if self._alone:
             times, others = list(record.turns.values()), list(base.turns.values())
-            ratio = unpaired_ratio(times, others)
-            return ratio, [time / float(np.median(others)) for time in times]
+            usual = float(np.median(others))
+            return unpaired_ratio(times, others), [time / usual for time in times]
         common = [turn for turn in record.turns if turn in base.turns]
         times, others = ([r.turns[turn] for turn in common] for r in (record, base))
         samples = [time / other for time, other in zip(times, others, strict=True)]
@@ -700,11 +700,6 @@ def _is_ours(contender: Contender) -> bool:
     return contender.opens.startswith(OURS)
 
 
-def _model_name(model: str) -> str:
-    """A model's name without the place where it lies on this machine."""
-    return Path(model).name if Path(model).exists() else model
-
-
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() else f"_{ord(c)}_" for c in name)
 
@@ -738,7 +733,7 @@ def commit() -> str | None:
     try:
         head = _git(root, "rev-parse", "--short", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-        ours = (f"{folder}/*.py" for folder in PACKAGE)
+        ours = (f"{folder}/*.py" for folder in _FOLDERS)
         new = _git(root, "ls-files", "--others", "--exclude-standard", *ours)
         return f"{head}+" if changed or new else head
     except (OSError, subprocess.CalledProcessError):

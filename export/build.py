@@ -31,7 +31,7 @@ from fastsd.artifact import (
     PartEntry,
     engines_folder,
     list_files,
-    require_memory_of_trust,
+    require_trust_folder,
 )
 from fastsd.backends import engine_class
 from fastsd.backends.heap import give_back_freed_memory
@@ -137,7 +137,7 @@ def export(
     if request.floor is not None and not prompts:
         raise UsageError("--floor needs pictures to measure; give prompts with --prompts FILE")
     if exporter.native:
-        require_memory_of_trust()
+        require_trust_folder()
     source = source_digest(checkpoint)
     key = _key(source, request, exporter)
     path = _own_path(name, request, key) if path is None else path

@@ -483,7 +483,7 @@ def remember(digest: str) -> None:
         (folder / digest).touch(mode=0o600)
 
 
-def require_memory_of_trust() -> None:
+def require_trust_folder() -> None:
     """Raise ArtifactError unless `remember` can record what a native export makes."""
     with _trust_folder() as folder, tempfile.TemporaryFile(dir=folder):
         pass

@@ -56,6 +56,7 @@ from fastsd.call import Call, Callback
 from fastsd.checkpoints import (
     GIVEN_TENSORS,
     Checkpoint,
+    model_name,
     open_checkpoint,
     open_description,
     open_lora,
@@ -284,7 +285,7 @@ class Pipeline:
                 artifact = Artifact.open(way.engine)
         return cls(
             checkpoint,
-            name=Path(model).name if Path(model).exists() else str(model),
+            name=model_name(model),
             sampler=sampler,
             backend=backend,
             precision=chosen_precision(precision, dtype or torch_dtype),
@@ -926,10 +927,8 @@ class Pipeline:
         default = (self.config.default_size,) * 2
         if self.artifact is not None and not self.artifact.manifest.dynamic:
             default = self.artifact.manifest.size
-        size = (
-            default[0] if height is None else height,
-            default[1] if width is None else width,
-        )
+        own_height, own_width = default
+        size = (own_height if height is None else height, own_width if width is None else width)
         for name, side in zip(("height", "width"), size, strict=True):
             if check_count(name, side) >= LONGEST_SIDE:
                 raise UsageError(f"{name} must be below {LONGEST_SIDE} pixels, not {side}")

@@ -24,7 +24,7 @@ from fastsd.artifact import (
     kept_engines,
     list_files,
     remove_engine,
-    require_memory_of_trust,
+    require_trust_folder,
     sweep_engines,
     unfinished_engines,
 )
@@ -319,7 +319,7 @@ def test_trust_that_cannot_be_kept_is_said_at_once(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FASTSD_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ArtifactError, match=r"trusted cannot be written .* set FASTSD_CACHE"):
-        require_memory_of_trust()
+        require_trust_folder()
 
 
 def test_a_part_that_is_opened_late_is_checked_again(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from fastsd.artifact import is_artifact
 from fastsd.checkpoints import hub
 from fastsd.checkpoints.layout import (
     BUILTIN,
@@ -297,7 +298,18 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def model_name(model: str | Path) -> str:
+    """Return what to call a model: the name of its folder or file, not where that lies; or as it
+    was given."""
+    return Path(model).name if _exists(Path(model)) else str(model)
+
+
 def _open(folder: Path, variant: str | None, *, exact: bool) -> Checkpoint:
+    if is_artifact(folder):
+        raise CheckpointError(
+            f"{folder} is an exported engine, which holds graphs for weights; give the model that "
+            "it is of"
+        )
     layout = read_layout(folder)
     names = iter(layout.config.text_parts)  # a refiner's only one is the folder's second
     parts = {

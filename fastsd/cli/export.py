@@ -102,13 +102,10 @@ def export(
     """Turn a model into an engine for another runtime; print the folder."""
     from dataclasses import asdict
 
-    from fastsd.artifact import is_artifact
-    from fastsd.checkpoints import open_checkpoint
+    from fastsd.checkpoints import model_name, open_checkpoint
     from fastsd.export.build import export as run
     from fastsd.export.parts import Request
 
-    if is_artifact(model):
-        raise UsageError(f"{model} is an exported engine already; give the model that it is of")
     checkpoint = open_checkpoint(
         model,
         prediction=prediction,
@@ -131,9 +128,8 @@ def export(
         prompts=_read_prompts(prompts) if prompts else (),
         refit=refit,
     )
-    name = Path(model).name if Path(model).exists() else model
     try:
-        artifact = run(checkpoint, name, request, output, force=force, tell=say)
+        artifact = run(checkpoint, model_name(model), request, output, force=force, tell=say)
     except KeyboardInterrupt:
         say("parts that were finished are kept: the same command goes on from there")
         raise
@@ -203,7 +199,7 @@ def tune(
     from dataclasses import asdict
 
     from fastsd.benchmarks.tune import tune as run
-    from fastsd.checkpoints import open_checkpoint
+    from fastsd.checkpoints import model_name, open_checkpoint
 
     checkpoint = open_checkpoint(
         model,
@@ -216,7 +212,7 @@ def tune(
     side = checkpoint.config.default_size
     rows = run(
         checkpoint,
-        Path(model).name if Path(model).exists() else model,
+        model_name(model),
         floor=floor,
         size=_pixels(size) if size else (side, side),
         steps=steps,

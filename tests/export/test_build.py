@@ -327,7 +327,7 @@ def test_export_then_generate(
 
     picture = ("--steps", "2", "--width", str(SIZE[1]), "--height", str(SIZE[0]), "--seed", "3")
     code, _, err = run(capsys, "export", "engine", "-o", "another")
-    assert code == 2 and "engine is an exported engine already; give the model" in err
+    assert code == 1 and "engine is an exported engine, which holds graphs" in err
     own = ("generate", "a cat", "--model", "engine", "-o", "own.png", "--steps", "1")
     assert run(capsys, *own)[0] == 0  # of its own size, which is not the model's
     assert (read_metadata("own.png")["height"], read_metadata("own.png")["width"]) == SIZE
